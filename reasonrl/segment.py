@@ -1,0 +1,181 @@
+"""From a completion to its parts: steps, think and answer spans, and the step of every token.
+
+One tokenisation for training, scoring and evaluation: ids are what the policy wrote, the text is
+`decode` of them, and `pieces` ties the two together by character offsets. Nothing here turns text
+back into ids.
+
+    text = decode(tokenizer, ids)
+    token_steps(split_steps(text), pieces(tokenizer, ids))    ->  step index per token, -1 = none
+
+A character belongs to the token that holds its first byte, so a token that only continues a
+character has width zero, like a special token. T tokens, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from reasonrl.records import Step
+
+LOST = "\ufffd"  # what a decoder writes for bytes that are no character
+
+
+def split_steps(text: str, delimiter: str = "\n") -> list[Step]:
+    """Steps as adjoining spans, each up to and including its delimiter; they cover the text.
+
+    A part that holds only white space and delimiters is no step: it goes to the step before it, or,
+    at the very start, to the first one. A text without any other character has no steps.
+    """
+    if not delimiter:
+        raise ValueError("delimiter must be a non-empty string, got ''")
+    spans: list[list[int]] = []
+    start = 0
+    while start < len(text):
+        found = text.find(delimiter, start)
+        end = len(text) if found < 0 else found + len(delimiter)
+        blank = not text[start:end].replace(delimiter, "").strip()
+        if blank and spans:
+            spans[-1][1] = end
+        elif not blank:
+            spans.append([spans[-1][1] if spans else 0, end])
+        start = end
+    return [Step(a, b) for a, b in spans]
+
+
+def think_span(text: str, *, opened: bool = False) -> tuple[int, int] | None:
+    """Characters between the first <think> and the </think> after it, or None.
+
+    opened: the prompt ended with <think>, so the completion starts inside.
+    """
+    start = 0 if opened else text.find("<think>") + len("<think>")
+    if not opened and start < len("<think>"):
+        return None
+    end = text.find("</think>", start)
+    return None if end < 0 else (start, end)
+
+
+def answer_span(text: str) -> tuple[int, int] | None:
+    """Characters inside the last closed <answer> ... </answer>, or None."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    return None if start < 0 else (start + len("<answer>"), end)
+
+
+def token_steps(steps: Sequence[Step], pieces: Sequence[int]) -> list[int]:
+    """Step index of every token (T of them), -1 for a token in no step.
+
+    Token t covers characters [pieces[t], pieces[t + 1]) and belongs to the step that contains the
+    first of them which lies in any step. A token without width (EOS, the rest of a split
+    character) belongs to the step of the last character before it, to none (-1) without one.
+    Steps must be in order and must not overlap (ValueError).
+    """
+    for before, after in zip(steps, steps[1:], strict=False):
+        if after.start < before.end:
+            raise ValueError(f"steps must be in order and apart, got {before} then {after}")
+    out = []
+    s = 0
+    for start, end in zip(pieces, pieces[1:], strict=False):
+        if end < start:
+            raise ValueError(f"pieces must not decrease, got {start} then {end}")
+        first, last = (start, end) if end > start else (start - 1, start)
+        while s < len(steps) and steps[s].end <= first:
+            s += 1
+        back = s
+        while back > 0 and steps[back - 1].end > first:
+            back -= 1
+        inside = back < len(steps) and max(steps[back].start, first) < min(steps[back].end, last)
+        out.append(back if inside else -1)
+    return out
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of token ids, without special tokens, not cleaned up: what `pieces` indexes."""
+    options: dict[str, bool] = {"skip_special_tokens": True}
+    if hasattr(tokenizer, "clean_up_tokenization_spaces"):
+        options["clean_up_tokenization_spaces"] = False
+    return tokenizer.decode(list(ids), **options)
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Where every token starts in `decode(tokenizer, ids)`: T + 1 offsets, the last the length.
+
+    Special tokens have width zero. Exact for byte-level BPE, where bytes are counted; other
+    tokenizers are read by decoding every prefix, which costs T decodes.
+    """
+    text = decode(tokenizer, ids)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if type(getattr(backend, "decoder", None)).__name__ == "ByteLevel":
+        offsets = _byte_pieces(tokenizer, ids, text)
+        if offsets is not None:
+            return offsets
+    return _prefix_pieces(tokenizer, ids, text)
+
+
+def _byte_pieces(tokenizer: Any, ids: Sequence[int], text: str) -> list[int] | None:
+    """Offsets from the bytes of each token; None where these bytes are not the text."""
+    special = set(tokenizer.all_special_ids)
+    parts = [
+        b"" if id in special else _token_bytes(token)
+        for id, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
+    ]
+    data = b"".join(parts)
+    if data.decode("utf-8", "replace") != text:
+        return None
+    starts = _character_starts(data)
+    out, position, c = [], 0, 0
+    for part in [*parts, b""]:
+        while c < len(starts) and starts[c] < position:
+            c += 1
+        out.append(c)
+        position += len(part)
+    return out
+
+
+def _character_starts(data: bytes) -> list[int]:
+    """Byte position of every character; undecodable bytes count as the decoder counts them."""
+    starts, position = [], 0
+    while position < len(data):
+        try:
+            good, broken = data[position:].decode("utf-8"), (0, 0)
+        except UnicodeDecodeError as error:
+            good = data[position : position + error.start].decode("utf-8")
+            broken = (error.start, error.end)
+        for character in good:
+            starts.append(position)
+            position += len(character.encode("utf-8"))
+        if broken[1]:
+            starts.append(position)
+            position += broken[1] - broken[0]
+    return starts
+
+
+def _prefix_pieces(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
+    out = [0]
+    for t in range(1, len(ids)):
+        prefix = decode(tokenizer, ids[:t])
+        settled = len(prefix.rstrip(LOST))
+        if len(prefix) > settled and not text.startswith(prefix):
+            reached = settled + 1  # a character that has begun and will be completed
+        else:
+            reached = len(prefix)
+        out.append(max(out[-1], min(reached, len(text))))
+    return [*out, len(text)] if ids else [len(text)]
+
+
+def _token_bytes(token: str) -> bytes:
+    """The bytes of a byte-level token; an added token outside that alphabet is plain text."""
+    table = _byte_of()
+    if all(character in table for character in token):
+        return bytes(table[character] for character in token)
+    return token.encode("utf-8")
+
+
+@lru_cache(maxsize=1)
+def _byte_of() -> dict[str, int]:
+    """Character -> byte: visible Latin-1 stands for itself, the rest is moved to U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [b for b in range(256) if b not in visible]
+    table = {chr(b): b for b in visible}
+    return table | {chr(0x100 + i): b for i, b in enumerate(hidden)}
