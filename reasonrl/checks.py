@@ -1,0 +1,259 @@
+"""Shape, dtype, device and value checks at the public border, and the two layouts of token tensors.
+
+Every error names the argument, what was expected and what came: "mask must be (B, T) = (4, 512),
+got (4, 511)". Values of integers are looked at on the CPU always, elsewhere only with
+REASONRL_CHECK=1 (it costs a synchronisation). Legend: B completions, T tokens, N packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FULL = (torch.float32, torch.float64)
+ANY_FLOAT = (*FULL, torch.bfloat16, torch.float16)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of B completions lie: padded (B, T) or packed (N,), seen as packed."""
+
+    shape: tuple[int, ...]  # (B, T) or (N,)
+    cu: Tensor  # (B+1,) int64
+    mask: Tensor | None  # (N,) bool
+
+    @property
+    def rows(self) -> int:
+        return self.cu.numel() - 1
+
+    @property
+    def letters(self) -> str:
+        return "(B, T)" if len(self.shape) == 2 else "(N,)"
+
+    def token(self, name: str, x: Tensor, dtypes: Sequence[torch.dtype] = FULL) -> Tensor:
+        """x in this layout -> (N,) contiguous."""
+        tensor(name, x, self.shape, self.letters, dtypes, self.cu.device)
+        return x.reshape(-1)
+
+    def spread(self, name: str, x: Tensor) -> Tensor:
+        """x per token or per completion (B,) -> (N,)."""
+        _is_tensor(name, x)
+        if tuple(x.shape) == self.shape:
+            return self.token(name, x)
+        if tuple(x.shape) != (self.rows,):
+            wanted = f"{self.letters} = {_tuple(self.shape)} or (B,) = {_tuple((self.rows,))}"
+            raise ValueError(f"{name} must be {wanted}, got {_tuple(x.shape)}")
+        tensor(name, x, (self.rows,), "(B,)", FULL, self.cu.device)
+        if len(self.shape) == 2:
+            return x[:, None].expand(self.shape).reshape(-1)
+        return x.repeat_interleave(self.cu.diff(), output_size=self.shape[0])
+
+
+def layout(
+    name: str,
+    shape: Sequence[int],  # of the token tensor called `name`
+    device: torch.device,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Layout:
+    shape = tuple(shape)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{name} must be padded (B, T) or packed (N,), got {_tuple(shape)}")
+    if len(shape) == 2:
+        if cu_seqlens is not None:
+            raise ValueError(
+                f"cu_seqlens goes with packed (N,) tensors, got {name} of {_tuple(shape)}"
+            )
+        cu = torch.arange(shape[0] + 1, device=device) * shape[1]
+    elif cu_seqlens is None:
+        cu = torch.tensor([0, shape[0]], device=device)
+    else:
+        cu = _offsets(cu_seqlens, shape[0], device)
+    made = Layout(shape, cu, None)
+    if mask is None:
+        return made
+    kept = made.token("mask", mask, (torch.bool, *INTEGER)) != 0
+    return Layout(shape, cu, kept)
+
+
+def _offsets(cu: Tensor, n: int, device: torch.device) -> Tensor:
+    _is_tensor("cu_seqlens", cu)
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {_dtype(cu.dtype)}")
+    if cu.dim() != 1 or cu.numel() < 1:
+        raise ValueError(f"cu_seqlens must be (B+1,), got {_tuple(cu.shape)}")
+    _on("cu_seqlens", cu, device)
+    cu = cu.long().contiguous()
+    if values_checked(cu):
+        if int(cu[0]) != 0 or int(cu[-1]) != n:
+            raise ValueError(
+                f"cu_seqlens must run from 0 to N = {n}, got {int(cu[0])} to {int(cu[-1])}"
+            )
+        if bool((cu.diff() < 0).any()):
+            at = int((cu.diff() < 0).nonzero()[0, 0])
+            raise ValueError(
+                f"cu_seqlens must not fall, got {int(cu[at])} then {int(cu[at + 1])} at {at}"
+            )
+    return cu
+
+
+def tensor(
+    name: str,
+    x: Tensor,
+    shape: Sequence[int],
+    letters: str,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    _is_tensor(name, x)
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {letters} = {_tuple(shape)}, got {_tuple(x.shape)}")
+    dtype(name, x, dtypes)
+    _on(name, x, device)
+
+
+def dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    _is_tensor(name, x)
+    if x.dtype not in dtypes:
+        known = {FULL: "float32 or float64", ANY_FLOAT: "floating point", INTEGER: "integer"}
+        wanted = known.get(tuple(dtypes), " or ".join(_dtype(d) for d in dtypes[:2]))
+        raise ValueError(f"{name} must be {wanted}, got {_dtype(x.dtype)}")
+
+
+def integers(name: str, x: Tensor, low: int, high: int) -> Tensor:
+    """x as int64; where values are looked at, all of them lie in [low, high)."""
+    if values_checked(x) and x.numel():
+        least, most = int(x.min()), int(x.max())
+        if least < low or most >= high:
+            raise ValueError(
+                f"{name} must lie in [{low}, {high}), got {least if least < low else most}"
+            )
+    return x.long()
+
+
+def choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def positive(name: str, value: float) -> float:
+    if not _real(value) or not value > 0:
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    return float(value)
+
+
+def nonnegative(name: str, value: float) -> float:
+    if not _real(value) or not value >= 0:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
+    bad = ~torch.isfinite(x) if where is None else ~torch.isfinite(x) & where
+    if bool(bad.any()):
+        at = int(bad.reshape(-1).nonzero()[0, 0])
+        raise ValueError(
+            f"{name} must be finite where it is scored, got {float(x.reshape(-1)[at])} at {at}"
+        )
+
+
+def divisor(value: float | Tensor | None) -> float | Tensor | None:
+    """The caller's `denominator`: a number or a 0-d tensor above 0."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"denominator must be a number or 0-d, got {_tuple(value.shape)}")
+        if not values_checked(value):
+            return value
+        value = value.item()
+    return None if value is None else positive("denominator", value)
+
+
+def loss_inputs(
+    lay: Layout,
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    spec: Any,
+    ref_logp: Tensor | None,
+    is_weight: Tensor | None,
+    denominator: float | Tensor | None,
+) -> dict[str, Any]:
+    if spec.kl_coef and ref_logp is None:
+        raise ValueError(f"ref_logp must be given where kl_coef = {spec.kl_coef}, got None")
+    if spec.reduce == "fixed" and spec.max_length is None and denominator is None:
+        raise ValueError(
+            "max_length or denominator must be given where reduce = 'fixed', got neither"
+        )
+    return {
+        "old": None if old_logp is None else lay.token("old_logp", old_logp.detach()),
+        "advantage": lay.spread("advantage", advantage).detach(),
+        "ref": None if ref_logp is None else lay.token("ref_logp", ref_logp.detach()),
+        "weight": None if is_weight is None else lay.spread("is_weight", is_weight).detach(),
+        "divisor": divisor(denominator),
+    }
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dtype("weight", weight, ANY_FLOAT)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must be (V, D) = (V, {hidden.shape[-1]}), got {tuple(weight.shape)}"
+        )
+    tensor("weight", weight, weight.shape, "(V, D)", ANY_FLOAT, hidden.device)
+    if bias is not None:
+        tensor("bias", bias, weight.shape[:1], "(V,)", ANY_FLOAT, hidden.device)
+
+
+def groups(name: str, reward: Tensor, group: Tensor, scored: Tensor | None) -> Tensor:
+    dtype(name, reward, FULL)
+    if reward.dim() != 1:
+        raise ValueError(f"{name} must be (B,), got {tuple(reward.shape)}")
+    tensor("group", group, reward.shape, "(B,)", INTEGER, reward.device)
+    if scored is not None:
+        tensor("scored", scored, reward.shape, "(B,)", (torch.bool,), reward.device)
+    finite(name, reward, scored)
+    return group.long()
+
+
+def scale(temperature: float, softcap: float | None) -> tuple[float, float | None]:
+    cap = None if softcap is None else positive("softcap", softcap)
+    return positive("temperature", temperature), cap
+
+
+def discount(gamma: float) -> float:
+    if not nonnegative("gamma", gamma) <= 1:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}")
+    return float(gamma)
+
+
+def values_checked(x: Tensor) -> bool:
+    return x.device.type == "cpu" or os.environ.get("REASONRL_CHECK") == "1"
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def _on(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def _tuple(shape: Sequence[int]) -> str:
+    return str(tuple(shape))
+
+
+def _dtype(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
