@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from reasonrl.records import Step
@@ -101,25 +102,28 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """Where every token starts in `decode(tokenizer, ids)`: T + 1 offsets, the last the length.
 
-    Special tokens have width zero. Exact for byte-level BPE, where bytes are counted; other
-    tokenizers are read by decoding every prefix, which costs T decodes.
+    Special tokens have width zero. Exact for byte-level BPE, where bytes are counted, and where
+    tokens are plain parts of the text (characters, words); other tokenizers are read by decoding
+    every prefix, which costs T decodes.
     """
     text = decode(tokenizer, ids)
+    if not hasattr(tokenizer, "convert_ids_to_tokens") or not ids:
+        return _prefix_pieces(tokenizer, ids, text)
+    special = set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    parts = ["" if i in special else token or "" for i, token in zip(ids, tokens, strict=True)]
+    if "".join(parts) == text:
+        return [0, *accumulate(map(len, parts))]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if type(getattr(backend, "decoder", None)).__name__ == "ByteLevel":
-        offsets = _byte_pieces(tokenizer, ids, text)
+        offsets = _byte_pieces([_token_bytes(part) for part in parts], text)
         if offsets is not None:
             return offsets
     return _prefix_pieces(tokenizer, ids, text)
 
 
-def _byte_pieces(tokenizer: Any, ids: Sequence[int], text: str) -> list[int] | None:
+def _byte_pieces(parts: Sequence[bytes], text: str) -> list[int] | None:
     """Offsets from the bytes of each token; None where these bytes are not the text."""
-    special = set(tokenizer.all_special_ids)
-    parts = [
-        b"" if id in special else _token_bytes(token)
-        for id, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
-    ]
     data = b"".join(parts)
     if data.decode("utf-8", "replace") != text:
         return None
