@@ -363,20 +363,18 @@ def _function(op: str, impl: str, tensors: Sequence[Tensor]) -> Callable[..., An
     module = f"reasonrl.kernels.{op if impl == 'triton' else impl}"
     try:
         found = importlib.import_module(module)
+        reason = found.available()
+        call = getattr(found, op, None) if reason is None else None
     except ModuleNotFoundError as missing:
-        raise KernelUnavailable(
-            f"impl={impl!r} cannot run {op}: no module {missing.name}{_hint(impl)}"
-        ) from missing
-    reason = found.available()
-    if reason is not None:
-        raise KernelUnavailable(f"impl={impl!r} cannot run {op}: {reason}")
-    if not hasattr(found, op):
-        raise KernelUnavailable(f"impl={impl!r} has no {op}")
-    return getattr(found, op)
+        need = f"no module {missing.name}{_hint(missing.name)}"
+        raise KernelUnavailable(f"impl={impl!r} cannot run {op}: {need}") from missing
+    if call is None:
+        raise KernelUnavailable(f"impl={impl!r} cannot run {op}: {reason or 'it has no such op'}")
+    return call
 
 
-def _hint(impl: str) -> str:
-    return {"triton": "; pip install triton", "cuda": "", "native": ""}.get(impl, "")
+def _hint(module: str | None) -> str:
+    return "; pip install triton" if module == "triton" else ""
 
 
 @cache
