@@ -1,0 +1,93 @@
+// The native CPU ops: plain pointers and sizes. V vocabulary, N tokens, B completions, S steps.
+//
+// logp and policy are compiled once per instruction set; ops() is the best set this CPU runs.
+// `threads` bounds the OpenMP team; results do not depend on it. A null pointer is an absent input.
+#pragma once
+
+#include <stdint.h>
+
+#include "math.h"
+
+namespace reasonrl {
+
+enum DType { F32, BF16, F16 };
+enum How { STEP_SUM, STEP_MEAN, STEP_MIN, STEP_MAX, STEP_LAST, STEP_PROD };
+enum GroupKind { GROUP_GRPO, GROUP_DR_GRPO, GROUP_RLOO };
+
+// (rows, V) logits as they come, and how they become scores: s = softcap tanh(u / softcap) / tau.
+struct Logits {
+    const void* data;
+    int64_t rows, vocab;
+    int dtype;
+    float temperature;
+    float softcap;  // 0 = none
+};
+
+// Per row: the largest score, the log of sum e^(s - max), the entropy.
+struct RowStats {
+    float max, log_sum, entropy;
+};
+
+struct LogpGrad {
+    const int64_t* target;
+    const float* grad_logp;     // (rows,) or null
+    const float* grad_entropy;  // (rows,) or null
+    const int64_t* source;      // (out_rows,) row of the logits behind each output row, or null
+    int64_t out_rows;
+    void* out;  // (out_rows, V) in the logits' dtype; may be the logits themselves
+};
+
+struct PolicyInput {
+    int64_t tokens, batch;
+    const float *logp, *old_logp, *advantage, *ref_logp, *entropy, *weight;  // (N,)
+    const uint8_t* mask;                                                    // (N,)
+    const int64_t* cu;      // (B+1,) into these tokens
+    const int64_t* counts;  // (B,) unmasked tokens of each whole completion
+    bool per_completion;    // seq_mean: every completion is divided by its count
+    double divisor;         // divides the policy and KL part
+    double entropy_divisor;  // divides the entropy part instead, where not 0
+};
+
+struct PolicyOutput {
+    float* grad_logp;     // (N,)
+    float* grad_entropy;  // (N,) or null
+    double* sums;         // (SUM_COUNT,) added to
+};
+
+#define REASONRL_DECLARE(isa)                                                                    \
+    namespace isa {                                                                              \
+    void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy,         \
+                      RowStats* stats, int threads);                                             \
+    void logp_backward(const Logits&, const RowStats*, const LogpGrad&, int threads);            \
+    void policy_loss(const Loss&, const PolicyInput&, const PolicyOutput&, int threads);         \
+    void add_bf16(float* sum, const uint16_t* part, int64_t n, int threads);                     \
+    }
+REASONRL_DECLARE(portable)
+REASONRL_DECLARE(avx2)
+REASONRL_DECLARE(avx512)
+#undef REASONRL_DECLARE
+
+struct Ops {
+    const char* name;
+    decltype(&portable::logp_forward) logp_forward;
+    decltype(&portable::logp_backward) logp_backward;
+    decltype(&portable::policy_loss) policy_loss;
+    decltype(&portable::add_bf16) add_bf16;
+};
+
+const Ops& ops();
+bool use_isa(const char* name);  // false where this CPU cannot run it; for tests
+
+void count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch, int64_t* counts);
+void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored, int64_t batch,
+                     int kind, double ddof, double eps, float* out);
+void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_t batch,
+             double gamma, bool forward, float* out, int threads);
+void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int how,
+                 float* out, int64_t* index);
+void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, int64_t steps,
+                      int how, const int64_t* index, const float* grad, float* out);
+void step_expand(const float* value, const int64_t* step, int64_t tokens, int64_t steps, bool last,
+                 float* out, int threads);
+
+}  // namespace reasonrl

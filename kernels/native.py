@@ -1,0 +1,316 @@
+"""The compiled CPU ops of reasonrl._C as differentiable torch functions; formulas in reference.py.
+
+Values come packed, contiguous, float32 and validated: values (N,), `cu` (B+1,) int64, `mask` (N,) bool or None.
+Only pointers and sizes cross over. Gradients are computed with the value, in one call, and scaled in backward.
+Sums are double between blocks of 1024 tokens in a fixed order: the same bits for any number of threads.
+The ops with a head (`linear_logp`, `linear_policy_loss`) stand in native_linear.py. Legend: B completions,
+N packed tokens, S steps, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+RATIOS = {"token": 0, "sequence": 1, "sequence_token": 2}
+SURROGATES = {"clip": 0, "cispo": 1, "sapo": 2, "gmpo": 3, "reinforce": 4}
+KLS = {"k1": 0, "k2": 1, "k3": 2}
+KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
+HOWS = {"sum": 0, "mean": 1, "min": 2, "max": 3, "last": 4, "prod": 5}
+METRICS = (
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "clip_ratio/dual_mean",
+    "kl", "ratio/mean", "ratio/max", "tokens", "nonfinite", "rows/active",
+)  # fmt: skip
+
+
+def available() -> str | None:
+    """None where the ops can run, otherwise what is missing."""
+    try:
+        importlib.import_module("reasonrl._C")
+    except ImportError as error:
+        return f"reasonrl._C is not built ({error}); pip install -e . with a C++17 compiler builds it"
+    return None
+
+
+def core() -> Any:
+    return importlib.import_module("reasonrl._C")
+
+
+def pointer(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().contiguous()
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def logp(
+    logits: Tensor,  # (N, V) fp32, bf16 or fp16
+    target: Tensor,  # (N,) int64
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """log p of the target and the entropy of softmax(s), s = softcap tanh(u / softcap) / temperature."""
+    taken, ent = _Logp.apply(logits, target, temperature, softcap or 0.0, entropy)
+    return taken, ent if entropy else None
+
+
+def row_stats(logits: Tensor, target: Tensor, scale: tuple[float, float], entropy: bool):
+    """(logp, entropy or None, stats) of a block of rows; `stats` (N, 3) is what the gradient needs."""
+    n = logits.shape[0]
+    taken = logits.new_empty(n, dtype=torch.float32)
+    ent = torch.empty_like(taken) if entropy else None
+    stats = logits.new_empty(n, 3, dtype=torch.float32)
+    view = core().Logits(pointer(logits), *logits.shape, DTYPES[logits.dtype], *scale)
+    core().logp_forward(
+        view, pointer(target), pointer(taken), pointer(ent), pointer(stats), threads()
+    )
+    return taken, ent, stats
+
+
+def row_grad(
+    logits: Tensor,  # (N, V)
+    target: Tensor,
+    stats: Tensor,
+    scale: tuple[float, float],
+    grad_logp: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
+    out: Tensor,  # (K, V), may be the front of `logits`
+    source: Tensor | None = None,  # (K,) int64, the row behind each row of `out`
+) -> Tensor:
+    view = core().Logits(pointer(logits), *logits.shape, DTYPES[logits.dtype], *scale)
+    core().logp_backward(
+        view, pointer(target), pointer(stats), pointer(grad_logp), pointer(grad_entropy),
+        pointer(source), out.shape[0], pointer(out), threads(),
+    )  # fmt: skip
+    return out
+
+
+class _Logp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, temperature, softcap, entropy):
+        ctx.scale = (temperature, softcap)
+        ctx.set_materialize_grads(False)
+        taken, ent, stats = row_stats(logits, target, ctx.scale, True)
+        ctx.save_for_backward(logits, target, stats)
+        return taken, ent if entropy else None
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy=None):
+        logits, target, stats = ctx.saved_tensors
+        if grad_logp is None and grad_entropy is None:
+            return None, None, None, None, None
+        out = torch.empty_like(logits)
+        grad_logp, grad_entropy = detached(grad_logp), detached(grad_entropy)
+        row_grad(logits, target, stats, ctx.scale, grad_logp, grad_entropy, out)
+        return out, None, None, None, None
+
+
+def loss_numbers(spec: Any) -> Any:
+    """A LossSpec as the struct of math.h; an option that is off holds a value that never acts."""
+    gmpo = spec.surrogate == "gmpo"
+    low, high = -spec.clip_low, spec.clip_high
+    return core().Loss(
+        RATIOS[spec.ratio], SURROGATES[spec.surrogate], KLS[spec.kl],
+        low if gmpo else 1 + low, high if gmpo else 1 + high,
+        math.inf if spec.delta is None else spec.delta,
+        math.inf if spec.dual_clip is None else spec.dual_clip,
+        spec.kl_coef, spec.entropy_coef, spec.sapo_pos, spec.sapo_neg,
+    )  # fmt: skip
+
+
+def divisors(spec: Any, rows: int, tokens: int, denominator: Any) -> tuple[float, float]:
+    """(divisor of the loss, divisor of the entropy part or 0 where it is the same)."""
+    default = {
+        "seq_mean": rows,
+        "token_mean": tokens,
+        "fixed": rows * (spec.max_length or 0),
+    }[spec.reduce]
+    divisor = float(default if denominator is None else denominator)
+    apart = spec.entropy_reduce == "token_mean" and spec.reduce != "token_mean"
+    return divisor or 1.0, float(max(tokens, 1)) if apart else 0.0
+
+
+class Policy:
+    """One policy loss, given in one piece or in chunks of tokens: `add` each, then `result`."""
+
+    def __init__(self, spec: Any, counts: Tensor, denominator: Any):
+        self.spec, self.counts = spec, counts
+        self.numbers = loss_numbers(spec)
+        self.divisor = divisors(spec, counts.numel(), int(counts.sum()), denominator)
+        self.sums = torch.zeros(core().SUM_COUNT, dtype=torch.float64)
+
+    def add(self, logp, old_logp, advantage, ref_logp, entropy, is_weight, mask, cu):
+        """dL/dlogp and dL/dentropy of these tokens; `cu` (B+1,) are their completions' offsets."""
+        c = torch.empty_like(logp)
+        eta = None if entropy is None else torch.empty_like(logp)
+        tokens = core().PolicyInput(
+            logp.numel(), self.counts.numel(), pointer(logp), pointer(old_logp),
+            pointer(advantage), pointer(ref_logp), pointer(entropy), pointer(is_weight),
+            pointer(mask), pointer(cu), pointer(self.counts),
+            self.spec.reduce == "seq_mean", *self.divisor,
+        )  # fmt: skip
+        core().policy_loss(
+            self.numbers, tokens, pointer(c), pointer(eta), pointer(self.sums), threads()
+        )
+        return c, eta
+
+    def result(self) -> tuple[Tensor, Tensor]:  # loss 0-d, metrics (10,)
+        loss, low, high, cut, kl, ratio, top, tokens, bad, active = self.sums.tolist()
+        n = max(tokens, 1.0)
+        values = [low / n, high / n, (low + high) / n, cut / n, kl / n, ratio / n]
+        return torch.tensor(loss, dtype=torch.float32), torch.tensor(
+            [*values, top, tokens, bad, active / n], dtype=torch.float32
+        )
+
+
+def count_tokens(mask: Tensor | None, cu: Tensor) -> Tensor:  # (B,) int64
+    counts = torch.empty(cu.numel() - 1, dtype=torch.int64)
+    core().count_tokens(pointer(mask), pointer(cu), counts.numel(), pointer(counts))
+    return counts
+
+
+def named_metrics(values: Tensor) -> dict[str, Tensor]:
+    return dict(zip(METRICS, values.unbind(), strict=True))
+
+
+def policy_loss(
+    logp: Tensor,  # (N,)
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    spec: Any,  # a LossSpec
+    cu: Tensor,
+    mask: Tensor | None,
+    ref_logp: Tensor | None,
+    entropy: Tensor | None,
+    is_weight: Tensor | None,
+    denominator: float | Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, dL/dlogp, dL/dentropy and metrics in one call; every option of LossSpec is honoured."""
+    known = [detached(x) for x in (old_logp, advantage, ref_logp, is_weight, mask, cu)]
+    loss, values = _Policy.apply(logp, entropy, spec, known, denominator)
+    return loss, named_metrics(values)
+
+
+class _Policy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logp, entropy, spec, known, denominator):
+        old, advantage, ref, weight, mask, cu = known
+        policy = Policy(spec, count_tokens(mask, cu), denominator)
+        c, eta = policy.add(logp, old, advantage, ref, entropy, weight, mask, cu)
+        ctx.save_for_backward(c, eta)
+        loss, values = policy.result()
+        ctx.mark_non_differentiable(values)
+        return loss, values
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        c, eta = ctx.saved_tensors
+        return c * grad, None if eta is None else eta * grad, None, None, None
+
+
+def group_advantage(
+    reward: Tensor,  # (B,)
+    group: Tensor,  # (B,) int64
+    kind: str,
+    scored: Tensor | None,  # (B,) bool
+    ddof: int,
+    eps: float,
+) -> Tensor:  # (B,)
+    """Rewards relative to their group, any ids in any order; dead groups exactly 0."""
+    reward, out = reward.detach().contiguous(), torch.empty_like(reward)
+    core().group_advantage(
+        pointer(reward), pointer(group), pointer(scored), reward.numel(), KINDS[kind], ddof, eps,
+        pointer(out),
+    )  # fmt: skip
+    return out
+
+
+def returns(token_reward: Tensor, cu: Tensor, mask: Tensor | None, gamma: float) -> Tensor:  # (N,)
+    """R_t = r_t + gamma R_t+1 within each completion, over its unmasked tokens."""
+    return _Returns.apply(token_reward, cu, mask, gamma)
+
+
+class _Returns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, reward, cu, mask, gamma, ahead=False):
+        ctx.args = (cu, mask, gamma, ahead)
+        out = torch.empty_like(reward)
+        core().returns(
+            pointer(reward), pointer(cu), pointer(mask), cu.numel() - 1, gamma, ahead,
+            pointer(out), threads(),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        cu, mask, gamma, ahead = ctx.args
+        return _Returns.apply(grad.contiguous(), cu, mask, gamma, not ahead), None, None, None, None
+
+
+def step_reduce(value: Tensor, step: Tensor, n_steps: int, how: str) -> Tensor:  # (S,)
+    """One value a step; min and max give their gradient to the first of equal values."""
+    return _StepReduce.apply(value, step, n_steps, HOWS[how])
+
+
+class _StepReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, step, n_steps, how):
+        out = value.new_empty(n_steps)
+        index = torch.empty(n_steps, dtype=torch.int64)
+        core().step_reduce(
+            pointer(value), pointer(step), value.numel(), n_steps, how, pointer(out), pointer(index)
+        )
+        ctx.save_for_backward(value, step, index)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, step, index = ctx.saved_tensors
+        grad, out = grad.contiguous(), torch.empty_like(value)
+        core().step_reduce_grad(
+            pointer(value), pointer(step), value.numel(), index.numel(), ctx.how, pointer(index),
+            pointer(grad), pointer(out),
+        )  # fmt: skip
+        return out, None, None, None
+
+
+def step_expand(step_value: Tensor, step: Tensor, where: str) -> Tensor:  # (S,), (N,) -> (N,)
+    """Give every token of a step, or only its last in memory order, the step's value."""
+    return _StepExpand.apply(step_value, step, where == "last")
+
+
+class _StepExpand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, step_value, step, last):
+        out = step_value.new_empty(step.numel())
+        core().step_expand(
+            pointer(step_value), pointer(step), step.numel(), step_value.numel(), last,
+            pointer(out), threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(step)
+        ctx.last, ctx.steps = last, step_value.numel()
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (step,) = ctx.saved_tensors
+        how = HOWS["last" if ctx.last else "sum"]
+        return _StepReduce.apply(grad.contiguous(), step, ctx.steps, how), None, None
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("linear_logp", "linear_policy_loss"):
+        return getattr(importlib.import_module("reasonrl.kernels.native_linear"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
