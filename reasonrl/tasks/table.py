@@ -11,9 +11,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from reasonrl.records import InputError
 from reasonrl.tasks.arithmetic import Arithmetic
 from reasonrl.tasks.base import Task
+from reasonrl.tasks.knights import Knights
 
 TASKS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
+    "knights": Knights,
 }
 DATA = (".jsonl", ".json", ".parquet")
 
