@@ -51,7 +51,7 @@ struct Term {
     float loss;
     float grad;  // dloss / dd, or dloss / dlogp where no ratio is differentiated
     float ratio;
-    bool low, high, cut;
+    float low, high, cut;  // 1 where the token counts as clipped so
 };
 
 constexpr float EXPONENT_LIMIT = 20.0f;
@@ -118,7 +118,7 @@ MATH Term clip_term(const Loss& s, float d, float advantage) {
     const float capped = min_of(rho, s.delta);
     const float clipped = clamp_to(rho, s.low, s.high);
     const bool up = advantage > 0.0f, down = advantage < 0.0f;
-    const bool first = up ? capped <= clipped : (down ? capped >= clipped : true);
+    const bool first = (up & (capped <= clipped)) | (down & (capped >= clipped)) | !(up | down);
     const float used = first ? capped : clipped;
     const bool dual = down & (used > s.dual);
     const bool over = rho > s.delta;
@@ -127,9 +127,9 @@ MATH Term clip_term(const Loss& s, float d, float advantage) {
     t.loss = -(dual ? s.dual : used) * advantage;
     t.grad = live ? -rho * advantage : 0.0f;
     t.ratio = rho;
-    t.low = down & (rho < s.low);
-    t.high = up & (rho > s.high);
-    t.cut = dual | (down & over);
+    t.low = down & (rho < s.low) ? 1.0f : 0.0f;
+    t.high = up & (rho > s.high) ? 1.0f : 0.0f;
+    t.cut = dual | (down & over) ? 1.0f : 0.0f;
     return t;
 }
 
@@ -140,9 +140,8 @@ MATH Term cispo_term(const Loss& s, float d, float logp, float advantage) {
     t.grad = -min_of(rho, s.high) * advantage;
     t.loss = t.grad * logp;
     t.ratio = rho;
-    t.low = false;
-    t.high = (advantage > 0.0f) & (rho > s.high);
-    t.cut = false;
+    t.low = t.cut = 0.0f;
+    t.high = (advantage > 0.0f) & (rho > s.high) ? 1.0f : 0.0f;
     return t;
 }
 
@@ -157,7 +156,7 @@ MATH Term sapo_term(const Loss& s, float d, float advantage) {
     t.loss = -4.0f / slope * up * advantage;
     t.grad = x == d ? -4.0f * up * down * rho * advantage : 0.0f;
     t.ratio = rho;
-    t.low = t.high = t.cut = false;
+    t.low = t.high = t.cut = 0.0f;
     return t;
 }
 
@@ -167,7 +166,7 @@ MATH Term reinforce_term(float d, float logp, float advantage) {
     t.grad = -advantage;
     t.loss = t.grad * logp;
     t.ratio = exp_of(clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
-    t.low = t.high = t.cut = false;
+    t.low = t.high = t.cut = 0.0f;
     return t;
 }
 
@@ -175,14 +174,13 @@ MATH Term reinforce_term(float d, float logp, float advantage) {
 MATH Term gmpo_term(const Loss& s, float d, float advantage) {
     const float clipped = clamp_to(d, s.low, s.high);
     const bool up = advantage > 0.0f, down = advantage < 0.0f;
-    const bool first = up ? d <= clipped : d >= clipped;
+    const bool first = (up & (d <= clipped)) | (down & (d >= clipped));
     Term t;
-    t.loss = up | down ? (first ? d : clipped) : 0.0f;
-    t.grad = (up | down) & first ? 1.0f : 0.0f;
-    t.ratio = 0.0f;
-    t.low = down & (d < s.low);
-    t.high = up & (d > s.high);
-    t.cut = false;
+    t.loss = first ? d : (up | down ? clipped : 0.0f);
+    t.grad = first ? 1.0f : 0.0f;
+    t.ratio = t.cut = 0.0f;
+    t.low = down & (d < s.low) ? 1.0f : 0.0f;
+    t.high = up & (d > s.high) ? 1.0f : 0.0f;
     return t;
 }
 

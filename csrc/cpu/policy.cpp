@@ -39,12 +39,6 @@ Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill,
     return s;
 }
 
-inline bool usable(const Span& s, int j) {
-    return (s.mask[j] != 0) & is_finite(s.logp[j]) & is_finite(s.old_logp[j]) &
-           is_finite(s.advantage[j]) & is_finite(s.ref_logp[j]) & is_finite(s.entropy[j]) &
-           is_finite(s.weight[j]);
-}
-
 // What a completion knows of itself before its tokens are visited.
 struct Whole {
     double scale, entropy_scale;
@@ -54,62 +48,99 @@ struct Whole {
 
 enum Mode { OWN, SHARED, HELD };  // ratio of the token; of the completion; its value, token's gradient
 
-// Terms of one block. SHARED leaves the policy part of the gradient to `share_out`; returns its sum.
-template <int SURROGATE, int MODE>
-double block(const Loss& loss, const Span& s, const Whole& whole, double* sums) {
-    double policy = 0, bonus = 0, kl = 0, ratio = 0, shared = 0;
-    float low = 0, high = 0, cut = 0, top = 0, tokens = 0, bad = 0, active = 0;  // exact counts
-    const float scale = (float)whole.scale, entropy_scale = (float)whole.entropy_scale;
-    const float eta = -loss.entropy_coef * entropy_scale;
-    const int kind = loss.kl_coef != 0.0f ? loss.kl : (int)K3;
-#pragma omp simd reduction(+ : policy, bonus, kl, ratio, shared) reduction(max : top) \
-    reduction(+ : low, high, cut, tokens, bad, active)
+// The inputs of one block with unusable tokens set to 0; arrays, so that every loop vectorises.
+struct Clean {
+    int good[BLOCK];
+    float logp[BLOCK], d[BLOCK], advantage[BLOCK], r[BLOCK], weight[BLOCK];
+};
+
+void clean(const Span& s, Clean& c, double* sums) {
+    const float *__restrict logp = s.logp, *__restrict old = s.old_logp;
+    const float *__restrict advantage = s.advantage, *__restrict ref = s.ref_logp;
+    const float *__restrict entropy = s.entropy, *__restrict weight = s.weight;
+    const uint8_t* __restrict mask = s.mask;
+    int tokens = 0, kept = 0;
+    for (int j = 0; j < s.n; j++) c.good[j] = mask[j] != 0;
+#pragma omp simd reduction(+ : tokens, kept)
     for (int j = 0; j < s.n; j++) {
-        const bool on = s.mask[j] != 0, good = usable(s, j);
-        const float logp = good ? s.logp[j] : 0.0f, old = good ? s.old_logp[j] : 0.0f;
-        const float advantage = good ? s.advantage[j] : 0.0f, ref = good ? s.ref_logp[j] : 0.0f;
-        const float weight = good ? s.weight[j] : 0.0f, entropy = good ? s.entropy[j] : 0.0f;
-        const float d = MODE == OWN ? logp - old : whole.d;
+        const float x = logp[j], o = old[j], a = advantage[j], f = ref[j], w = weight[j];
+        const bool good = (c.good[j] != 0) & is_finite(x) & is_finite(o) & is_finite(a) &
+                          is_finite(f) & is_finite(w) & is_finite(entropy[j]);
+        tokens += c.good[j];
+        kept += good ? 1 : 0;
+        c.good[j] = good ? 1 : 0;
+        c.logp[j] = good ? x : 0.0f;
+        c.d[j] = good ? x - o : 0.0f;
+        c.advantage[j] = good ? a : 0.0f;
+        c.r[j] = good ? f - x : 0.0f;
+        c.weight[j] = good ? w : 0.0f;
+    }
+    sums[SUM_TOKENS] += tokens;
+    sums[SUM_NONFINITE] += tokens - kept;
+}
+
+// Terms of one block. SHARED leaves the policy part of the gradient to the completion: its sum returns.
+template <int SURROGATE, int MODE, int KL>
+double block(const Loss& numbers, const Span& s, const Whole& whole, double* sums) {
+    const Loss loss = numbers;
+    Clean x;
+    clean(s, x, sums);
+    double policy = 0, bonus = 0, kl = 0, ratio = 0, shared = 0;
+    float low = 0, high = 0, cut = 0, top = 0, active = 0;  // counts, exact
+    const float scale = (float)whole.scale, mean_d = whole.d, v = whole.v, share = whole.share;
+    const float eta = -loss.entropy_coef * (float)whole.entropy_scale;
+    const float coef = loss.kl_coef, always = eta != 0.0f ? 1.0f : 0.0f;
+    float* __restrict grad = s.grad_logp;
+    const float rho = exp_of(clamp_to(mean_d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
+    // an array even where d is one number: an invariant in the loop would stop the vectoriser
+    for (int j = 0; j < s.n && SURROGATE != GMPO && MODE != OWN; j++) x.d[j] = mean_d;
+#pragma omp simd reduction(+ : policy, kl, ratio, shared) reduction(max : top) \
+    reduction(+ : low, high, cut, active)
+    for (int j = 0; j < s.n; j++) {
+        const float good = x.good[j] ? 1.0f : 0.0f;
         Term t;
         if (SURROGATE == GMPO) {
-            t = gmpo_term(loss, logp - old, advantage);
-            t.grad = t.grad * whole.share;
-            t.loss = whole.v;
-            t.ratio = exp_of(clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
+            t = gmpo_term(loss, x.d[j], x.advantage[j]);
+            t.grad = t.grad * share;
+            t.loss = good * v;
+            t.ratio = rho;
         } else {
-            t = surrogate_term(loss, SURROGATE, d, logp, advantage);
-            t.loss = weight * t.loss;
-            t.grad = weight * t.grad;
+            t = surrogate_term(loss, SURROGATE, x.d[j], x.logp[j], x.advantage[j]);
+            t.loss = x.weight[j] * t.loss;
+            t.grad = x.weight[j] * t.grad;
         }
         float slope;
-        const float k = kl_term(kind, ref - logp, &slope);
+        const float k = kl_term(KL, x.r[j], &slope);
         const float own = (SURROGATE != GMPO && MODE == SHARED) ? 0.0f : t.grad;
-        const float pull = loss.kl_coef != 0.0f ? loss.kl_coef * slope : 0.0f;
-        const float c = good ? (own + pull) * scale : 0.0f;
-        s.grad_logp[j] = c;
-        policy += good ? t.loss + loss.kl_coef * k : 0.0f;
-        shared += good ? t.grad : 0.0f;
-        bonus += entropy;
+        const float c = good * (own + coef * slope) * scale;
+        const float seen = good * t.ratio;
+        grad[j] = c;
+        policy += t.loss + coef * k;
+        shared += t.grad;
         kl += k;
-        ratio += good ? t.ratio : 0.0f;
-        top = good & (t.ratio > top) ? t.ratio : top;
-        low += good & t.low ? 1.0f : 0.0f;
-        high += good & t.high ? 1.0f : 0.0f;
-        cut += good & t.cut ? 1.0f : 0.0f;
-        tokens += on ? 1.0f : 0.0f;
-        bad += on & !good ? 1.0f : 0.0f;
-        active += good & ((c != 0.0f) | (eta != 0.0f)) ? 1.0f : 0.0f;
+        ratio += seen;
+        top = seen > top ? seen : top;
+        low += t.low, high += t.high, cut += t.cut;
+        active += good * (c != 0.0f ? 1.0f : always);
     }
     if (s.grad_entropy) {
-        for (int j = 0; j < s.n; j++) s.grad_entropy[j] = usable(s, j) ? eta : 0.0f;
+        for (int j = 0; j < s.n; j++) bonus += x.good[j] ? s.entropy[j] : 0.0f;
+        for (int j = 0; j < s.n; j++) s.grad_entropy[j] = x.good[j] ? eta : 0.0f;
     }
     sums[SUM_LOSS] += policy * whole.scale - loss.entropy_coef * bonus * whole.entropy_scale;
     sums[SUM_LOW] += low, sums[SUM_HIGH] += high, sums[SUM_CUT] += cut;
-    sums[SUM_KL] += kl, sums[SUM_RATIO] += ratio, sums[SUM_TOKENS] += tokens;
-    sums[SUM_NONFINITE] += bad;
+    sums[SUM_KL] += kl, sums[SUM_RATIO] += ratio;
     if (SURROGATE == GMPO || MODE != SHARED) sums[SUM_ACTIVE] += active;
     if (top > sums[SUM_RATIO_MAX]) sums[SUM_RATIO_MAX] = top;
     return shared;
+}
+
+template <int SURROGATE, int MODE>
+double block_of(const Loss& loss, const Span& s, const Whole& whole, double* sums) {
+    const int kl = loss.kl_coef != 0.0f ? loss.kl : (int)K3;
+    if (kl == K1) return block<SURROGATE, MODE, K1>(loss, s, whole, sums);
+    if (kl == K2) return block<SURROGATE, MODE, K2>(loss, s, whole, sums);
+    return block<SURROGATE, MODE, K3>(loss, s, whole, sums);
 }
 
 // Means over the unmasked tokens of completion [start, end): d, and for gmpo l, A and w.
@@ -118,17 +149,17 @@ void look_ahead(const Loss& loss, const PolicyInput& in, const PolicyOutput& out
     double d_sum = 0, l_sum = 0, a_sum = 0, w_sum = 0, used = 0;
     for (int64_t at = start; at < end; at += BLOCK) {
         const Span s = span_of(in, out, fill, at, (int)(end - at < BLOCK ? end - at : BLOCK));
-        double d = 0, l = 0, a = 0, w = 0, n = 0;
+        double d = 0, l = 0, a = 0, w = 0, n = 0, ignored[SUM_COUNT] = {};
+        Clean x;
+        clean(s, x, ignored);
+        const Loss numbers = loss;
 #pragma omp simd reduction(+ : d, l, a, w, n)
         for (int j = 0; j < s.n; j++) {
-            const bool good = usable(s, j);
-            const float step = good ? s.logp[j] - s.old_logp[j] : 0.0f;
-            const float advantage = good ? s.advantage[j] : 0.0f;
-            d += step;
-            l += gmpo_term(loss, step, advantage).loss;
-            a += advantage;
-            w += good ? s.weight[j] : 0.0f;
-            n += good ? 1.0 : 0.0;
+            d += x.d[j];
+            l += gmpo_term(numbers, x.d[j], x.advantage[j]).loss;
+            a += x.advantage[j];
+            w += x.weight[j];
+            n += x.good[j];
         }
         d_sum += d, l_sum += l, a_sum += a, w_sum += w, used += n;
     }
@@ -147,20 +178,22 @@ void completion(const Loss& loss, const PolicyInput& in, const PolicyOutput& out
     double shared = 0;
     for (int64_t at = start; at < end; at += BLOCK) {
         const Span s = span_of(in, out, fill, at, (int)(end - at < BLOCK ? end - at : BLOCK));
-        shared += block<SURROGATE, MODE>(loss, s, whole, sums);
+        shared += block_of<SURROGATE, MODE>(loss, s, whole, sums);
     }
     if (SURROGATE == GMPO || MODE != SHARED) return;
     const float part = (float)(shared / count * whole.scale);
-    const bool bonus = loss.entropy_coef * whole.entropy_scale != 0.0;
+    const float always = loss.entropy_coef * whole.entropy_scale != 0.0 ? 1.0f : 0.0f;
     for (int64_t at = start; at < end; at += BLOCK) {
         const Span s = span_of(in, out, fill, at, (int)(end - at < BLOCK ? end - at : BLOCK));
+        double ignored[SUM_COUNT] = {};
+        Clean x;
+        clean(s, x, ignored);
         float active = 0;
 #pragma omp simd reduction(+ : active)
         for (int j = 0; j < s.n; j++) {
-            const bool good = usable(s, j);
-            const float c = good ? s.grad_logp[j] + part : 0.0f;
+            const float good = x.good[j] ? 1.0f : 0.0f, c = good * (s.grad_logp[j] + part);
             s.grad_logp[j] = c;
-            active += good & (bonus | (c != 0.0f)) ? 1.0f : 0.0f;
+            active += good * (c != 0.0f ? 1.0f : always);
         }
         sums[SUM_ACTIVE] += active;
     }
