@@ -1,6 +1,6 @@
 """Builds reasonrl._C with CMake and maps kernels/ to reasonrl.kernels; needs no torch.
 
-REASONRL_REQUIRE_NATIVE=1   a failed native build is an error (otherwise: pure Python, one line says so)
+REASONRL_REQUIRE_NATIVE=1   a failed native build is an error (otherwise one line says so)
 REASONRL_CUDA=0|1|auto      CUDA objects: never, required, or where nvcc is found (auto)
 REASONRL_CUDA_ARCHS         CMake's list of architectures, such as "80-real;90-real;100-real;120"
 """

@@ -1,4 +1,5 @@
-// The maths of every loss family, once, for C++ and CUDA alike (and for the .cu sources run on a CPU).
+// The maths of every loss family, once, for C++ and CUDA alike (and for the .cu sources run on a
+// CPU).
 //
 // d = logp - old (or its mean over the completion), rho = exp(d), A the advantage, r = ref - logp.
 // A "term" is one token's loss and its derivative, before the mask and the normaliser.
@@ -56,10 +57,18 @@ struct Term {
 
 constexpr float EXPONENT_LIMIT = 20.0f;
 
-MATH float min_of(float a, float b) { return a < b ? a : b; }
-MATH float max_of(float a, float b) { return a > b ? a : b; }
-MATH float clamp_to(float x, float low, float high) { return min_of(max_of(x, low), high); }
-MATH bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
+MATH float min_of(float a, float b) {
+    return a < b ? a : b;
+}
+MATH float max_of(float a, float b) {
+    return a > b ? a : b;
+}
+MATH float clamp_to(float x, float low, float high) {
+    return min_of(max_of(x, low), high);
+}
+MATH bool is_finite(float x) {
+    return fabsf(x) <= 3.402823466e38f;
+}
 
 // exp for |x| <= 87, one rounding away from exact; exp(0) is 1 to the bit. Vectorises on the CPU.
 MATH float exp_of(float x) {

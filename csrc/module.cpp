@@ -1,5 +1,6 @@
-// The only binding file. Pointers arrive as integers (tensor.data_ptr(), 0 = absent), sizes as they are;
-// the Python side has checked shapes, dtypes, contiguity and values before it hands a pointer over.
+// The only binding file. Pointers arrive as integers (tensor.data_ptr(), 0 = absent), sizes as they
+// are; the Python side has checked shapes, dtypes, contiguity and values before it hands a pointer
+// over.
 #include <pybind11/pybind11.h>
 
 #include "ops.h"
@@ -30,9 +31,12 @@ void logp_backward(const Logits& logits, uintptr_t target, uintptr_t stats, uint
                    uintptr_t grad_entropy, uintptr_t source, int64_t out_rows, uintptr_t out,
                    int threads) {
     py::gil_scoped_release release;
-    const LogpGrad grad = {at<const int64_t>(target),     at<const float>(grad_logp),
-                           at<const float>(grad_entropy), at<const int64_t>(source),
-                           out_rows,                      at<void>(out)};
+    const LogpGrad grad = {at<const int64_t>(target),
+                           at<const float>(grad_logp),
+                           at<const float>(grad_entropy),
+                           at<const int64_t>(source),
+                           out_rows,
+                           at<void>(out)};
     ops().logp_backward(logits, at<const RowStats>(stats), grad, threads);
 }
 
@@ -64,10 +68,12 @@ void policy_loss(const Loss& loss, const PolicyInput& in, uintptr_t grad_logp,
 }
 
 void bind_logp(py::module_& m) {
-    py::class_<Logits>(m, "Logits", "(rows, V) logits with their temperature and softcap (0 = none).")
+    py::class_<Logits>(m, "Logits",
+                       "(rows, V) logits with their temperature and softcap (0 = none).")
         .def(py::init(&logits_of));
     m.def("logp_forward", &logp_forward, "log p of the target, entropy and row statistics.");
-    m.def("logp_backward", &logp_backward, "Gradient by the logits, in place if out is the logits.");
+    m.def("logp_backward", &logp_backward,
+          "Gradient by the logits, in place if out is the logits.");
     m.def(
         "add_bf16",
         [](uintptr_t sum, uintptr_t part, int64_t n, int threads) {
@@ -95,7 +101,8 @@ void bind_segments(py::module_& m) {
     m.def(
         "count_tokens",
         [](uintptr_t mask, uintptr_t cu, int64_t batch, uintptr_t counts) {
-            count_tokens(at<const uint8_t>(mask), at<const int64_t>(cu), batch, at<int64_t>(counts));
+            count_tokens(at<const uint8_t>(mask), at<const int64_t>(cu), batch,
+                         at<int64_t>(counts));
         },
         "Unmasked tokens of each completion.");
     m.def(

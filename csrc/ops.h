@@ -40,11 +40,11 @@ struct LogpGrad {
 struct PolicyInput {
     int64_t tokens, batch;
     const float *logp, *old_logp, *advantage, *ref_logp, *entropy, *weight;  // (N,)
-    const uint8_t* mask;                                                    // (N,)
-    const int64_t* cu;      // (B+1,) into these tokens
-    const int64_t* counts;  // (B,) unmasked tokens of each whole completion
-    bool per_completion;    // seq_mean: every completion is divided by its count
-    double divisor;         // divides the policy and KL part
+    const uint8_t* mask;                                                     // (N,)
+    const int64_t* cu;       // (B+1,) into these tokens
+    const int64_t* counts;   // (B,) unmasked tokens of each whole completion
+    bool per_completion;     // seq_mean: every completion is divided by its count
+    double divisor;          // divides the policy and KL part
     double entropy_divisor;  // divides the entropy part instead, where not 0
 };
 
@@ -54,13 +54,13 @@ struct PolicyOutput {
     double* sums;         // (SUM_COUNT,) added to
 };
 
-#define REASONRL_DECLARE(isa)                                                                    \
-    namespace isa {                                                                              \
-    void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy,         \
-                      RowStats* stats, int threads);                                             \
-    void logp_backward(const Logits&, const RowStats*, const LogpGrad&, int threads);            \
-    void policy_loss(const Loss&, const PolicyInput&, const PolicyOutput&, int threads);         \
-    void add_bf16(float* sum, const uint16_t* part, int64_t n, int threads);                     \
+#define REASONRL_DECLARE(isa)                                                            \
+    namespace isa {                                                                      \
+    void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy, \
+                      RowStats* stats, int threads);                                     \
+    void logp_backward(const Logits&, const RowStats*, const LogpGrad&, int threads);    \
+    void policy_loss(const Loss&, const PolicyInput&, const PolicyOutput&, int threads); \
+    void add_bf16(float* sum, const uint16_t* part, int64_t n, int threads);             \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)
@@ -79,8 +79,8 @@ const Ops& ops();
 bool use_isa(const char* name);  // false where this CPU cannot run it; for tests
 
 void count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch, int64_t* counts);
-void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored, int64_t batch,
-                     int kind, double ddof, double eps, float* out);
+void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored,
+                     int64_t batch, int kind, double ddof, double eps, float* out);
 void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_t batch,
              double gamma, bool forward, float* out, int threads);
 void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int how,

@@ -1,10 +1,10 @@
-"""The compiled CPU ops of reasonrl._C as differentiable torch functions; formulas in reference.py.
+"""The compiled CPU ops of reasonrl._C as differentiable torch functions; see reference.py.
 
-Values come packed, contiguous, float32 and validated: values (N,), `cu` (B+1,) int64, `mask` (N,) bool or None.
-Only pointers and sizes cross over. Gradients are computed with the value, in one call, and scaled in backward.
-Sums are double between blocks of 1024 tokens in a fixed order: the same bits for any number of threads.
-The ops with a head (`linear_logp`, `linear_policy_loss`) stand in native_linear.py. Legend: B completions,
-N packed tokens, S steps, V vocabulary.
+Values come packed, contiguous, float32 and validated: values (N,), `cu` (B+1,) int64, `mask` (N,)
+bool or None. Only pointers and sizes cross over. The loss and its gradients come from one call;
+backward scales them. Sums are double, in an order fixed by the sizes alone: the same bits for any
+number of threads. The ops with a head (`linear_logp`, `linear_policy_loss`) stand in
+native_linear.py. Legend: B completions, N packed tokens, S steps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def available() -> str | None:
     try:
         importlib.import_module("reasonrl._C")
     except ImportError as error:
-        return f"reasonrl._C is not built ({error}); pip install -e . with a C++17 compiler builds it"
+        return (
+            f"reasonrl._C is not built ({error}); pip install -e . with a C++17 compiler builds it"
+        )
     return None
 
 
@@ -60,13 +62,13 @@ def logp(
     softcap: float | None,
     entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p of the target and the entropy of softmax(s), s = softcap tanh(u / softcap) / temperature."""
+    """log p of the target and the entropy of softmax(s), s = softcap tanh(u / softcap) / tau."""
     taken, ent = _Logp.apply(logits, target, temperature, softcap or 0.0, entropy)
     return taken, ent if entropy else None
 
 
 def row_stats(logits: Tensor, target: Tensor, scale: tuple[float, float], entropy: bool):
-    """(logp, entropy or None, stats) of a block of rows; `stats` (N, 3) is what the gradient needs."""
+    """(logp, entropy or None, stats) of a block of rows; the gradient needs `stats` (N, 3)."""
     n = logits.shape[0]
     taken = logits.new_empty(n, dtype=torch.float32)
     ent = torch.empty_like(taken) if entropy else None

@@ -20,7 +20,9 @@ inline uint32_t to_bits(float x) {
     return bits;
 }
 
-inline float from_bf16(uint16_t h) { return from_bits((uint32_t)h << 16); }
+inline float from_bf16(uint16_t h) {
+    return from_bits((uint32_t)h << 16);
+}
 
 inline uint16_t to_bf16(float x) {
     const uint32_t bits = to_bits(x);

@@ -1,7 +1,8 @@
-// The policy loss: per-token terms, KL, entropy, reduction and metrics, with dL/dlogp and dL/dentropy.
+// The policy loss: per-token terms, KL, entropy, reduction and metrics, with dL/dlogp and
+// dL/dentropy.
 //
-// Token ratios: one pass over blocks of 1024 tokens. Sequence ratios: one completion at a time, its mean
-// log-ratio first. Sums are double, in an order fixed by the sizes alone.
+// Token ratios: one pass over blocks of 1024 tokens. Sequence ratios: one completion at a time, its
+// mean log-ratio first. Sums are double, in an order fixed by the sizes alone.
 #include "block.h"
 
 namespace reasonrl {
@@ -24,7 +25,8 @@ struct Filler {
     }
 };
 
-Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill, int64_t at, int n) {
+Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill, int64_t at,
+             int n) {
     Span s;
     s.logp = in.logp + at;
     s.old_logp = in.old_logp ? in.old_logp + at : s.logp;
@@ -46,7 +48,11 @@ struct Whole {
     float v, share;  // gmpo: -exp(mean l) mean(A) mean(w), and d(sum over tokens) / dl_t
 };
 
-enum Mode { OWN, SHARED, HELD };  // ratio of the token; of the completion; its value, token's gradient
+enum Mode {
+    OWN,
+    SHARED,
+    HELD
+};  // ratio of the token; of the completion; its value, token's gradient
 
 // The inputs of one block with unusable tokens set to 0; arrays, so that every loop vectorises.
 struct Clean {
@@ -55,9 +61,9 @@ struct Clean {
 };
 
 void clean(const Span& s, Clean& c, double* sums) {
-    const float *__restrict logp = s.logp, *__restrict old = s.old_logp;
-    const float *__restrict advantage = s.advantage, *__restrict ref = s.ref_logp;
-    const float *__restrict entropy = s.entropy, *__restrict weight = s.weight;
+    const float* __restrict logp = s.logp, * __restrict old = s.old_logp;
+    const float* __restrict advantage = s.advantage, * __restrict ref = s.ref_logp;
+    const float* __restrict entropy = s.entropy, * __restrict weight = s.weight;
     const uint8_t* __restrict mask = s.mask;
     int tokens = 0, kept = 0;
     for (int j = 0; j < s.n; j++) c.good[j] = mask[j] != 0;
@@ -79,7 +85,8 @@ void clean(const Span& s, Clean& c, double* sums) {
     sums[SUM_NONFINITE] += tokens - kept;
 }
 
-// Terms of one block. SHARED leaves the policy part of the gradient to the completion: its sum returns.
+// Terms of one block. SHARED leaves the policy part of the gradient to the completion: its sum
+// returns.
 template <int SURROGATE, int MODE, int KL>
 double block(const Loss& numbers, const Span& s, const Whole& whole, double* sums) {
     const Loss loss = numbers;

@@ -1,4 +1,5 @@
-// Groups, returns and steps. Sums are double, in memory order: one result for any number of threads.
+// Groups, returns and steps. Sums are double, in memory order: one result for any number of
+// threads.
 #include <math.h>
 
 #include <algorithm>
@@ -46,8 +47,8 @@ static void one_group(const float* reward, const int64_t* member, int64_t n, int
     }
 }
 
-void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored, int64_t batch,
-                     int kind, double ddof, double eps, float* out) {
+void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored,
+                     int64_t batch, int kind, double ddof, double eps, float* out) {
     std::vector<int64_t> member;
     member.reserve(batch);
     for (int64_t b = 0; b < batch; b++) {

@@ -1,0 +1,296 @@
+"""`linear_logp` and `linear_policy_loss` on the CPU: torch's matrix products, our epilogue.
+
+u = hidden @ weight.T + bias is made for some rows at a time; the C++ epilogue turns that chunk into
+log p, then, in place, into dL/du, from which dX = dU W and dW += dU^T X. `linear_policy_loss` with a
+token ratio does this in one pass (6 N D V FLOP) and its backward only scales. Sequence ratios take
+chunks that end where completions end; a completion longer than a chunk makes it two passes (8 N D V).
+Skipped exactly: masked rows before the forward (all others are needed for the metrics); rows whose
+coefficients are 0, non-finite ones among them, before the two gradient products. dW is summed in
+fp32; extra memory is one chunk. Half-precision logits are rounded to their type, as torch rounds.
+Legend: N tokens, K rows in use, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reasonrl.kernels.native import (
+    Policy,
+    core,
+    count_tokens,
+    detached,
+    named_metrics,
+    pointer,
+    row_grad,
+    row_stats,
+    threads,
+)
+
+CHUNK_BYTES = 1 << 27  # of logits alive at one time
+CHUNK_ROWS = 0  # rows of a chunk where not 0: overrides CHUNK_BYTES
+TILE = 4096  # rows of weight whose half-precision dW is alive at one time
+
+
+@dataclass
+class Head:
+    """The inputs of the product, the rows in use, and the gradients as they grow."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    scale: tuple[float, float]  # temperature, softcap (0 = none)
+    rows: Tensor | None = None  # (K,) int64, None = all
+
+    def __post_init__(self):
+        self.dtype = torch.promote_types(self.hidden.dtype, self.weight.dtype)
+        self.matrix = self.weight.to(self.dtype)
+        self.addend = None if self.bias is None else self.bias.to(self.dtype)
+        self.count = self.hidden.shape[0] if self.rows is None else self.rows.numel()
+        vocab = self.weight.shape[0]
+        rows = CHUNK_BYTES // max(1, vocab * self.dtype.itemsize) // 32 * 32
+        self.size = max(1, min(CHUNK_ROWS or max(rows, 32), self.count))
+        self.buffer = None
+        self.dx = self.dw = self.db = None
+
+    def want(self, hidden: bool, weight: bool, bias: bool) -> None:
+        """Which gradients to make; rows that are skipped keep dX = 0."""
+        if hidden:
+            self.dx = torch.zeros_like(self.hidden)
+        if weight:
+            self.dw = torch.zeros(self.weight.shape, dtype=torch.float32)
+        if bias and self.bias is not None:
+            self.db = torch.zeros(self.bias.shape, dtype=torch.float32)
+
+    def spans(self) -> list[tuple[int, int]]:
+        return [(s, min(s + self.size, self.count)) for s in range(0, self.count, self.size)]
+
+    def inputs(self, rows: slice | Tensor) -> Tensor:
+        index = rows if self.rows is None else self.rows[rows]
+        return self.hidden[index].to(self.dtype)
+
+    def logits(self, x: Tensor) -> Tensor:  # (R, D) -> (R, V), a view of the one buffer
+        if self.buffer is None:
+            self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.dtype)
+        out = self.buffer[: x.shape[0]]
+        if self.addend is None:
+            return torch.mm(x, self.matrix.t(), out=out)
+        return torch.addmm(self.addend, x, self.matrix.t(), out=out)
+
+    def grow(self, u: Tensor, x: Tensor, target, stats, c, eta, at: int | Tensor) -> None:
+        """Add what the rows of u contribute to dX, dW and db; u becomes dL/du of the live rows.
+
+        `at`: the first row in use that u stands for, or all of them.
+        """
+        live = c != 0 if eta is None else (c != 0) | (eta != 0)
+        count = int(live.sum())
+        if count == 0:
+            return
+        source = None
+        if count < u.shape[0]:
+            source = fold(live, count)
+            x = x[source]
+        du = row_grad(u, target, stats, self.scale, c, eta, u[:count], source)
+        if self.dw is not None:
+            add_product(self.dw, du, x)
+        if self.db is not None:
+            self.db += du.sum(0, dtype=torch.float32)
+        if self.dx is None:
+            return
+        if source is None and self.rows is None and isinstance(at, int):
+            product = torch.mm(du, self.matrix)
+            self.dx[at : at + count].copy_(product)
+            return
+        place = torch.arange(u.shape[0]) + at if isinstance(at, int) else at
+        place = place if source is None else place[source]
+        place = place if self.rows is None else self.rows[place]
+        self.dx.index_copy_(0, place, torch.mm(du, self.matrix).to(self.dx.dtype))
+
+    def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dw = None if self.dw is None else self.dw.to(self.weight.dtype)
+        db = None if self.db is None or self.bias is None else self.db.to(self.bias.dtype)
+        return self.dx, dw, db
+
+
+def fold(live: Tensor, count: int) -> Tensor:  # (R,) bool -> (count,) int64
+    """Which row moves to each of the first `count` places: live ones stay, later ones fill holes.
+
+    No row that is read is written for another one, so the move can be made in place, in any order.
+    """
+    source = torch.arange(count)
+    source[~live[:count]] = live[count:].nonzero()[:, 0] + count
+    return source
+
+
+def add_product(total: Tensor, du: Tensor, x: Tensor) -> None:
+    """total (V, D) fp32 += du^T x, some rows at a time where the product is half precision."""
+    if du.dtype == torch.float32:
+        total.addmm_(du.t(), x)
+        return
+    for start in range(0, total.shape[0], TILE):
+        part = torch.mm(du[:, start : start + TILE].t(), x)
+        rows = total[start : start + TILE]
+        if part.dtype == torch.bfloat16:
+            core().add_bf16(pointer(rows), pointer(part), part.numel(), threads())
+        else:
+            rows += part
+
+
+def linear_logp(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """log p of the target and the entropy; chunks of logits, made again for the gradient."""
+    scale = (temperature, softcap or 0.0)
+    taken, ent = _LinearLogp.apply(hidden, weight, bias, target, scale, entropy)
+    return taken, ent if entropy else None
+
+
+class _LinearLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, scale, entropy):
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        head = Head(hidden, weight, bias, scale)
+        taken, ent, stats = forward_only(head, target, entropy)
+        ctx.save_for_backward(hidden, weight, bias, target, stats)
+        return taken, ent
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy=None):
+        hidden, weight, bias, target, stats = ctx.saved_tensors
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 6
+        head = Head(hidden, weight, bias, ctx.scale)
+        head.want(*ctx.needs_input_grad[:3])
+        c = torch.zeros(head.count) if grad_logp is None else grad_logp.contiguous()
+        eta = detached(grad_entropy)
+        backward_only(head, target, stats, c, eta)
+        return *head.grads(), None, None, None
+
+
+def forward_only(head: Head, target: Tensor, entropy: bool):
+    """(logp, entropy or None, stats) of all rows in use."""
+    taken, stats = torch.empty(head.count), torch.empty(head.count, 3)
+    ent = torch.empty(head.count) if entropy else None
+    for start, end in head.spans():
+        u = head.logits(head.inputs(slice(start, end)))
+        part = row_stats(u, target[start:end], head.scale, True)
+        taken[start:end], stats[start:end] = part[0], part[2]
+        if ent is not None:
+            ent[start:end] = part[1]
+    return taken, ent, stats
+
+
+def backward_only(head: Head, target: Tensor, stats: Tensor, c: Tensor, eta: Tensor | None) -> None:
+    """The gradients for given coefficients; rows without one are dropped before the logits."""
+    live = c != 0 if eta is None else (c != 0) | (eta != 0)
+    rows = live.nonzero()[:, 0]
+    for part in rows.split(head.size):
+        whole = part.numel() == int(part[-1]) - int(part[0]) + 1
+        pick = slice(int(part[0]), int(part[-1]) + 1) if whole else part
+        x = head.inputs(pick)
+        given = [None if t is None else t[pick] for t in (target, stats, c, eta)]
+        head.grow(head.logits(x), x, *given, int(part[0]) if whole else part)
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    spec: Any,  # a LossSpec
+    cu: Tensor,
+    mask: Tensor | None,
+    ref_logp: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    is_weight: Tensor | None,
+    denominator: float | Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss` of `linear_logp`; one pass gives loss, dX, dW and db, backward scales them."""
+    known = [detached(x) for x in (old_logp, advantage, ref_logp, is_weight)]
+    scale = (temperature, softcap or 0.0)
+    loss, values = _LinearPolicy.apply(
+        hidden, weight, bias, target, known, spec, cu, mask, scale, denominator
+    )
+    return loss, named_metrics(values)
+
+
+class _LinearPolicy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, known, spec, cu, mask, scale, denominator):
+        counts = count_tokens(mask, cu)
+        rows = None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
+        if rows is not None:
+            target, known = target[rows], [None if x is None else x[rows] for x in known]
+            cu = torch.cat([cu[:1] * 0, counts.cumsum(0)])
+        head = Head(hidden, weight, bias, scale, rows)
+        head.want(*ctx.needs_input_grad[:3])
+        policy = Policy(spec, counts, denominator)
+        spans = head.spans() if spec.ratio == "token" else whole_spans(head, cu)
+        if spans is None:
+            two_passes(head, policy, target, known, cu)
+        else:
+            one_pass(head, policy, target, known, cu, spans)
+        ctx.save_for_backward(*head.grads())
+        loss, values = policy.result()
+        ctx.mark_non_differentiable(values)
+        return loss, values
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        unit = float(grad) == 1.0
+        grads = [
+            None if g is None else g if unit else g * grad.to(g.dtype) for g in ctx.saved_tensors
+        ]
+        return *grads, None, None, None, None, None, None, None
+
+
+def whole_spans(head: Head, cu: Tensor) -> list[tuple[int, int]] | None:
+    """Chunks that end where completions end; None where a completion is longer than a chunk."""
+    ends = cu.tolist()
+    spans, start = [], 0
+    for here, following in zip(ends, [*ends[1:], ends[-1]], strict=True):
+        if following - here > head.size:
+            return None
+        if here > start and (following - start > head.size or here == head.count):
+            spans.append((start, here))
+            start = here
+    return spans
+
+
+def one_pass(head: Head, policy: Policy, target, known, cu, spans) -> None:
+    """Each chunk of logits gives its loss and its gradients before the next one takes its place."""
+    entropy = policy.spec.entropy_coef != 0
+    growing = head.dx is not None or head.dw is not None or head.db is not None
+    for start, end in spans:
+        x = head.inputs(slice(start, end))
+        u = head.logits(x)
+        ids = target[start:end]
+        taken, ent, stats = row_stats(u, ids, head.scale, entropy)
+        old, advantage, ref, weight = (None if k is None else k[start:end] for k in known)
+        inside = (cu.clamp(start, end) - start).contiguous()
+        c, eta = policy.add(taken, old, advantage, ref, ent, weight, None, inside)
+        if growing:
+            head.grow(u, x, ids, stats, c, eta, start)
+
+
+def two_passes(head: Head, policy: Policy, target, known, cu) -> None:
+    """All log-probabilities first, then the coefficients, then the gradients of the live rows."""
+    entropy = policy.spec.entropy_coef != 0
+    taken, ent, stats = forward_only(head, target, entropy)
+    old, advantage, ref, weight = known
+    c, eta = policy.add(taken, old, advantage, ref, ent, weight, None, cu.contiguous())
+    if head.dx is not None or head.dw is not None or head.db is not None:
+        backward_only(head, target, stats, c, eta)
