@@ -31,7 +31,7 @@ from reasonrl.kernels.reference_segments import (  # noqa: F401, the other half 
     whiten,
 )
 
-TILE = 1 << 23  # logits alive at one time in linear_logp
+TILE = 1 << 23  # logits in one tile of linear_logp: 32 MiB, given back to the system each time
 EXP_MAX = 20.0
 
 

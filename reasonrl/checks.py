@@ -20,6 +20,7 @@ from torch import Tensor
 FULL = (torch.float32, torch.float64)
 ANY_FLOAT = (*FULL, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MASK = (torch.bool, *INTEGER)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def layout(
     made = Layout(shape, cu, None)
     if mask is None:
         return made
-    kept = made.token("mask", mask, (torch.bool, *INTEGER)) != 0
+    kept = made.token("mask", mask, MASK) != 0
     return Layout(shape, cu, kept)
 
 
@@ -124,7 +125,8 @@ def dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     _is_tensor(name, x)
     if x.dtype not in dtypes:
         known = {FULL: "float32 or float64", ANY_FLOAT: "floating point", INTEGER: "integer"}
-        wanted = known.get(tuple(dtypes), " or ".join(_dtype(d) for d in dtypes[:2]))
+        known |= {MASK: "bool or integer", (*MASK, *FULL): "bool, integer, float32 or float64"}
+        wanted = known.get(tuple(dtypes), " or ".join(_dtype(d) for d in dtypes))
         raise ValueError(f"{name} must be {wanted}, got {_dtype(x.dtype)}")
 
 
@@ -192,9 +194,9 @@ def loss_inputs(
             "max_length or denominator must be given where reduce = 'fixed', got neither"
         )
     return {
-        "old": None if old_logp is None else lay.token("old_logp", old_logp.detach()),
+        "old": None if old_logp is None else lay.token("old_logp", old_logp).detach(),
         "advantage": lay.spread("advantage", advantage).detach(),
-        "ref": None if ref_logp is None else lay.token("ref_logp", ref_logp.detach()),
+        "ref": None if ref_logp is None else lay.token("ref_logp", ref_logp).detach(),
         "weight": None if is_weight is None else lay.spread("is_weight", is_weight).detach(),
         "divisor": divisor(denominator),
     }

@@ -319,8 +319,7 @@ def whiten(
     """(x - mean) / sqrt(unbiased var + eps) over the unmasked values; masked ones get 0."""
     checks.dtype("value", value, checks.FULL)
     if mask is not None:
-        allowed = (torch.bool, *checks.INTEGER)
-        checks.tensor("mask", mask, value.shape, "the shape of value", allowed, value.device)
+        checks.tensor("mask", mask, value.shape, "the shape of value", checks.MASK, value.device)
         mask = (mask != 0).reshape(-1)
     eps = checks.nonnegative("eps", eps)
     return _run("whiten", impl, value.reshape(-1), mask, eps).reshape(value.shape)

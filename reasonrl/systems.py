@@ -102,9 +102,8 @@ def reasonflux_score(
         raise ValueError(f"step_scores must be (S,) or (B, S), got {tuple(step_scores.shape)}")
     keep = torch.ones_like(step_scores, dtype=torch.bool)
     if mask is not None:
-        allowed = (torch.bool, *checks.INTEGER)
         shape, device = step_scores.shape, step_scores.device
-        checks.tensor("mask", mask, shape, "the shape of step_scores", allowed, device)
+        checks.tensor("mask", mask, shape, "the shape of step_scores", checks.MASK, device)
         keep = mask != 0
     final = torch.as_tensor(final_score, dtype=step_scores.dtype, device=step_scores.device)
     rows = step_scores.shape[:-1]
@@ -132,7 +131,7 @@ def libra_reward(
     """1[verdict == label] - clip((length - l_exp) / (l_max - l_exp), 0, 1); l_max == l_exp: a step
     at l_exp."""
     checks.dtype("verdict", verdict, checks.FULL)
-    kinds = (torch.bool, *checks.INTEGER, *checks.FULL)
+    kinds = (*checks.MASK, *checks.FULL)
     for name, x in (("label", label), ("length", length)):
         checks.tensor(name, x, verdict.shape, "(B,)", kinds, verdict.device)
     if not l_exp <= l_max:
