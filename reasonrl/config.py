@@ -101,6 +101,7 @@ class Config(Section):
     prompts_per_step: Positive = 8
     group: Positive = 8
     max_completion_length: Positive = 64  # tokens
+    updates: Positive = 1  # optimiser steps on one rollout
     learning_rate: Rate = 3e-5
     eval_problems: Count = 500
     algorithm: str = "grpo"
