@@ -1,9 +1,9 @@
 """`linear_logp` and `linear_policy_loss` on the CPU: torch's matrix products, our epilogue.
 
 u = hidden @ weight.T + bias is made for some rows at a time; the C++ epilogue turns that chunk into
-log p, then, in place, into dL/du, from which dX = dU W and dW += dU^T X. `linear_policy_loss` with a
-token ratio does this in one pass (6 N D V FLOP) and its backward only scales. Sequence ratios take
-chunks that end where completions end; a completion longer than a chunk makes it two passes (8 N D V).
+log p, then, in place, into dL/du, from which dX = dU W and dW += dU^T X. With a token ratio
+`linear_policy_loss` does this in one pass (6 N D V FLOP); its backward only scales. Sequence ratios
+take chunks that end where completions end; one longer than a chunk makes it two passes (8 N D V).
 Skipped exactly: masked rows before the forward (all others are needed for the metrics); rows whose
 coefficients are 0, non-finite ones among them, before the two gradient products. dW is summed in
 fp32; extra memory is one chunk. Half-precision logits are rounded to their type, as torch rounds.

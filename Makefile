@@ -1,0 +1,37 @@
+# make quickstart | test | lint | bench | torture
+#   VENV=.venv          where the virtual environment lies
+#   PYTHON=python3      the interpreter it is made with
+#   TORCH_INDEX=URL     an index with PyTorch's CPU wheels; without it pip's own indexes decide
+#   PYTEST_ARGS=...     handed to pytest
+
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?=
+export PYTHON TORCH_INDEX
+
+.PHONY: quickstart test lint bench torture
+
+quickstart:
+	@bash .ci/venv "$(VENV)"
+	@"$(VENV)/bin/reasonrl" train quickstart
+	@echo "Done. See runs/quickstart/report.html, metrics.jsonl and completions/ beside it."
+
+test:
+	@bash .ci/venv "$(VENV)" test
+	@bash .ci/in "$(VENV)" python -m pytest $(PYTEST_ARGS)
+
+torture:
+	@bash .ci/venv "$(VENV)" test
+	@bash .ci/in "$(VENV)" python -m pytest -m torture $(PYTEST_ARGS)
+
+bench:
+	@bash .ci/venv "$(VENV)" test,bench
+	@bash .ci/in "$(VENV)" python -m bench
+
+lint:
+	@bash .ci/venv "$(VENV)" test
+	@bash .ci/in "$(VENV)" ruff format --check .
+	@bash .ci/in "$(VENV)" ruff check .
+	@bash .ci/in "$(VENV)" pyright
+	@bash .ci/in "$(VENV)" clang-format --dry-run --Werror \
+		csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h
