@@ -1,0 +1,223 @@
+"""What a run writes about itself while it runs, one call a step.
+
+    RUN/config.yaml                             the config, as it is now
+    RUN/metrics.jsonl                           one JSON object a step (0: the first evaluation)
+    RUN/cold_start.jsonl                        the same for the cold start's own steps
+    RUN/completions/completions_00001.parquet   one row a completion, TRL's column names
+
+Every line is flushed to the disk before the step ends. A number that JSON has not (NaN, infinity)
+is written as null and its name listed under "nonfinite_metrics". A resumed run first drops a torn last
+line and whatever lies beyond its checkpoint. Times come from `with log.phase("rollout"):`, which
+adds up to "time/rollout" of the step. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+
+from reasonrl.config import Config
+from reasonrl.log_backends import backends
+from reasonrl.log_view import View, view
+from reasonrl.records import InputError
+
+COMPLETIONS = re.compile(r"completions_([0-9]{5,})\.parquet")
+COLUMNS = {  # types that must not depend on what a step happens to hold
+    "step": pyarrow.int64(),
+    "prompt": pyarrow.string(),
+    "completion": pyarrow.string(),
+    "answer": pyarrow.string(),
+    "reward": pyarrow.float64(),
+    "advantage": pyarrow.float64(),
+    "steps": pyarrow.list_(pyarrow.list_(pyarrow.int64())),
+    "step_rewards": pyarrow.list_(pyarrow.float64()),
+    "step_advantages": pyarrow.list_(pyarrow.float64()),
+}
+
+
+class RunLog:
+    """The log of one run. resume_step: the step of the checkpoint it goes on from, 0 = none."""
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: Config,
+        *,
+        quiet: bool = False,
+        resume_step: int = 0,
+        stream: IO[str] | None = None,
+    ):
+        self.out, self.config = Path(out), config
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.writes = not ranks or torch.distributed.get_rank() == 0
+        self.times: dict[str, float] = {}
+        self.view: View = view(quiet or not self.writes, stream or sys.stdout)
+        self.backends = []
+        if not self.writes:
+            return
+        try:
+            (self.out / "completions").mkdir(parents=True, exist_ok=True)
+            replace_file(self.out / "config.yaml", config.to_yaml().encode())
+            self._forget(resume_step)
+        except OSError as error:
+            raise _unwritable(self.out, error) from None
+        self.cold_ready = False
+        self.backends = backends(config, self.out)
+
+    def _forget(self, step: int) -> None:
+        """Drop what lies beyond a step; before the first one the whole past."""
+        truncate_rows(self.out / "metrics.jsonl", step)
+        for path in (self.out / "completions").iterdir():
+            match = COMPLETIONS.fullmatch(path.name)
+            if path.name.endswith(".tmp") or (match and int(match[1]) > step):
+                path.unlink()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the step; calls of one name add up."""
+        began = time.perf_counter()
+        self.view.phase(name)
+        try:
+            yield
+        finally:
+            self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - began
+
+    def step(self, step: int, total: int, metrics: Mapping[str, Any], sample: str = "") -> None:
+        """End step `step` of `total`: its row in metrics.jsonl, the backends, the terminal."""
+        row = {"step": step, **metrics, **self._phase_times()}
+        self._write("metrics.jsonl", row)
+        self.view.step("RL", step, total, row, sample)
+
+    def cold_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
+        """The same for a step of the cold start, in a file of its own."""
+        row = {"step": step, **metrics, **self._phase_times()}
+        if self.writes and not self.cold_ready:
+            truncate_rows(self.out / "cold_start.jsonl", step - 1)
+            self.cold_ready = True
+        self._write("cold_start.jsonl", row, to_backends=False)
+        self.view.step("cold start", step, total, row, "")
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show an evaluation. At step 0 it is a row of its own, later the step's row carries it."""
+        if step == 0:
+            self._write("metrics.jsonl", {"step": 0, **metrics})
+        self.view.evaluation(step, metrics)
+
+    def completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write the completions of a step: equal-length columns by TRL's names, see COLUMNS."""
+        if not self.writes:
+            return
+        arrays = {name: _column(name, values) for name, values in columns.items()}
+        path = self.out / "completions" / f"completions_{step:05d}.parquet"
+        aside = path.with_suffix(".tmp")
+        try:
+            pyarrow.parquet.write_table(pyarrow.table(arrays), aside)
+            os.replace(aside, path)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+
+    def note(self, text: str) -> None:
+        """A line for whoever watches the run."""
+        self.view.note(text)
+
+    def close(self, complete: bool = True) -> None:
+        self.view.close(complete, self.out)
+        for backend in self.backends:
+            backend.close()
+        self.backends = []
+
+    def _phase_times(self) -> dict[str, float]:
+        times = {f"time/{name}": seconds for name, seconds in self.times.items()}
+        self.times = {}
+        return times
+
+    def _write(self, name: str, row: dict[str, Any], to_backends: bool = True) -> None:
+        if not self.writes:
+            return
+        clean = json_row(row)
+        try:
+            with (self.out / name).open("ab") as file:
+                file.write(json.dumps(clean, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(self.out / name, error) from None
+        numbers = {k: v for k, v in clean.items() if type(v) in (int, float) and k != "step"}
+        for backend in self.backends if to_backends else ():
+            backend.log(row["step"], numbers)
+
+
+def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON values: tensors and NumPy scalars as numbers, the non-finite null and named."""
+    clean: dict[str, Any] = {}
+    lost = []
+    for key, value in row.items():
+        plain = value.item() if hasattr(value, "item") else value
+        if isinstance(plain, float) and not math.isfinite(plain):
+            lost.append(key)
+            plain = None
+        clean[key] = plain
+    return clean | ({"nonfinite_metrics": lost} if lost else {})
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a torn last line is left out, damage elsewhere an InputError."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            whole = row is None or (isinstance(row, dict) and isinstance(row.get("step"), int))
+        except (ValueError, RecursionError):
+            row, whole = None, False
+        if not whole and number == len(lines):
+            break  # the writer was killed inside this line
+        if not whole:
+            raise InputError(f"{path}: row {number}: expected a JSON object with a step")
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def truncate_rows(path: Path, step: int) -> None:
+    """Keep the rows up to a step; up to step 0 none, since nothing is done yet."""
+    if path.exists():
+        rows = [row for row in read_rows(path) if 0 < step and row["step"] <= step]
+        replace_file(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment the old or the new content is there."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _column(name: str, values: Sequence[Any]) -> pyarrow.Array:
+    kind = COLUMNS.get(name)
+    if kind is None and all(v is None or isinstance(v, int | float) for v in values):
+        kind = None if all(isinstance(v, bool) for v in values) else pyarrow.float64()
+    clean = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values]
+    return pyarrow.array(clean, kind)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written ({error.strerror or error})")

@@ -1,0 +1,184 @@
+"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere, or nothing.
+
+NO_COLOR is honoured. Text that a model wrote is shown without its control characters, so that it
+cannot steer the terminal.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+SHOWN = (  # metrics worth a place, in this order; those a row lacks are left out
+    "reward",
+    "process/prefix_correct",
+    "process/step_reward_mean",
+    "loss",
+    "completions/mean_length",
+    "entropy",
+    "kl",
+    "grad_norm",
+    "learning_rate",
+    "step_time",
+)
+SAMPLE_LINES = 8
+SAMPLE_WIDTH = 400  # characters
+
+
+class View:
+    """Shows nothing: the quiet view, and the base of the others."""
+
+    def phase(self, name: str) -> None: ...
+
+    def step(
+        self, part: str, step: int, total: int, row: Mapping[str, Any], sample: str
+    ) -> None: ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self, complete: bool, out: Path) -> None: ...
+
+
+class Lines(View):
+    """One plain line a step, for files and pipes."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
+        self.eta = Eta()
+
+    def step(self, part: str, step: int, total: int, row: Mapping[str, Any], sample: str) -> None:
+        left = self.eta.left(part, step, total)
+        values = "  ".join(f"{name} {text}" for name, text in shown(row))
+        self.note(f"{part} {step}/{total}  {values}{f'  left {left}' if left else ''}")
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        values = "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+        self.note(f"evaluation at step {step}  {values}")
+
+    def note(self, text: str) -> None:
+        print(printable(text), file=self.stream, flush=True)
+
+    def close(self, complete: bool, out: Path) -> None:
+        self.note(f"done: {out}" if complete else f"stopped: {out} goes on with --resume")
+
+
+class Panels(View):
+    """A panel that redraws itself: progress, phase, time left, last metrics, one completion."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.eta = Eta()
+        self.now, self.part, self.done, self.total = "start", "", 0, 0
+        self.row: Mapping[str, Any] = {}
+        self.evaluated = self.sample = ""
+        self.live = Live(console=console, auto_refresh=False, transient=False)
+        self.live.start()
+        atexit.register(self.live.stop)  # a crash must not leave the cursor hidden
+
+    def phase(self, name: str) -> None:
+        self.now = name
+        self._draw()
+
+    def step(self, part: str, step: int, total: int, row: Mapping[str, Any], sample: str) -> None:
+        self.part, self.done, self.total = part, step, total
+        self.row, self.sample = row, sample or self.sample
+        self._left = self.eta.left(part, step, total)
+        self._draw()
+
+    _left = ""
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        values = "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+        self.evaluated = f"step {step}: {values}"
+        self._draw()
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(printable(text)))
+
+    def close(self, complete: bool, out: Path) -> None:
+        self.now = "done" if complete else "stopped; go on with --resume"
+        self._draw()
+        self.live.stop()
+        atexit.unregister(self.live.stop)
+
+    def _draw(self) -> None:
+        head = Text(f"{self.part} {self.done}/{self.total}  {self.now}")
+        if self._left:
+            head.append(f"  left {self._left}", style="dim")
+        table = Table.grid(padding=(0, 2))
+        for name, text in shown(self.row):
+            table.add_row(Text(name, style="dim"), Text(text, style="bold"))
+        parts: list[Any] = [head, ProgressBar(total=max(self.total, 1), completed=self.done), table]
+        if self.evaluated:
+            parts.append(Text(printable(self.evaluated), style="green"))
+        if self.sample:
+            lines = printable(self.sample[:SAMPLE_WIDTH]).split("\n")[:SAMPLE_LINES]
+            parts.append(Panel(Text("\n".join(lines)), title="a completion", style="dim"))
+        self.live.update(Group(*parts), refresh=True)
+
+
+class Eta:
+    """Time left from the pace of the last steps of the same part."""
+
+    def __init__(self) -> None:
+        self.part = ""
+        self.ticks: deque[tuple[int, float]] = deque(maxlen=20)
+
+    def left(self, part: str, step: int, total: int) -> str:
+        if part != self.part:
+            self.part = part
+            self.ticks.clear()
+        self.ticks.append((step, time.monotonic()))
+        (first, began), (last, now) = self.ticks[0], self.ticks[-1]
+        if last <= first:
+            return ""
+        return duration((now - began) / (last - first) * (total - step))
+
+
+def view(quiet: bool, stream: IO[str]) -> View:
+    """The view for a stream."""
+    if quiet:
+        return View()
+    console = Console(file=stream)
+    return (
+        Panels(console) if console.is_terminal and not console.is_dumb_terminal else Lines(stream)
+    )
+
+
+def shown(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, number(row[name])) for name in SHOWN if name in row]
+
+
+def number(value: Any) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else str(value)
+    return printable(str(value))
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def printable(text: str) -> str:
+    """The text with every control character but newline shown as a middle dot."""
+    return "".join(c if c == "\n" or c.isprintable() else "\u00b7" for c in text)
