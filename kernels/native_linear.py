@@ -55,15 +55,18 @@ class Head:
         self.size = max(1, min(CHUNK_ROWS or max(rows, 32), self.count))
         self.buffer = None
         self.dx = self.dw = self.db = None
+        self.wants_dw = False
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Which gradients to make; rows that are skipped keep dX = 0."""
         if hidden:
             self.dx = torch.zeros_like(self.hidden)
-        if weight:
-            self.dw = torch.zeros(self.weight.shape, dtype=torch.float32)
+        self.wants_dw = weight
         if bias and self.bias is not None:
             self.db = torch.zeros(self.bias.shape, dtype=torch.float32)
+
+    def growing(self) -> bool:
+        return self.wants_dw or self.dx is not None or self.db is not None
 
     def spans(self) -> list[tuple[int, int]]:
         return [(s, min(s + self.size, self.count)) for s in range(0, self.count, self.size)]
@@ -94,8 +97,8 @@ class Head:
             source = fold(live, count)
             x = x[source]
         du = row_grad(u, target, stats, self.scale, c, eta, u[:count], source)
-        if self.dw is not None:
-            add_product(self.dw, du, x)
+        if self.wants_dw:
+            self.dw = add_product(self.dw, du, x, last=self.size >= self.count)
         if self.db is not None:
             self.db += du.sum(0, dtype=torch.float32)
         if self.dx is None:
@@ -110,7 +113,9 @@ class Head:
         self.dx.index_copy_(0, place, torch.mm(du, self.matrix).to(self.dx.dtype))
 
     def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dw = None if self.dw is None else self.dw.to(self.weight.dtype)
+        dw = self.dw
+        if self.wants_dw:
+            dw = torch.zeros_like(self.weight) if dw is None else dw.to(self.weight.dtype)
         db = None if self.db is None or self.bias is None else self.db.to(self.bias.dtype)
         return self.dx, dw, db
 
@@ -125,18 +130,28 @@ def fold(live: Tensor, count: int) -> Tensor:  # (R,) bool -> (count,) int64
     return source
 
 
-def add_product(total: Tensor, du: Tensor, x: Tensor) -> None:
-    """total (V, D) fp32 += du^T x, some rows at a time where the product is half precision."""
+def add_product(total: Tensor | None, du: Tensor, x: Tensor, last: bool) -> Tensor:
+    """total (V, D) fp32 + du^T x, in place; some rows at a time where products are half precision.
+
+    None counts as 0: a product that is first and last needs no sum, and stays as torch made it.
+    """
+    if total is None and (last or du.dtype == torch.float32):
+        return torch.mm(du.t(), x)
     if du.dtype == torch.float32:
-        total.addmm_(du.t(), x)
-        return
+        return total.addmm_(du.t(), x)
+    first = total is None
+    if first:
+        total = torch.empty(du.shape[1], x.shape[1], dtype=torch.float32)
     for start in range(0, total.shape[0], TILE):
         part = torch.mm(du[:, start : start + TILE].t(), x)
         rows = total[start : start + TILE]
-        if part.dtype == torch.bfloat16:
+        if first:
+            rows.copy_(part)
+        elif part.dtype == torch.bfloat16:
             core().add_bf16(pointer(rows), pointer(part), part.numel(), threads())
         else:
             rows += part
+    return total
 
 
 def linear_logp(
@@ -273,7 +288,7 @@ def whole_spans(head: Head, cu: Tensor) -> list[tuple[int, int]] | None:
 def one_pass(head: Head, policy: Policy, target, known, cu, spans) -> None:
     """Each chunk of logits gives its loss and its gradients before the next one takes its place."""
     entropy = policy.spec.entropy_coef != 0
-    growing = head.dx is not None or head.dw is not None or head.db is not None
+    growing = head.growing()
     for start, end in spans:
         x = head.inputs(slice(start, end))
         u = head.logits(x)
@@ -292,5 +307,5 @@ def two_passes(head: Head, policy: Policy, target, known, cu) -> None:
     taken, ent, stats = forward_only(head, target, entropy)
     old, advantage, ref, weight = known
     c, eta = policy.add(taken, old, advantage, ref, ent, weight, None, cu.contiguous())
-    if head.dx is not None or head.dw is not None or head.db is not None:
+    if head.growing():
         backward_only(head, target, stats, c, eta)

@@ -100,7 +100,9 @@ def test_only_live_rows_reach_the_gradient_products(linear, monkeypatch):
     add_product, logits = linear.add_product, linear.Head.logits
     monkeypatch.setattr(linear, "CHUNK_ROWS", 32)
     monkeypatch.setattr(
-        linear, "add_product", lambda t, du, x: (seen.append(du.shape[0]), add_product(t, du, x))
+        linear,
+        "add_product",
+        lambda t, du, x, last: (seen.append(du.shape[0]), add_product(t, du, x, last))[1],
     )
     monkeypatch.setattr(
         linear.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
