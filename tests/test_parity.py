@@ -106,6 +106,32 @@ def test_policy_loss(name):
             within(got.metrics[key], truth.metrics[key], yard.metrics[key], 2)
 
 
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("which", ["logp", "old", "advantage", "ref", "entropy", "weight"])
+def test_policy_loss_with_nonfinite_tokens(name, which):
+    spec = LossSpec.named(name, kl_coef=0.1, entropy_coef=0.1, max_length=40)
+    for bad in (math.nan, math.inf, -math.inf):
+        x, mask = tokens(3)
+        x[which][0, ::3] = bad
+        x[which][4, :] = bad
+        results = []
+        for dtype, impl in (
+            (torch.float64, "reference"),
+            (torch.float32, "reference"),
+            (torch.float32, "native"),
+        ):
+            v = {key: value.to(dtype) for key, value in x.items()}
+            leaf, ent = v["logp"].requires_grad_(), v["entropy"].requires_grad_()
+            out = policy_loss(
+                leaf, v["old"], v["advantage"], spec, mask=mask, ref_logp=v["ref"], entropy=ent,
+                is_weight=v["weight"], impl=impl,
+            )  # fmt: skip
+            results.append([out.loss, *torch.autograd.grad(out.loss, (leaf, ent))])
+            results[-1] += out.metrics.values()
+        for truth, yard, got in zip(*results, strict=True):
+            within(got, truth, yard, 3, scale=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("width", [1, 15, 64, 1000, 4099])

@@ -1,0 +1,113 @@
+"""The process that reads mathematics written by a model: parse two answers, say whether they are
+equal.
+
+Run by path, never imported (`verify.py` starts and kills it). One JSON object a line: a task comes
+on standard input, a verdict with the task's id goes out on a copy of standard output that parsed
+text cannot reach. Everything that interprets text (math-verify, sympy) is imported here and nowhere
+else. Its own timer, which uses a signal, is off: the owner kills by process group, and CPU and
+memory limits stand behind that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import resource
+import sys
+import time
+
+WORD = re.compile(r"(?:\\text\{\s*)?([A-Za-z][A-Za-z ]{3,}?)\s*\}?")
+POWER_OF_TEN = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
+SLACK = 2  # seconds of CPU beyond the wall limit of a task
+
+
+def main() -> None:
+    sys.path.pop(0)  # the folder of this file: its modules must not shadow others
+    memory = int(sys.argv[1])
+    verdicts = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    limits(memory)
+    logging.disable(logging.CRITICAL)
+    from math_verify import parse, verify  # noqa: F401, paid for before the first task
+
+    print(json.dumps({"ready": True}), file=verdicts, flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        cpu_limit(task["timeout"])
+        print(json.dumps(verdict(task)), file=verdicts, flush=True)
+
+
+def limits(memory: int) -> None:
+    """Set the limits and look whether they hold; a worker without them does not start."""
+    wanted = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 64,
+    }
+    for kind, value in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+        if resource.getrlimit(kind) != (value, value):
+            raise SystemExit("a resource limit did not take effect")
+
+
+def cpu_limit(timeout: float) -> None:
+    used = int(time.process_time())
+    soft, hard = used + int(timeout) + 1 + SLACK, resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+def verdict(task: dict) -> dict:
+    """{"id", "kind"}: equal, different, no answer (in free text), unread answer, or no gold."""
+    gold = read(task["gold"])
+    if not gold:
+        return {"id": task["id"], "kind": "no gold"}
+    found = read_text(task["pred"]) if task["free"] else read(task["pred"])
+    if not task["free"] and plain(task["pred"]) == plain(task["gold"]):
+        return {"id": task["id"], "kind": "equal"}
+    if not found:
+        return {"id": task["id"], "kind": "no answer" if task["free"] else "unread answer"}
+    words = [WORD.fullmatch(x.strip()) for x in (task["gold"], task["pred"])]
+    if words[0] is not None:  # letters are not a product of variables
+        said = words[1][1].casefold() if words[1] is not None else None
+        return {
+            "id": task["id"],
+            "kind": "equal" if said == words[0][1].casefold() else "different",
+        }
+    from math_verify import verify
+
+    same = verify(gold, found, timeout_seconds=None)
+    return {"id": task["id"], "kind": "equal" if same else "different"}
+
+
+def plain(answer: str) -> str:
+    return "".join(answer.strip().strip("$").rstrip(".").split())
+
+
+def read(answer: str) -> list:
+    """A bare answer, LaTeX without delimiters or not, as sympy objects; [] if it does not parse."""
+    from math_verify import LatexExtractionConfig, parse
+
+    answer = answer.strip()
+    if (power := POWER_OF_TEN.fullmatch(answer)) is not None:
+        answer = f"{power[1]} \\cdot 10^{{{power[2]}}}"
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    text = f"\\boxed{{{answer}}}"
+    return parse(text, config, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+
+
+def read_text(completion: str) -> list:
+    """The answer in free text, by math-verify's own search."""
+    from math_verify import parse
+
+    return parse(completion, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
