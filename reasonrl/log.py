@@ -6,7 +6,7 @@
     RUN/completions/completions_00001.parquet   one row a completion, TRL's column names
 
 Every line is flushed to the disk before the step ends. A number that JSON has not (NaN, infinity)
-is written as null and its name listed under "nonfinite_metrics". A resumed run first drops a torn last
+is written as null, its name listed under "nonfinite_metrics". A resumed run first drops a torn last
 line and whatever lies beyond its checkpoint. Times come from `with log.phase("rollout"):`, which
 adds up to "time/rollout" of the step. Only rank 0 writes.
 """
