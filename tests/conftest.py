@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# many small tensors: a second thread costs more than it gives; a test that wants two sets them
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.register_profile("torture", derandomize=False, deadline=None, max_examples=400)
 settings.load_profile(os.environ.get("REASONRL_HYPOTHESIS", "ci"))

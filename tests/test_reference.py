@@ -138,16 +138,16 @@ PEAK = """
 import resource, torch
 from reasonrl import ops
 torch.set_num_threads(1)
-x = torch.randn(3072, 16, requires_grad=True)
+x = torch.randn(2048, 16, requires_grad=True)
 w = torch.randn(32768, 16, requires_grad=True)
-t = torch.randint(0, 32768, (3072,))
+t = torch.randint(0, 32768, (2048,))
 ops.linear_logp(x[:64], w, t[:64], impl="reference").sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ops.linear_logp(x, w, t, entropy=True, impl="reference")[1].sum().backward()
+ops.linear_logp(x, w, t, impl="reference").sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
 def test_linear_logp_never_holds_all_logits():
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 300  # MiB; all logits take 384, plain torch keeps three such
+    assert int(run.stdout) < 200  # MiB; all logits take 256, plain torch keeps three such
