@@ -12,6 +12,7 @@ Legend: N tokens, K rows in use, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from reasonrl.kernels.native import (
 
 CHUNK_BYTES = 1 << 27  # of logits alive at one time
 CHUNK_ROWS = 0  # rows of a chunk where not 0: overrides CHUNK_BYTES
+_kept = threading.local()
 TILE = 4096  # rows of weight whose half-precision dW is alive at one time
 
 
@@ -53,7 +55,6 @@ class Head:
         vocab = self.weight.shape[0]
         rows = CHUNK_BYTES // max(1, vocab * self.dtype.itemsize) // 32 * 32
         self.size = max(1, min(CHUNK_ROWS or max(rows, 32), self.count))
-        self.buffer = None
         self.dx = self.dw = self.db = None
         self.wants_dw = False
 
@@ -75,10 +76,9 @@ class Head:
         index = rows if self.rows is None else self.rows[rows]
         return self.hidden[index].to(self.dtype)
 
-    def logits(self, x: Tensor) -> Tensor:  # (R, D) -> (R, V), a view of the one buffer
-        if self.buffer is None:
-            self.buffer = torch.empty(self.size, self.weight.shape[0], dtype=self.dtype)
-        out = self.buffer[: x.shape[0]]
+    def logits(self, x: Tensor) -> Tensor:  # (R, D) -> (R, V), a view of the scratch
+        out = scratch(self.size * self.weight.shape[0], self.dtype)
+        out = out[: x.shape[0] * self.weight.shape[0]].view(x.shape[0], self.weight.shape[0])
         if self.addend is None:
             return torch.mm(x, self.matrix.t(), out=out)
         return torch.addmm(self.addend, x, self.matrix.t(), out=out)
@@ -118,6 +118,15 @@ class Head:
             dw = torch.zeros_like(self.weight) if dw is None else dw.to(self.weight.dtype)
         db = None if self.db is None or self.bias is None else self.db.to(self.bias.dtype)
         return self.dx, dw, db
+
+
+def scratch(numel: int, dtype: torch.dtype) -> Tensor:  # (numel,)
+    """The chunk of this thread, kept between calls: fresh pages cost as much as a small product."""
+    kept = getattr(_kept, "chunk", None)
+    if kept is None or kept.numel() < numel * dtype.itemsize:
+        _kept.chunk = None
+        kept = _kept.chunk = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+    return kept[: numel * dtype.itemsize].view(dtype)
 
 
 def fold(live: Tensor, count: int) -> Tensor:  # (R,) bool -> (count,) int64
