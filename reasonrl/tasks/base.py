@@ -106,6 +106,10 @@ class Task:
         """The outcome of one completion."""
         raise NotImplementedError
 
+    def grades(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Score]:
+        """The outcomes of many completions, `problems` one for each."""
+        return [self.grade(p, c) for p, c in zip(problems, completions, strict=True)]
+
     def steps(self, problem: Problem, completion: str) -> list[Step] | None:
         """Steps with reward 1.0 or 0.0 by rule, as character spans; None where no rule can tell."""
         return None

@@ -11,13 +11,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from reasonrl.records import InputError
 from reasonrl.tasks.arithmetic import Arithmetic
 from reasonrl.tasks.base import Task
+from reasonrl.tasks.gym import Gym
+from reasonrl.tasks.jsonl import Jsonl, is_data_file
 from reasonrl.tasks.knights import Knights
 
 TASKS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
     "knights": Knights,
+    "gym": Gym,
 }
-DATA = (".jsonl", ".json", ".parquet")
 
 
 def make_task(name: str, *, seed: int = 0, **options: Any) -> Task:
@@ -25,12 +27,14 @@ def make_task(name: str, *, seed: int = 0, **options: Any) -> Task:
 
     Unknown names and options are an InputError with the nearest known one; so are wrong types.
     """
+    if is_data_file(name):
+        return Jsonl(seed=seed, path=name, **_checked(Jsonl, name, options))
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(
             f"task: unknown task {name!r}{hint} (known: {', '.join(sorted(TASKS))}, "
-            f"or a {', '.join(DATA)} file)"
+            f"or a .jsonl, .json or .parquet file)"
         )
     kind = TASKS[name]
     return kind(seed=seed, **_checked(kind, name, options))
