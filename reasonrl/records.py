@@ -90,7 +90,10 @@ class Rollout:
     text: Sequence[str]  # B, decoded without special tokens
     finished: Sequence[bool]  # B, False = cut by the length limit
     logp: Sequence[Tensor]  # B x (T_b,) fp32, un-truncated distribution at the sampling temperature
-    pieces: Sequence[Sequence[int]]  # B x (T_b + 1) character offset of each token's start in `text`
+    pieces: Sequence[
+        Sequence[int]
+    ]  # B x (T_b + 1) character offset of each token's start in `text`
+    sampling_logp: Sequence[Tensor] | None = None  # as `logp`, after top-k/top-p truncation
     images: Sequence[Any] = ()  # P, decoded once per prompt (vision tasks)
 
 
@@ -114,12 +117,14 @@ class Batch:
 
     input_ids: Tensor  # (L,) int64, prompts and completions packed
     position_ids: Tensor  # (L,) int64, a completion continues its prompt's positions
-    layout: Sequence[tuple[int, int, Sequence[int]]]  # per group: (start, prompt length, completion lengths)
+    layout: Sequence[
+        tuple[int, int, Sequence[int]]
+    ]  # per group: (start, prompt length, completion lengths)
     predict: Tensor  # (N,) int64, position whose hidden state predicts token n
     target: Tensor  # (N,) int64, the completion tokens
     cu_seqlens: Tensor  # (B+1,) int64 over the N completion tokens
     advantage: Tensor  # (N,) fp32
-    old_logp: Tensor  # (N,) fp32
+    old_logp: Tensor | None  # (N,) fp32, None = on-policy
     ref_logp: Tensor | None  # (N,) fp32
     mask: Tensor  # (N,) bool
     rows: Tensor  # (B,) int64, rows of the rollout

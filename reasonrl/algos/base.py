@@ -1,0 +1,120 @@
+"""GRPO, the base class: five rooms, of which every other algorithm replaces one or two.
+
+    prompt -> rollout -> score -> advantage -> loss   (-> update of a learned reward)
+
+GRPO (arXiv 2402.03300, section 4.1): the advantage of a completion is its outcome, normalised in
+its group, on all of its tokens. Which loss (DAPO, Dr. GRPO, GSPO, CISPO, ...) is a LossSpec, not
+an algorithm. Left out: the value model; the KL term is the loss's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_type_hints
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from reasonrl import ops
+from reasonrl.batch import cu_seqlens, lengths
+from reasonrl.models import Policy
+from reasonrl.prompts import render
+from reasonrl.records import InputError, Problem, Rewards, Rollout
+from reasonrl.rollout import Sampling, sample
+from reasonrl.tasks import Task
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What every algorithm has; the fields after `policy` are its knobs (config section `algo`)."""
+
+    task: Task
+    policy: Policy
+    needs_groups: ClassVar[bool] = True  # whether a group of one teaches nothing
+
+    def prompt(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """The token ids each problem is asked with in training."""
+        return self.plain_prompt(problems)
+
+    def plain_prompt(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """The token ids of the prompts as the task states them, for evaluation."""
+        return [render(self.policy.tokenizer, problem.prompt) for problem in problems]
+
+    def rollout(
+        self, problems: Sequence[Problem], group: int, sampling: Sampling, seed: int
+    ) -> Rollout:
+        return sample(self.policy, problems, self.prompt(problems), group, sampling, seed)
+
+    def score(self, rollout: Rollout) -> Rewards:
+        """The task's own verdict on every completion, and its steps where a rule can check them."""
+        problems = [rollout.problems[g] for g in rollout.group.tolist()]
+        pairs = list(zip(problems, rollout.text, strict=True))
+        steps = [self.task.steps(problem, text) for problem, text in pairs]
+        return Rewards(
+            outcome=[self.task.grade(problem, text) for problem, text in pairs],
+            steps=None if any(s is None for s in steps) else steps,
+        )
+
+    def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
+        """What multiplies the gradient of every completion token, (N,) fp32."""
+        raise NotImplementedError
+
+    def update(self, rollout: Rollout, rewards: Rewards) -> dict[str, float]:
+        """Train a learned reward on this rollout; its metrics."""
+        return {}
+
+
+@dataclass(frozen=True)
+class GRPO(Algorithm):
+    kind: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    ddof: int = 1
+    eps: float = 1e-6
+
+    def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
+        return per_token(self.outcome_advantage(rewards, rollout), rollout)
+
+    def outcome_advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
+        """(B,): outcomes normalised in their groups; unknown outcomes are outside and get 0."""
+        value, known = outcomes(rewards)
+        return ops.group_advantage(
+            value, rollout.group, kind=self.kind, scored=known, ddof=self.ddof, eps=self.eps
+        )
+
+
+def outcomes(rewards: Rewards) -> tuple[Tensor, Tensor]:
+    """Outcome values (B,) fp32, 0 where unknown, and which are known (B,) bool."""
+    value = [0.0 if s.value is None else s.value for s in rewards.outcome]
+    known = [s.kind == "scored" for s in rewards.outcome]
+    return torch.tensor(value, dtype=torch.float32), torch.tensor(known, dtype=torch.bool)
+
+
+def per_token(value: Tensor, rollout: Rollout) -> Tensor:
+    """(B,) -> (N,): every token of a completion gets the completion's value."""
+    return value.repeat_interleave(torch.tensor(lengths(rollout), dtype=torch.long))
+
+
+def make(kind: type[Algorithm], task: Task, policy: Policy, knobs: Mapping[str, Any]) -> Algorithm:
+    """An algorithm from the config's `algo` section; InputError for unknown or ill-typed knobs."""
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(kind) if f.name not in ("task", "policy")]
+    checked = {}
+    for key, value in knobs.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"algo.{key}: unknown knob{hint} (known: {', '.join(known) or 'none'})"
+            )
+        try:
+            adapter = TypeAdapter(hints[key], config=ConfigDict(strict=True))
+            checked[key] = adapter.validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise InputError(f"algo.{key}: {reason}, got {value!r}") from None
+    return kind(task=task, policy=policy, **checked)
+
+
+__all__ = ["GRPO", "Algorithm", "cu_seqlens", "make", "outcomes", "per_token"]

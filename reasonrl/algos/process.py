@@ -1,0 +1,68 @@
+"""GRPO with process rewards: the steps of a completion are credited one by one.
+
+Step rewards are normalised over all steps of the group, like outcomes over its completions
+(process supervision, arXiv 2402.03300, section 4.1.3). `credit="return"` gives a token the sum of
+its own and all later steps, as in the paper; `credit="step"` gives it its own step only, which is
+right where each step is judged on the value written before it. The outcome stays beside it:
+
+    advantage_t = outcome_weight * A(outcome) + step_weight * credit_t
+
+Step rewards come from the task's rules here; learned scorers replace `score`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reasonrl import ops
+from reasonrl.algos.base import GRPO, cu_seqlens, per_token
+from reasonrl.records import InputError, Rewards, Rollout
+from reasonrl.segment import token_steps
+
+
+@dataclass(frozen=True)
+class Process(GRPO):
+    credit: Literal["step", "return"] = "return"
+    outcome_weight: float = 1.0
+    step_weight: float = 1.0
+
+    def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
+        outcome = per_token(self.outcome_advantage(rewards, rollout), rollout)
+        return self.outcome_weight * outcome + self.step_weight * self._process(rewards, rollout)
+
+    def _process(self, rewards: Rewards, rollout: Rollout) -> Tensor:
+        """(N,): the credit of the step each token stands in, 0 outside all steps."""
+        if rewards.steps is None:
+            raise InputError(
+                f"algorithm process: task {self.task.name} has no rule for its steps; use grpo"
+            )
+        value = [s.reward for steps in rewards.steps for s in steps]
+        counts = torch.tensor([len(steps) for steps in rewards.steps], dtype=torch.long)
+        known = torch.tensor([v is not None for v in value], dtype=torch.bool)
+        step_advantage = ops.group_advantage(
+            torch.tensor([v or 0.0 for v in value], dtype=torch.float32),
+            rollout.group.repeat_interleave(counts),
+            kind=self.kind,
+            scored=known,
+            ddof=self.ddof,
+            eps=self.eps,
+        )
+        at = step_ids(rewards, rollout)
+        if self.credit == "step":
+            return ops.step_expand(step_advantage, at, where="all")
+        ends = ops.step_expand(step_advantage, at, where="last")
+        return ops.returns(ends, cu_seqlens=cu_seqlens(rollout))
+
+
+def step_ids(rewards: Rewards, rollout: Rollout) -> Tensor:
+    """(N,) int64: the step of every completion token, numbered through the batch, -1 = none."""
+    out: list[int] = []
+    first = 0
+    for steps, at in zip(rewards.steps or (), rollout.pieces, strict=True):
+        out += [first + s if s >= 0 else -1 for s in token_steps(steps, at)]
+        first += len(steps)
+    return torch.tensor(out, dtype=torch.long)

@@ -1,0 +1,168 @@
+"""Attention over packed tokens in which a group's prompt stands once.
+
+A plan travels as a keyword argument through any transformers decoder whose attention goes through
+`ALL_ATTENTION_FUNCTIONS`; the layers themselves stay transformers' own. Two plans:
+
+* `Packed`: [prompt | completion 1 | completion 2 | ...] per group, L tokens in all. A completion
+  attends to its prompt and to itself, never to a sibling. Exact: the same numbers as G separate
+  sequences, for P + G*R instead of G*(P+R) tokens.
+* `Decode`: one new token for each of B rows, keys and values kept in a static cache.
+
+Left out: sliding windows, attention sinks and dropout, which are refused rather than ignored.
+Shapes: H query heads, K key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "reasonrl"
+SMALL = 1 << 24  # score elements up to which the plain path keeps its fp32 scores (64 MiB)
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """transformers' attention signature: q (1, H, L, d), k and v (1, K, L, d) -> (1, L, H, d)."""
+    plan = kwargs.get("plan")
+    if plan is None:
+        raise ValueError("the 'reasonrl' attention needs plan=, got none")
+    for option in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"attention option {option} is not supported by the packed path")
+    if dropout:
+        raise ValueError(f"attention dropout must be 0 in the packed path, got {dropout}")
+    return plan.attend(module.layer_idx, query[0], key[0], value[0], scaling)[None], None
+
+
+class Packed:
+    """The plan of one packed micro-batch; index tensors are made once and used by every layer."""
+
+    def __init__(
+        self, layout: Sequence[tuple[int, int, Sequence[int]]], device, keep: bool = False
+    ):
+        self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+        prompts = [range(start, start + length) for start, length, _ in layout]
+        rows, owner, at = [], [], 0
+        for g, (start, length, lengths) in enumerate(layout):
+            at = start + length
+            for n in lengths:
+                rows.append(range(at, at + n))
+                owner.append(g)
+                at += n
+        p_len, r_len = [len(p) for p in prompts], [len(r) for r in rows]
+        p_max, r_max = max(p_len, default=0), max(r_len, default=0)
+        self.shape = (len(prompts), p_max), (len(rows), r_max)
+        self.prompt = _padded(prompts, p_max, device)  # (P * Pmax,), position in the packing
+        self.rows = _padded(rows, r_max, device)  # (B * Rmax,)
+        self.owner = torch.tensor(owner, dtype=torch.long, device=device)
+        self.home = _home(
+            prompts, rows, p_max, r_max, device
+        )  # (L,), where position l was computed
+        self.causal = torch.ones(p_max, p_max, dtype=torch.bool, device=device).tril()[None, None]
+        columns = torch.arange(p_max, device=device)
+        seen = columns < torch.tensor(p_len, device=device)[:, None]  # (P, Pmax)
+        if rows:
+            own = torch.ones(r_max, r_max, dtype=torch.bool, device=device).tril()
+            seen = seen[self.owner][:, None, None, :].expand(-1, 1, r_max, -1)
+            self.sees = torch.cat([seen, own.expand(len(rows), 1, -1, -1)], dim=-1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (H, L, d), k and v (K, L, d) -> (L, H, d)."""
+        q, k, v = (x.to(v.dtype).transpose(0, 1) for x in (q, k, v))  # (L, heads, d)
+        qp, kp, vp = (_blocks(x, self.prompt, self.shape[0]) for x in (q, k, v))
+        if self.cache is not None:
+            self.cache[layer] = (kp, vp)
+        out = attend(qp, kp, vp, self.causal, scaling)
+        out = out.transpose(1, 2).flatten(0, 1)
+        if len(self.owner):
+            qr, kr, vr = (_blocks(x, self.rows, self.shape[1]) for x in (q, k, v))
+            kr = torch.cat([kp.index_select(0, self.owner), kr], dim=2)
+            vr = torch.cat([vp.index_select(0, self.owner), vr], dim=2)
+            o = attend(qr, kr, vr, self.sees, scaling)
+            out = torch.cat([out, o.transpose(1, 2).flatten(0, 1)])
+        return out.index_select(0, self.home)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float) -> Tensor:
+    """softmax(scaling * q k^T where seen) v: q (B, H, R, d), k and v (B, K, S, d) -> (B, H, R, d).
+
+    Short rows on a CPU take three plain matrix products: the flash backward of torch 2.13 costs
+    about 7x more there (RL completions of tens of tokens). Everything else is SDPA.
+    """
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if q.device.type != "cpu" or scores > SMALL:
+        gqa = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling, enable_gqa=gqa)
+    b, h, r, d = q.shape
+    heads = k.shape[1]
+    q = q.reshape(b, heads, h // heads * r, d)  # query heads of one key head stand together
+    s = (q @ k.transpose(-1, -2)).float().view(b, h, r, -1)
+    p = s.mul(scaling).masked_fill(~sees, -torch.inf).softmax(-1).to(v.dtype)
+    return (p.view(b, heads, h // heads * r, -1) @ v).view(b, h, r, d)
+
+
+def _blocks(x: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(L, heads, d) -> (rows, heads, width, d), right-padded with copies nobody attends to."""
+    return x.index_select(0, at).unflatten(0, shape).transpose(1, 2)
+
+
+def _padded(spans: Sequence[range], width: int, device) -> Tensor:
+    rows = [i for s in spans for i in [*s, *([s.start] * (width - len(s)))]]
+    return torch.tensor(rows, dtype=torch.long, device=device)
+
+
+def _home(prompts, rows, p_max: int, r_max: int, device) -> Tensor:
+    at = [(pos, g * p_max + i) for g, s in enumerate(prompts) for i, pos in enumerate(s)]
+    base = len(prompts) * p_max
+    at += [(pos, base + b * r_max + i) for b, s in enumerate(rows) for i, pos in enumerate(s)]
+    return torch.tensor([slot for _, slot in sorted(at)], dtype=torch.long, device=device)
+
+
+class Decode:
+    """One new token a row over a static cache: row b holds `length[b]` keys, then its new one.
+
+    The prompt's keys come from a `Packed` prefill and are copied once per row; rows that ended are
+    dropped with `keep`.
+    """
+
+    def __init__(self, prefill: Packed, owner: Tensor, prompt_length: Tensor, new_tokens: int):
+        self.length = prompt_length[owner]  # (B,)
+        self.cache = {}
+        for layer, (k, v) in prefill.cache.items():
+            width = k.shape[2]
+            size = (len(owner), k.shape[1], width + new_tokens, k.shape[3])
+            pair = k.new_zeros(size), v.new_zeros(size)  # zeros: an unseen NaN would still spread
+            for full, prompt in zip(pair, (k, v), strict=True):
+                full[:, :, :width] = prompt.index_select(0, owner)
+            self.cache[layer] = pair
+        self._advance()
+
+    def _advance(self) -> None:
+        self.row = torch.arange(len(self.length), device=self.length.device)
+        self.width = int(self.length.max()) + 1 if len(self.length) else 0
+        columns = torch.arange(self.width, device=self.length.device)
+        self.sees = (columns <= self.length[:, None])[:, None, None, :]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (H, B, d), k and v (K, B, d) -> (B, H, d)."""
+        keys, values = self.cache[layer]
+        keys[self.row, :, self.length] = k.transpose(0, 1).to(keys.dtype)
+        values[self.row, :, self.length] = v.transpose(0, 1).to(values.dtype)
+        q = q.transpose(0, 1)[:, :, None].to(keys.dtype)
+        out = attend(q, keys[:, :, : self.width], values[:, :, : self.width], self.sees, scaling)
+        return out[:, :, 0]
+
+    def step(self) -> None:
+        self.length = self.length + 1
+        self._advance()
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache = {
+            layer: (k.index_select(0, rows), v.index_select(0, rows))
+            for layer, (k, v) in self.cache.items()
+        }
+        self.length = self.length[rows]
+        self._advance()

@@ -1,0 +1,129 @@
+"""The `reasonrl` command: one short function a command, exit statuses as the README lists them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from reasonrl import __version__
+from reasonrl.records import InputError, NonFiniteStop, ScorerDown, Stalled
+
+STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4, Stalled: 5}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 2 wrong usage or input, 3 NaN, 4 scorer down, 5 stalled."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except tuple(STATUS) as error:
+        line = " ".join(str(error).split())
+        print(f"reasonrl: {line}", file=sys.stderr)
+        return next(code for kind, code in STATUS.items() if isinstance(error, kind))
+    except KeyboardInterrupt:
+        print("reasonrl: stopped at once; resume with --resume", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reasonrl",
+        description="Reinforcement learning of reasoning models with process rewards.",
+    )
+    parser.add_argument("--version", action="version", version=f"reasonrl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "train", help="train by a recipe (a built-in name or a YAML file)"
+    )
+    command.add_argument("recipe")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument(
+        "--out", type=Path, help="run folder (default: runs/RECIPE, or the next free)"
+    )
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    command.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("eval", help="greedy accuracy of a model or checkpoint on a task")
+    command.add_argument("recipe", help="names the task and the limits; overrides as in train")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.set_defaults(run=_eval)
+
+    command = commands.add_parser("fetch-model", help="fetch and convert a model into the cache")
+    command.add_argument("name", choices=["smollm2"])
+    command.set_defaults(run=_fetch_model)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from reasonrl import config as configs
+    from reasonrl.train import train
+
+    config = configs.load(options.recipe, options.overrides)
+    out = options.out or _run_folder(Path(options.recipe).stem, options.resume)
+    done = train(config, out, resume=options.resume, quiet=options.quiet)
+    if not done and not options.quiet:
+        print(
+            f"stopped after a whole step; go on with: reasonrl train {options.recipe} --resume --out {out}"
+        )
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    import json
+
+    from reasonrl import config as configs
+    from reasonrl import models
+    from reasonrl.algos import GRPO
+    from reasonrl.evaluate import evaluate
+    from reasonrl.tasks import make_task
+
+    config = configs.load(options.recipe, options.overrides)
+    policy = models.load(config.model, dtype=config.dtype, seed=config.seed, **config.model_options)
+    task = make_task(config.task, seed=config.seed, **config.task_options)
+    metrics, _ = evaluate(
+        GRPO(task, policy),
+        config.eval.split,
+        config.eval_problems,
+        config.max_completion_length,
+        config.eval.batch,
+    )
+    print(json.dumps(metrics))
+    return 0
+
+
+def _fetch_model(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from reasonrl import smollm2
+
+    print(smollm2.fetch())
+    return 0
+
+
+def _run_folder(name: str, resume: bool) -> Path:
+    """runs/NAME; where that is taken, the next free runs/NAME-2, ... or, to resume, the last one."""
+    taken = [
+        p for p in [Path("runs", name), *(Path("runs", f"{name}-{i}") for i in range(2, 1000))]
+    ]
+    used = [p for p in taken if p.exists()]
+    if resume:
+        return used[-1] if used else taken[0]
+    return next(p for p in taken if p not in used)
+
+
+def _quiet_libraries() -> None:
+    """Before transformers is imported: no hub calls, no advice, no tokenizer threads."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Policies, references and scorers: transformers models behind one small class.
+
+`Policy` gives hidden states without logits through the packed attention, and its head as tensors.
+`load` takes a folder, a hub id, `smollm2` (from its PyPI wheel, converted once into a cache) or
+`tiny` (a small transformer built from scratch). Left out: encoder-decoder models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from reasonrl import attention, smollm2, tiny
+from reasonrl.records import InputError
+
+ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
+
+
+@dataclass
+class Policy:
+    """A causal language model with its tokenizer and the dtype of its matrix products."""
+
+    model: Any  # transformers PreTrainedModel, parameters in fp32
+    tokenizer: Any
+    compute: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Every token id that ends a completion."""
+        declared = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = declared if isinstance(declared, list) else [declared]
+        ids = [*ids, self.tokenizer.eos_token_id]
+        return frozenset(i for i in ids if i is not None)
+
+    @property
+    def context(self) -> int:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, plan: Any) -> Tensor:
+        """Packed ids (L,) and positions (L,) -> last hidden states (L, D)."""
+        decoder = self.model.get_decoder()
+        out = decoder(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            plan=plan,
+            use_cache=False,
+        )
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, D) -> (B, V) with the model's own soft cap; for sampling, never for training."""
+        u = self.head(hidden)
+        return u if self.softcap is None else self.softcap * torch.tanh(u / self.softcap)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.get_output_embeddings()
+
+    @property
+    def softcap(self) -> float | None:
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def autocast(self):
+        enabled = self.compute != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute, enabled=enabled)
+
+    def frozen(self) -> Policy:
+        """A copy of the weights as they are now, without gradients: a reference."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return Policy(model, self.tokenizer, self.compute)
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Every linear layer in the compute dtype, cast (and on a CPU packed) once, not per call."""
+        layers = [m for m in self.model.modules() if type(m) is nn.Linear]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            if self.compute != torch.float32:
+                packed: dict[int, Tensor] = {}
+                for layer in layers:
+                    layer.forward = _prepared(layer, self.compute, packed)
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+            self.model.train(was_training)
+
+
+def _prepared(layer: nn.Linear, dtype: torch.dtype, packed: dict[int, Tensor]):
+    key = layer.weight.data_ptr()  # tied or shared weights are prepared once
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    if key not in packed:
+        weight = layer.weight.detach().to(dtype)
+        if weight.device.type == "cpu":
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        packed[key] = weight
+    weight = packed[key]
+    if weight.is_mkldnn:
+        linear = torch.ops.mkldnn._linear_pointwise
+        return lambda x: linear(x.to(dtype), weight, bias, "none", [], "")
+    return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the hardware multiplies it fast, fp32 elsewhere."""
+    if name == "fp32":
+        return torch.float32
+    if name == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load(
+    name: str, *, dtype: str = "auto", device: str = "cpu", seed: int = 0, **options
+) -> Policy:
+    """The policy called `name`; InputError where the folder holds no usable model."""
+    target = torch.device(device)
+    if name == "tiny":
+        model, tokenizer = tiny.build(seed=seed, **options)
+    else:
+        if options:
+            raise InputError(f"model_options: only model=tiny takes options, got {sorted(options)}")
+        folder = smollm2.fetch() if name == "smollm2" else name
+        model, tokenizer = _pretrained(str(folder))
+    _check(name, model, tokenizer)
+    model.set_attn_implementation(attention.NAME)
+    return Policy(model.to(target), tokenizer, compute_dtype(dtype, target))
+
+
+def _pretrained(folder: str):
+    path = Path(folder)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model {folder}: expected a folder with config.json, found none")
+        if not any(path.glob("*.safetensors")):
+            raise InputError(f"model {folder}: expected weights (*.safetensors), found none")
+    elif folder.startswith((".", "/", "~")) or folder.count("/") > 1:
+        raise InputError(f"model {folder}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"model {folder}: {reason}") from error
+    if config.is_encoder_decoder:
+        raise InputError(f"model {folder}: expected a decoder-only model, got {config.model_type}")
+    return model, tokenizer
+
+
+def _check(name: str, model, tokenizer) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"model {name}: tokenizer has {len(tokenizer)} tokens but the embedding has {rows} rows:"
+            " the tokenizer belongs to another model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model {name}: the tokenizer has no end-of-sequence token")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise InputError(
+            f"model {name}: {type(model).__name__} does not use transformers' attention interface,"
+            " which packed training needs"
+        )

@@ -1,0 +1,98 @@
+"""A run's state on disk: what a checkpoint holds, and how a run finds its way back.
+
+    checkpoint-<step>/   model and tokenizer (Hugging Face layout), optimizer.{json,safetensors},
+                         rng.{json,safetensors}, manifest.json with the position and the config
+
+Left out: sharded optimisers (DeepSpeed): their checkpoints hold the model alone and say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reasonrl import checkpoint, models
+from reasonrl import config as configs
+from reasonrl.config import Config
+from reasonrl.models import Policy
+from reasonrl.records import InputError
+from reasonrl.state_file import load_state, rng_state, save_state, set_rng_state
+from reasonrl.update import Learner
+
+
+@dataclass(frozen=True)
+class Found:
+    path: Path
+    meta: dict[str, Any]
+
+
+def find(out: Path, resume: bool, config: Config) -> Found | None:
+    """The checkpoint to go on from; None for a new run.
+
+    InputError: a new run over an old one, --resume without a checkpoint, or with a config that
+    differs in a key that a resumed run may not change.
+    """
+    if not resume:
+        if checkpoint.checkpoints(out):
+            raise InputError(f"{out}: holds a run already; use --resume, or another --out")
+        return None
+    path = checkpoint.latest_verified(out)
+    if path is None:
+        raise InputError(f"{out}: no checkpoint to resume from; start it without --resume")
+    meta = checkpoint.load(path)["meta"]
+    if (out / "config.yaml").is_file():
+        configs.check_resume(configs.read(out / "config.yaml"), config, str(out))
+    if not meta["resumable"]:
+        raise InputError(f"{path}: holds no optimizer state (saved under DeepSpeed); cannot resume")
+    return Found(path, meta)
+
+
+def save(out: Path, learner: Learner, config: Config, position: dict[str, int]) -> None:
+    """Write checkpoint-<step> on the main rank; every rank waits for it."""
+    accelerator, policy = learner.accelerator, learner.policy
+    sharded = accelerator.distributed_type.value == "DEEPSPEED"
+
+    def write(folder: Path) -> None:
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+        if not sharded:
+            save_state(folder / "optimizer", learner.optimizer.state_dict())
+        save_state(folder / "rng", rng_state())
+
+    if accelerator.is_main_process:
+        meta = {
+            "position": position | {"skipped": learner.skipped},
+            "config": config.digest(),
+            "resumable": not sharded,
+        }
+        checkpoint.save(out, position["step"], write, meta, keep=config.save.keep)
+    accelerator.wait_for_everyone()
+
+
+def restore(found: Found, learner: Learner) -> dict[str, int]:
+    """Put the optimizer and the random states back; the position {cold, step, tokens}."""
+    learner.optimizer.load_state_dict(load_state(found.path / "optimizer"))
+    set_rng_state(load_state(found.path / "rng"))
+    learner.skipped = found.meta["position"]["skipped"]
+    return found.meta["position"]
+
+
+def keep_reference(out: Path, policy: Policy) -> None:
+    """Keep the weights RL starts from: a resumed run needs them as its reference."""
+
+    def write(folder: Path) -> None:
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+    checkpoint.save(out / "reference", 0, write, {}, keep=1)
+
+
+def reference(out: Path, config: Config, device: str) -> Policy:
+    """The reference policy of a resumed run."""
+    path = checkpoint.latest_verified(out / "reference")
+    if path is None:
+        raise InputError(f"{out / 'reference'}: the run's reference weights are missing")
+    policy = models.load(str(path), dtype=config.dtype, device=device)
+    policy.model.eval().requires_grad_(False)
+    return policy

@@ -1,0 +1,228 @@
+"""The loop. A step walks through the five rooms once, in order:
+
+    problems -> prompts, rollout -> score -> advantage -> update of the policy (-> of the reward)
+
+The cold start is the same loop with the algorithm `sft`. A position in a run is (phase, step) and
+every draw is made from (seed, phase, step), so a resumed run continues bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from reasonrl import models, state
+from reasonrl.algos import ALGOS, SFT
+from reasonrl.algos.base import make
+from reasonrl.config import Config
+from reasonrl.evaluate import evaluate
+from reasonrl.log import RunLog
+from reasonrl.loss import LossSpec
+from reasonrl.observe import completion_rows, step_metrics
+from reasonrl.records import InputError
+from reasonrl.rollout import Sampling
+from reasonrl.tasks import make_task
+from reasonrl.update import Learner, rate_at
+
+COLD_START = LossSpec.named("reinforce")
+
+
+class Stop:
+    """SIGINT and SIGTERM ask the run to finish its step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class Run:
+    """A run being trained: policy, algorithms, learner, log, and where it stands."""
+
+    def __init__(self, config: Config, out: Path, resume: bool, quiet: bool = False):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config, self.out = config, out
+        self.spec = _spec(config)
+        if config.algorithm not in ALGOS:
+            raise InputError(
+                f"algorithm: expected one of {', '.join(ALGOS)}, got {config.algorithm!r}"
+            )
+        if config.sample.temperature == 0:
+            raise InputError("sample.temperature: expected > 0 in training, got 0")
+        task = make_task(config.task, seed=config.seed, **config.task_options)
+        found = state.find(out, resume, config)
+        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        policy = models.load(
+            config.model if found is None else str(found.path),
+            dtype=config.dtype,
+            device=str(self.accelerator.device),
+            seed=config.seed,
+            **(config.model_options if found is None else {}),
+        )
+        self.algo = make(ALGOS[config.algorithm], task, policy, config.algo)
+        if self.algo.needs_groups and config.group < 2:
+            raise InputError(
+                f"group: {config.algorithm} needs at least 2 completions, got {config.group}"
+            )
+        self.learner = Learner(policy, config, self.accelerator)
+        self.cold, self.step, self.tokens = 0, 0, 0  # steps done in each phase, tokens trained on
+        if found is not None:
+            position = state.restore(found, self.learner)
+            self.cold, self.step, self.tokens = (position[k] for k in ("cold", "step", "tokens"))
+        self.log = RunLog(out, config, quiet=quiet or not self.main, resume_step=self.step)
+        self.saved = (self.cold, self.step) if found is not None else None
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def train(self) -> bool:
+        """All that is left of the run; True when it is complete, False when asked to stop."""
+        config, stop = self.config, Stop()
+        sft = SFT(self.algo.task, self.algo.policy)
+        while self.cold < config.cold_start_steps and not stop.asked:
+            self._cold_step(sft)
+        if self.step == 0 and not stop.asked:
+            if config.eval.at_start:
+                self._evaluate(0)
+            if config.cold_start_steps and config.steps:
+                self._save()
+        if self.spec.kl_coef and self.learner.reference is None:
+            self.learner.reference = self._reference()
+        while self.step < config.steps and not stop.asked:
+            self._step()
+            if config.save.every and self.step % config.save.every == 0:
+                self._save()
+        if self.saved != (self.cold, self.step):
+            self._save()
+        done = self.step >= config.steps
+        self.log.close(complete=done)
+        return done
+
+    def _cold_step(self, sft: SFT) -> None:
+        config, start, began = (
+            self.config.cold_start,
+            self.cold * self.config.cold_start.batch,
+            time.time(),
+        )
+        problems = self.algo.task.problems("sft", start, config.batch)
+        with self.log.phase("update"):
+            rollout = sft.rollout(self._mine(problems), 1, Sampling(0), 0)
+            rewards = sft.score(rollout)
+            rate = rate_at(
+                self.cold + 1,
+                self.config.cold_start_steps,
+                config.learning_rate,
+                config.warmup,
+                config.schedule,
+                0.0,
+            )
+            metrics = self.learner.step(rollout, sft.advantage(rewards, rollout), COLD_START, rate)
+        self.cold += 1
+        metrics |= {"learning_rate": rate, "step_time": time.time() - began}
+        self.log.cold_step(self.cold, self.config.cold_start_steps, metrics)
+
+    def _step(self) -> None:
+        config, algo, log, began = self.config, self.algo, self.log, time.time()
+        step = self.step + 1
+        problems = algo.task.problems(
+            "train", self.step * config.prompts_per_step, config.prompts_per_step
+        )
+        with log.phase("rollout"):
+            rollout = algo.rollout(
+                self._mine(problems), config.group, self._sampling(), self._seed(step)
+            )
+        with log.phase("score"):
+            rewards = algo.score(rollout)
+            advantage = algo.advantage(rewards, rollout)
+        rate = rate_at(
+            step,
+            config.steps,
+            config.learning_rate,
+            config.optim.warmup,
+            config.optim.schedule,
+            config.optim.final_scale,
+        )
+        with log.phase("update"):
+            metrics = self.learner.step(rollout, advantage, self.spec, rate, config.updates)
+        with log.phase("reward_update"):
+            metrics |= algo.update(rollout, rewards)
+        self.step = step
+        metrics |= step_metrics(rollout, rewards, advantage)
+        self.tokens += int(metrics["num_tokens"])
+        metrics |= {"num_tokens": self.tokens, "learning_rate": rate}
+        every = config.eval.every
+        if (every and step % every == 0) or step == config.steps:
+            metrics |= self._evaluate(step)
+        metrics["step_time"] = time.time() - began
+        if config.log.completions_every and step % config.log.completions_every == 0:
+            log.completions(step, completion_rows(step, rollout, rewards, advantage))
+        log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        config = self.config
+        if not config.eval_problems or not self.main:
+            return {}
+        with self.log.phase("eval"):
+            metrics, _ = evaluate(
+                self.algo,
+                config.eval.split,
+                config.eval_problems,
+                config.max_completion_length,
+                config.eval.batch,
+            )
+        self.log.evaluation(step, metrics)
+        return metrics
+
+    def _save(self) -> None:
+        with self.log.phase("save"):
+            position = {"cold": self.cold, "step": self.step, "tokens": self.tokens}
+            state.save(self.out, self.learner, self.config, position)
+        self.saved = (self.cold, self.step)
+
+    def _reference(self) -> models.Policy:
+        """The policy RL started from, kept on disk for a resumed run."""
+        if self.step == 0:
+            if self.main:
+                state.keep_reference(self.out, self.algo.policy)
+            return self.algo.policy.frozen()
+        return state.reference(self.out, self.config, str(self.accelerator.device))
+
+    def _mine(self, problems: list) -> list:
+        """This rank's problems; whole groups stay on one rank."""
+        return problems[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _sampling(self) -> Sampling:
+        draw = self.config.sample
+        return Sampling(self.config.max_completion_length, draw.temperature, draw.top_p, draw.top_k)
+
+    def _seed(self, step: int) -> int:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return (self.config.seed * 1_000_003 + step) * world + rank
+
+
+def train(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> bool:
+    """Run or resume a training run in `out`; True when it reached its last step."""
+    return Run(config, out, resume, quiet).train()
+
+
+def _spec(config: Config) -> LossSpec:
+    fields = dict(config.loss)
+    name = fields.pop("name")
+    if name == "dr_grpo":
+        fields.setdefault("max_length", config.max_completion_length)
+    try:
+        return LossSpec.named(name, **fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"loss: {error}") from error

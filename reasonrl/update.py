@@ -1,0 +1,236 @@
+"""One optimiser step: packed micro-batches through the policy, the loss, the gradient, AdamW.
+
+The divisor of the loss is counted over the whole step and all ranks before the first backward, so
+micro-batches, gradient accumulation and data parallelism give the single-batch gradient. Rows whose
+coefficient is known to be zero (dead groups, no KL, no entropy bonus) are left out of the forward:
+their gradient is exactly zero. The old log-probabilities of a step with one update are those of
+the policy itself (ratio 1); with more updates they are recomputed first, without gradient.
+Left out: pipeline parallelism, and ZeRO-3/FSDP heads (gathered by a later issue).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from reasonrl.attention import Packed
+from reasonrl.batch import lengths, pack
+from reasonrl.config import Config
+from reasonrl.loss import LossSpec, linear_policy_loss
+from reasonrl.models import Policy
+from reasonrl.ops import linear_logp
+from reasonrl.records import Batch, NonFiniteStop, Rollout
+
+
+METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
+
+
+class Trainable(nn.Module):
+    """The policy with its head inside one forward, so that wrappers (DDP, DeepSpeed) see it all."""
+
+    def __init__(self, policy: Policy, temperature: float):
+        super().__init__()
+        self.model = policy.model
+        self.policy, self.temperature = policy, temperature
+
+    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states of the predicting positions (N, D), head weight (V, D) and bias."""
+        device = self.policy.device
+        with self.policy.autocast():
+            plan = Packed(batch.layout, device)
+            ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+            hidden = self.policy.hidden(ids, positions, plan)
+        head, dtype = self.policy.head, self.policy.compute
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return (
+            hidden.index_select(0, batch.predict.to(device)).to(dtype),
+            head.weight.to(dtype),
+            bias,
+        )
+
+    def forward(self, batch: Batch, spec: LossSpec, denominator: float):
+        hidden, weight, bias = self.hidden(batch)
+        device = hidden.device
+        out = linear_policy_loss(
+            hidden,
+            weight,
+            batch.target.to(device),
+            _to(batch.old_logp, device),
+            batch.advantage.to(device),
+            spec,
+            mask=batch.mask.to(device),
+            cu_seqlens=batch.cu_seqlens.to(device),
+            ref_logp=_to(batch.ref_logp, device),
+            bias=bias,
+            temperature=self.temperature,
+            softcap=self.policy.softcap,
+            denominator=denominator,
+        )
+        return out.loss, dict(out.metrics)
+
+
+class Learner:
+    """Owns the optimiser; `step` turns a rollout and its advantages into one or more updates."""
+
+    def __init__(self, policy: Policy, config: Config, accelerator: Accelerator):
+        self.config, self.accelerator, self.policy = config, accelerator, policy
+        module = Trainable(policy, config.sample.temperature)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            fused=policy.device.type in ("cpu", "cuda"),
+        )
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.reference: Policy | None = None
+        self.skipped = 0  # steps in a row that the NaN policy left out
+
+    def step(
+        self, rollout: Rollout, advantage: Tensor, spec: LossSpec, rate: float, updates: int = 1
+    ) -> dict[str, float]:
+        """`updates` optimiser steps over the rollout's groups; mean metrics over its tokens."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        old = self.logp(rollout, advantage, self.policy) if updates > 1 else None
+        ref = self.logp(rollout, advantage, self.reference) if self.reference else None
+        shares = _shares(rollout, updates)
+        done = [self._update(rollout, advantage, spec, rows, old, ref) for rows in shares]
+        return _merged(done)
+
+    @torch.no_grad()
+    def logp(self, rollout: Rollout, advantage: Tensor, policy: Policy) -> Tensor:
+        """(N,) log-probabilities of the completion tokens under a policy."""
+        starts = torch.tensor([0, *lengths(rollout)]).cumsum(0)
+        out = torch.zeros(int(starts[-1]))
+        module = Trainable(policy, self.config.sample.temperature)
+        for batch in pack(rollout, advantage, self.config.batch.tokens):
+            hidden, weight, bias = module.hidden(batch)
+            values = linear_logp(
+                hidden,
+                weight,
+                batch.target.to(hidden.device),
+                bias=bias,
+                temperature=module.temperature,
+                softcap=policy.softcap,
+            )
+            at = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in batch.rows.tolist()])
+            out[at] = values.float().cpu()
+        return out
+
+    def _update(self, rollout, advantage, spec, rows: Sequence[int], old, ref) -> dict[str, float]:
+        size = lengths(rollout)
+        world = self.accelerator.num_processes
+        count = self._total([sum(size[b] for b in rows), len(rows)])
+        divisor = {
+            "token_mean": count[0],
+            "seq_mean": count[1],
+            "fixed": count[1] * (spec.max_length or 1),
+        }[spec.reduce]
+        if count[0] == 0:  # no token anywhere: a defined no-op
+            return _merged([]) | {"grad_norm": 0.0}
+        live = _live(rollout, advantage, rows, spec)
+        batches = list(pack(rollout, advantage, self.config.batch.tokens, live, old, ref))
+        if not batches and world > 1:  # the others wait for this rank's gradient: give them zeros
+            some = [b for b in range(len(size)) if size[b]][:1]
+            batches = list(pack(rollout, advantage * 0, self.config.batch.tokens, some, old, ref))
+        parts = []
+        for i, batch in enumerate(batches):
+            last = i + 1 == len(batches)
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps on the last
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                loss, metrics = self.module(batch, spec, divisor / world)
+                self.accelerator.backward(loss)
+            values = metrics | {"loss": loss.detach() / world}
+            parts.append({k: float(v) for k, v in values.items()})
+        out = _merged(parts, total=("loss",))
+        out |= {"rows/live": len(live) / max(1, len(rows)), "loss": self._total([out["loss"]])[0]}
+        return out | {"grad_norm": self._apply(bool(batches))}
+
+    def _apply(self, has_gradient: bool) -> float:
+        """Clip and step; a non-finite gradient leaves the parameters bit-equal."""
+        if not has_gradient:
+            return 0.0
+        limit = self.config.optim.grad_clip or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+        value = float(norm) if norm is not None else math.nan
+        deepspeed = self.accelerator.distributed_type.value == "DEEPSPEED"
+        if math.isfinite(value) or deepspeed:  # DeepSpeed has stepped inside its backward
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped >= self.config.nan_patience:
+            raise NonFiniteStop(
+                f"the gradient was not finite in {self.skipped} steps in a row (nan_patience)"
+            )
+        return value
+
+    def _total(self, values: list[float]) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        local = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(local, "sum").tolist()
+
+
+def rate_at(step: int, steps: int, peak: float, warmup: int, schedule: str, final: float) -> float:
+    """The learning rate of step 1..steps: linear warm-up, then constant, linear or cosine decay."""
+    if step <= warmup:
+        return peak * step / (warmup + 1)
+    if schedule == "constant" or steps <= warmup:
+        return peak
+    done = (step - 1 - warmup) / (steps - warmup)
+    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (final + (1 - final) * left)
+
+
+def _live(rollout: Rollout, advantage: Tensor, rows: Sequence[int], spec: LossSpec) -> list[int]:
+    """Rows that can have a gradient: all of them where KL or entropy act, else those with credit."""
+    starts = torch.tensor([0, *lengths(rollout)]).cumsum(0).tolist()
+    if spec.kl_coef or spec.entropy_coef:
+        return list(rows)
+    return [b for b in rows if bool((advantage[starts[b] : starts[b + 1]] != 0).any())]
+
+
+def _shares(rollout: Rollout, updates: int) -> list[list[int]]:
+    """Rows of every update: whole groups, as even as they go."""
+    groups = len(rollout.problems)
+    updates = max(1, min(updates, groups))
+    owner = rollout.group.tolist()
+    edges = [groups * i // updates for i in range(updates + 1)]
+    return [
+        [b for b, g in enumerate(owner) if low <= g < high]
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def _merged(parts: Sequence[dict[str, float]], total: tuple[str, ...] = ()) -> dict[str, float]:
+    """Metrics of several micro-batches as one: means by tokens, maxima, sums."""
+    if not parts:
+        return dict.fromkeys((*METRICS, "tokens", "loss"), 0.0)
+    weights = [part.get("tokens", 0.0) for part in parts]
+    whole = sum(weights)
+    out = {}
+    for key in dict.fromkeys(key for part in parts for key in part):
+        values = [part.get(key, 0.0) for part in parts]
+        if key in ("tokens", "nonfinite", *total):
+            out[key] = sum(values)
+        elif key.endswith("/max"):
+            out[key] = max(values)
+        elif whole:
+            out[key] = sum(v * w for v, w in zip(values, weights, strict=True)) / whole
+        else:
+            out[key] = sum(values) / len(values)
+    return out
+
+
+def _to(value: Tensor | None, device) -> Tensor | None:
+    return None if value is None else value.to(device)
