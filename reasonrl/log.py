@@ -1,7 +1,8 @@
 """What a run writes about itself while it runs, one call a step.
 
     RUN/config.yaml                             the config, as it is now
-    RUN/metrics.jsonl                           one JSON object a step (0: the first evaluation)
+    RUN/metrics.jsonl                           one JSON object a step
+    RUN/evals.jsonl                             one JSON object an evaluation (step 0: before RL)
     RUN/cold_start.jsonl                        the same for the cold start's own steps
     RUN/completions/completions_00001.parquet   one row a completion, TRL's column names
 
@@ -78,7 +79,8 @@ class RunLog:
 
     def _forget(self, step: int) -> None:
         """Drop what lies beyond a step; before the first one the whole past."""
-        truncate_rows(self.out / "metrics.jsonl", step)
+        for name in ("metrics.jsonl", "evals.jsonl"):
+            truncate_rows(self.out / name, step)
         for path in (self.out / "completions").iterdir():
             match = COMPLETIONS.fullmatch(path.name)
             if path.name.endswith(".tmp") or (match and int(match[1]) > step):
@@ -110,9 +112,8 @@ class RunLog:
         self.view.step("cold start", step, total, row, "")
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show an evaluation. At step 0 it is a row of its own, later the step's row carries it."""
-        if step == 0:
-            self._write("metrics.jsonl", {"step": 0, **metrics})
+        """One row in evals.jsonl, step 0 = before RL; the step's own row carries it too."""
+        self._write("evals.jsonl", {"step": step, **metrics}, to_backends=False)
         self.view.evaluation(step, metrics)
 
     def completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
