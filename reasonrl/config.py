@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from reasonrl.config_yaml import read_scalar, read_yaml, write_yaml
+from reasonrl.loss import LossSpec
 from reasonrl.records import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -222,14 +224,32 @@ def _apply(values: dict[str, Any], override: str) -> str:
 
 def _build(values: dict[str, Any], where: str, overridden: set[str]) -> Config:
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
+    else:
+        touched = any(key.split(".")[0] == "loss" for key in overridden)
+        _check_loss(config.loss, "override" if touched else where)
+        return config
     key = ".".join(str(part) for part in first["loc"])
     place = "override" if any(k == key or k.startswith(f"{key}.") for k in overridden) else where
     if first["type"] == "extra_forbidden":
         raise InputError(f"{place}: unknown key {key!r}; did you mean {_nearest(key)!r}?")
     raise InputError(f"{place}: {key}: expected {_expected(first)}, got {first['input']!r}")
+
+
+def _check_loss(loss: dict[str, Any], where: str) -> None:
+    """The loss section must make a LossSpec."""
+    known = ["name", *(f.name for f in fields(LossSpec))]
+    for key in loss:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise InputError(f"{where}: unknown key 'loss.{key}'; did you mean 'loss.{near}'?")
+    changes = {key: value for key, value in loss.items() if key != "name"}
+    try:
+        LossSpec.named(loss["name"], **changes)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: loss: {error}") from None
 
 
 def _expected(error: Any) -> str:

@@ -100,6 +100,10 @@ def test_scalars_follow_the_core_schema(text, value):
         ("=3", "override '=3': expected key.path=value"),
         ("a..b=3", "expected key.path=value"),
         ("optim.betas=[0.9,", "line 1:"),
+        ("loss.clip_hihg=0.3", "unknown key 'loss.clip_hihg'; did you mean 'loss.clip_high'?"),
+        ("loss.name=ppo", "loss: name must be one of grpo, bnpo"),
+        ("loss.clip_high=high", "loss: "),
+        ("loss.surrogate=clap", "loss: surrogate"),
     ],
 )
 def test_every_mistake_is_one_line_naming_the_key(recipe, override, message):
