@@ -122,7 +122,9 @@ class Panels(View):
         table = Table.grid(padding=(0, 2))
         for name, text in shown(self.row):
             table.add_row(Text(name, style="dim"), Text(text, style="bold"))
-        parts: list[Any] = [head, ProgressBar(total=max(self.total, 1), completed=self.done), table]
+        bar = Table.grid(expand=True)  # a bare bar does not end its line
+        bar.add_row(ProgressBar(total=max(self.total, 1), completed=self.done))
+        parts: list[Any] = [head, bar, table]
         if self.evaluated:
             parts.append(Text(printable(self.evaluated), style="green"))
         if self.sample:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -91,18 +92,19 @@ def test_resume_drops_the_torn_tail_and_everything_beyond_the_checkpoint(tmp_pat
     for step in (1, 2, 3):
         log.completions(step, {"step": [step], "prompt": ["p"], "completion": ["c"]})
         log.step(step, 5, {"reward": float(step)})
-    log.evaluation(3, {"eval/accuracy": 0.5})  # later ones stand in their step's row
+    log.evaluation(3, {"eval/accuracy": 0.5})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "rew')
     (tmp_path / "completions" / "completions_00004.tmp").write_bytes(b"half")
     log = run_log(tmp_path, resume_step=2)
-    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    assert rows(tmp_path, "evals.jsonl") == [{"step": 0, "eval/accuracy": 0.25}]
     assert sorted(os.listdir(tmp_path / "completions")) == [
         "completions_00001.parquet",
         "completions_00002.parquet",
     ]
     log.step(3, 5, {"reward": 9.0})
-    assert [row.get("reward") for row in rows(tmp_path)] == [None, 1.0, 2.0, 9.0]
+    assert [row["reward"] for row in rows(tmp_path)] == [1.0, 2.0, 9.0]
     run_log(tmp_path)
     assert rows(tmp_path) == [] and os.listdir(tmp_path / "completions") == []
 
@@ -259,6 +261,8 @@ def test_the_panel_shows_phase_metrics_and_a_harmless_completion(tmp_path, monke
     shown = stream.getvalue()
     for part in ("RL 1/4", "rollout", "reward", "0.25", "7+1=8", "eval/accuracy 0.5", "done"):
         assert part in shown
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).splitlines()
+    assert any(line.split() == ["reward", "0.25"] for line in lines)
     assert "\x1b]0;" not in shown and "\x07" not in shown
     assert "\x1b[1m" in shown or "\x1b[3" not in shown  # NO_COLOR: no colours
 
