@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import sys
-import types
 
 import pyarrow
 import pyarrow.parquet
@@ -330,38 +328,3 @@ def test_worked_completions_come_from_the_row(tmp_path):
     assert task.worked(problem) == "so 1"
     assert task.steps(problem, "so 1") is None and task.prefix_correct(problem, "so 1") is None
     assert set("q\n1") <= set(task.alphabet)
-
-
-def test_gym_problems_are_positions_too(monkeypatch):
-    class Dataset:
-        def __init__(self, seed, size, top=9):
-            self.seed, self.top = seed, top
-
-        def __getitem__(self, index):
-            a, b = self.seed % 97, self.seed // 97 % 89
-            return {"question": f"{a}+{b}?", "answer": str(a + b), "metadata": {"a": a}}
-
-        def score_answer(self, answer, entry):
-            return 1.0 if answer == entry["answer"] else 0.01
-
-    def create(name, **options):
-        if name != "sums":
-            raise ValueError(f"Dataset {name} not registered")
-        return Dataset(**options)
-
-    fake = types.SimpleNamespace(create_dataset=create)
-    monkeypatch.setitem(sys.modules, "reasoning_gym", fake)
-    task = make_task("gym", dataset="sums", options={"top": 5})
-    held = task.problems("test", 0, 50)
-    assert len({str(p.prompt) for p in held}) == 50 and task.problem("test", 49) == held[49]
-    assert not {str(p.prompt) for p in held} & {
-        str(p.prompt) for p in task.problems("train", 0, 200)
-    }
-    assert task.grade(held[0], f"<answer>{held[0].answer}</answer>").value == 1.0
-    assert task.grade(held[0], "<answer>x</answer>").value == 0.01
-    assert task.grade(held[0], "x").value == 0.0
-    with pytest.raises(InputError, match="dataset 'nope': Dataset nope not registered"):
-        make_task("gym", dataset="nope")
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(InputError, match="reasoning-gym is not installed"):
-        make_task("gym")

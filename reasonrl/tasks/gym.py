@@ -2,11 +2,15 @@
 
 An extra (pip install reasoning-gym), imported when a task is made. A problem is drawn by giving its
 generator a seed of its own and taking the first item, so positions stay integers and splits stay
-apart. The outcome is the generator's own score, between 0 and 1. Left out: curricula.
+apart. The outcome is the generator's own score, between 0 and 1. Generators whose scorer turns the
+completion into code are refused: model text is never evaluated here. Left out: curricula.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +18,7 @@ from reasonrl.records import InputError, Problem, Score, scored, unscorable
 from reasonrl.segment import answer_span
 from reasonrl.tasks.base import Draws, GeneratedTask
 
+EVALUATES = {"eval", "exec", "parse_expr", "sympify"}
 ASK = "Give your final answer between <answer> and </answer>."
 
 
@@ -34,7 +39,12 @@ class Gym(GeneratedTask):
                 "task gym: the package reasoning-gym is not installed (pip install reasoning-gym)"
             ) from None
         object.__setattr__(self, "_gym", reasoning_gym)
-        self._generator(0)
+        scorer = sys.modules[type(self._generator(0)).score_answer.__module__]
+        if found := sorted(EVALUATES & called(scorer)):
+            raise InputError(
+                f"task gym: dataset {self.dataset!r}: its scorer may evaluate model text as code "
+                f"({', '.join(found)} in {scorer.__name__})"
+            )
 
     def _generator(self, seed: int) -> Any:
         try:
@@ -59,3 +69,11 @@ class Gym(GeneratedTask):
         if not isinstance(value, int | float):
             return unscorable(f"the generator's score is {value!r}")
         return scored(float(value))
+
+
+def called(module: Any) -> set[str]:
+    """The names of all functions that the source of a module calls."""
+    tree = ast.parse(inspect.getsource(module))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    plain = {func.id for func in calls if isinstance(func, ast.Name)}
+    return plain | {func.attr for func in calls if isinstance(func, ast.Attribute)}
