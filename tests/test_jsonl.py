@@ -127,6 +127,14 @@ def test_every_fault_names_file_row_and_field(tmp_path, data, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+def test_a_gold_answer_that_is_no_mathematics_is_refused(tmp_path):
+    rows = [{"prompt": "q", "answer": a, "answer_type": "math"} for a in ("x+1", "3", "\\sqrt{2}")]
+    assert len(read_problems(write(tmp_path / "good.jsonl", rows))) == 3
+    rows.append({"prompt": "q", "answer": "?!?", "answer_type": "math", "id": "mine"})
+    with pytest.raises(InputError, match="bad.jsonl: row 4: field 'answer': expected mathematics"):
+        read_problems(write(tmp_path / "bad.jsonl", rows))
+
+
 def test_faults_of_other_files(tmp_path):
     for name, data, message in [
         ("a.json", b"{}", "a.json: expected a list of rows, got dict"),

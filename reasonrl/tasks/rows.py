@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from reasonrl.records import InputError, Problem
+from reasonrl.rewards.verify import verify_math
 
 ANSWER_TYPES = ("numerical", "choice", "ocr", "text", "math", "code")
 FIELDS = ("id", "prompt", "answer", "answer_type", "task", "images")
@@ -26,6 +27,7 @@ RATIO = re.compile(r"([-+]?[0-9]+)\s*/\s*([0-9]+)")
 LETTERS = re.compile(r"\(?([A-Za-z])\)?[.:]?(?:\s*,\s*\(?([A-Za-z])\)?[.:]?)*")
 OPTION = re.compile(r"\(?([A-Za-z])(?:\)|[.:])[)]?\s+\S.*", re.DOTALL)  # "B. Paris", "(B) Paris"
 LONGEST = 60  # characters of a number that is looked at
+MATHS = 500  # gold answers that are tried at most when a file is read
 
 
 class Refused(ValueError):
@@ -63,7 +65,25 @@ def read_problems(path: str | Path) -> list[Problem]:
             )
         seen[problem.id] = number
         problems.append(problem)
+    _check_maths(path, problems, seen)
     return problems
+
+
+def _check_maths(path: Path, problems: list[Problem], rows: Mapping[str, int]) -> None:
+    """InputError for the first gold answer that the verifier cannot read.
+
+    Plain numbers need no look, and of very many others only some get one: the rest turn up as
+    unscorable when they are graded.
+    """
+    gold = [(p.answer, rows[p.id]) for p in problems if p.answer_type == "math" and p.answer]
+    gold = [(answer, row) for answer, row in gold if parse_number(answer) is None]
+    gold = gold[:: 1 + len(gold) // MATHS]
+    answers = [answer for answer, _ in gold]
+    for (answer, row), score in zip(gold, verify_math(answers, answers), strict=True):
+        if score.kind == "unscorable":
+            raise InputError(
+                f"{path}: row {row}: field 'answer': expected mathematics, got {_brief(answer)}"
+            )
 
 
 def parse_number(text: str) -> Fraction | None:
