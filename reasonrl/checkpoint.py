@@ -99,7 +99,7 @@ def save(
 def load(path: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint, every file of it verified; InputError naming what is wrong."""
     path = Path(path)
-    manifest = _read_manifest(path / MANIFEST)
+    manifest = read_manifest(path)
     for name, record in manifest["files"].items():
         file = path / name
         if not file.is_file():
@@ -116,7 +116,8 @@ def latest_verified(run_dir: str | Path, clean: bool = True) -> Path | None:
     """The newest whole checkpoint; None where a run has none yet.
 
     Damaged ones are passed over with one loud line each; if nothing else is left that is an
-    InputError, never a silent start from scratch. clean: remove what killed saves left behind.
+    InputError, never a silent start from scratch. clean: remove what killed saves left behind
+    (on rank 0 only).
     """
     run_dir = Path(run_dir)
     found = _published(run_dir)
@@ -131,7 +132,8 @@ def latest_verified(run_dir: str | Path, clean: bool = True) -> Path | None:
         break
     if chosen is None and found:
         raise InputError(f"{run_dir}: none of {len(found)} checkpoints is whole; last tried {path}")
-    if clean and run_dir.is_dir():
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if clean and first and run_dir.is_dir():
         chosen = _clean(run_dir, chosen)
     return chosen
 
@@ -233,7 +235,9 @@ def _manifest(step: int, files: dict[str, Any], meta: dict[str, Any]) -> bytes:
     return _canonical(body | {"blake2b": _hash(_canonical(body))})
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, itself checked but not the files it names."""
+    path = Path(path) / MANIFEST
     try:
         raw = path.read_bytes()
         manifest = json.loads(raw)
