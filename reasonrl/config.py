@@ -139,6 +139,9 @@ class Config(Section):
 # what --resume may change (API: steps, eval_problems and logging); "x." means the whole section
 RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.")
 
+# whose options a section holds
+OPTIONS = {"task": "task_options", "model": "model_options", "algorithm": "algo"}
+
 # names that other trainers use
 ELSEWHERE = {
     "lr": "learning_rate",
@@ -156,12 +159,20 @@ ELSEWHERE = {
 
 
 def load(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a built-in recipe (by name) or a YAML file; overrides apply in order."""
+    """The config of a built-in recipe (by name) or a YAML file; overrides apply in order.
+
+    An override of `task`, `model` or `algorithm` drops the recipe's options of the one it replaces.
+    """
     path = _recipe_path(str(recipe))
     values = read_yaml(path)
-    changed = set()
+    before, changed = dict(values), set()
+    alone: dict[str, Any] = {}  # what the overrides say without the recipe
     for override in overrides:
         changed.add(_apply(values, override))
+        _apply(alone, override)
+    for chosen, options in OPTIONS.items():
+        if chosen in changed and alone[chosen] != before.get(chosen, _default(chosen)):
+            values[options] = alone.get(options, {})
     return _build(values, str(path if path.parent != RECIPES else f"recipe {path.stem}"), changed)
 
 
@@ -191,6 +202,10 @@ def check_resume(old: Config, new: Config, where: str) -> None:
         if not free:
             was, now = before.get(key, "absent"), after.get(key, "absent")
             raise InputError(f"{where}: {key}: the run has {was!r}, --resume asks for {now!r}")
+
+
+def _default(key: str) -> Any:
+    return Config.model_fields[key].default
 
 
 def _recipe_path(recipe: str) -> Path:

@@ -37,6 +37,19 @@ def test_values_defaults_and_overrides(recipe):
     assert config.load(recipe, ["threads=3", "threads=null"]).threads is None
 
 
+def test_another_task_model_or_algorithm_leaves_the_options_of_the_old_one(recipe):
+    cfg = config.load(recipe, ["task=data.jsonl", "algo.x=1"])
+    assert cfg.task_options == {} and cfg.algo == {"x": 1}
+    cfg = config.load(recipe, ["task_options.dev=0.3", "task=data.jsonl"])
+    assert cfg.task_options == {"dev": 0.3}
+    assert config.load(recipe, ["task=arithmetic"]).task_options == {"terms": 4, "ops": "+-"}
+    recipe.write_text("algorithm: process\nalgo: {credit: step}\nmodel_options: {width: 8}")
+    assert config.load(recipe, ["algorithm=grpo"]).algo == {}
+    assert config.load(recipe, ["model=smollm2", "algo.y=2"]).model_options == {}
+    assert config.load(recipe, ["model=tiny", "algo.y=2"]).model_options == {"width": 8}
+    assert config.load(recipe, ["algo.y=2"]).algo == {"credit": "step", "y": 2}
+
+
 def test_every_key_of_the_contract_is_accepted(recipe):
     keys = "model=x task=y seed=1 steps=2 cold_start_steps=3 prompts_per_step=4 group=5"
     more = "max_completion_length=6 learning_rate=7 eval_problems=8"

@@ -334,5 +334,7 @@ def test_worked_completions_come_from_the_row(tmp_path):
     task = make_task(write(tmp_path / "d.jsonl", rows))
     problem = task.problem("sft", 0)
     assert task.worked(problem) == "so 1"
+    assert task.worked(Problem("a", "q", "7")) == "<answer>7</answer>"
+    assert task.worked(Problem("a", "q")) is None
     assert task.steps(problem, "so 1") is None and task.prefix_correct(problem, "so 1") is None
     assert set("q\n1") <= set(task.alphabet)

@@ -8,7 +8,7 @@ rows in an order drawn anew for every pass.
 Answers by type: text is compared after folding case, width, white space and end punctuation;
 whole numbers exactly, others within 1e-5; choice as a set of letters; ocr gives exp(-word error
 rate); math goes to the verifier. Left out: code, whose verifier needs a sandbox. A field `worked`
-holds a gold completion for the cold start.
+holds a gold completion for the cold start; without it that is the answer in its tags.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class Jsonl(Task):
 
     def worked(self, problem: Problem) -> str | None:
         worked = problem.extra.get("worked")
-        return worked if isinstance(worked, str) else None
+        if isinstance(worked, str):
+            return worked
+        return None if problem.answer is None else f"<answer>{problem.answer}</answer>"
 
     def grade(self, problem: Problem, completion: str) -> Score:
         return self.grades([problem], [completion])[0]
