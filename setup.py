@@ -22,13 +22,19 @@ class CMakeBuild(build_ext):
     """Runs CMake in the temporary build folder; a lasting one would cache tools of a past pip."""
 
     def build_extension(self, ext):
+        cuda = os.environ.get("REASONRL_CUDA", "auto")
         try:
-            self.run_cmake(ext)
+            try:
+                self.run_cmake(ext, cuda)
+            except subprocess.CalledProcessError:
+                if cuda != "auto":
+                    raise
+                print("reasonrl: no build with CUDA; trying without it", file=sys.stderr)
+                self.run_cmake(ext, "0")
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
             if REQUIRED:
-                raise SystemExit(
-                    f"reasonrl: native build failed, REASONRL_REQUIRE_NATIVE=1: {error}"
-                ) from error
+                message = f"reasonrl: native build failed, REASONRL_REQUIRE_NATIVE=1: {error}"
+                raise SystemExit(message) from error
             print(
                 "reasonrl: no native code (the C++ build failed); installing pure Python, "
                 "which is slower. Set REASONRL_REQUIRE_NATIVE=1 to see this as an error.",
@@ -36,18 +42,19 @@ class CMakeBuild(build_ext):
             )
             raise CompileError(str(error)) from error
 
-    def run_cmake(self, ext):
+    def run_cmake(self, ext, cuda):
         import pybind11
 
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name))
+            .resolve()
+            .parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "REASONRL_CUDA": os.environ.get("REASONRL_CUDA", "auto"),
+            "REASONRL_CUDA": cuda,
         }
         if archs := os.environ.get("REASONRL_CUDA_ARCHS"):
             options["CMAKE_CUDA_ARCHITECTURES"] = archs

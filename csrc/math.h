@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__CUDACC__) || defined(SIMT)
+#ifdef __CUDACC__
 #define MATH __host__ __device__ inline
 #define DEVICE_MATH 1
 #else

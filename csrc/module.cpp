@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 
 #include "ops.h"
+#ifdef WITH_CUDA
+#include "cuda/bind.h"
+#endif
 
 namespace py = pybind11;
 using namespace reasonrl;
@@ -151,6 +154,101 @@ void bind_segments(py::module_& m) {
         "A step's value at every token of it, or at its last.");
 }
 
+#ifdef WITH_CUDA
+PolicyTask policy_task(uintptr_t logp, uintptr_t old_logp, uintptr_t advantage, uintptr_t ref_logp,
+                       uintptr_t entropy, uintptr_t weight, uintptr_t mask, uintptr_t cu,
+                       uintptr_t counts, uintptr_t divisors, uintptr_t grad_logp,
+                       uintptr_t grad_entropy, uintptr_t sums, uintptr_t result, int64_t tokens,
+                       int64_t batch, bool per_completion) {
+    return {at<const float>(logp),
+            at<const float>(old_logp),
+            at<const float>(advantage),
+            at<const float>(ref_logp),
+            at<const float>(entropy),
+            at<const float>(weight),
+            at<const uint8_t>(mask),
+            at<const int64_t>(cu),
+            at<const int64_t>(counts),
+            at<const double>(divisors),
+            at<float>(grad_logp),
+            at<float>(grad_entropy),
+            at<double>(sums),
+            at<float>(result),
+            tokens,
+            batch,
+            per_completion};
+}
+
+void bind_cuda(py::module_& m) {
+    bind_cuda_error(m);
+    m.def("cuda_missing", [] { return cuda_missing(); }, "Why kernels cannot run here, or None.");
+    py::class_<PolicyTask>(m, "PolicyTask", "Device pointers of the policy loss; see launch.h.")
+        .def(py::init(&policy_task));
+    m.def(
+        "cuda_policy_items",
+        [](const Loss& loss, int64_t tokens, int64_t batch, bool per_completion) {
+            return reasonrl_policy_items(&loss, tokens, batch, per_completion);
+        },
+        "Rows of PolicyTask.sums.");
+    m.def(
+        "cuda_policy",
+        [](const Loss& loss, const PolicyTask& task, uintptr_t stream) {
+            cuda_run("policy", at<void>(stream), reasonrl_policy, &loss, &task);
+        },
+        "Loss, metrics, dL/dlogp and dL/dentropy.");
+    m.def(
+        "cuda_count_tokens",
+        [](uintptr_t mask, uintptr_t cu, int64_t batch, uintptr_t counts, uintptr_t stream) {
+            cuda_run("count_tokens", at<void>(stream), reasonrl_count_tokens,
+                     at<const uint8_t>(mask), at<const int64_t>(cu), batch, at<int64_t>(counts));
+        },
+        "Unmasked tokens of each completion.");
+    m.def(
+        "cuda_group_advantage",
+        [](uintptr_t reward, uintptr_t group, uintptr_t scored, int64_t batch, int kind,
+           double ddof, double eps, uintptr_t out, uintptr_t stream) {
+            cuda_run("group_advantage", at<void>(stream), reasonrl_group_advantage,
+                     at<const float>(reward), at<const int64_t>(group), at<const uint8_t>(scored),
+                     batch, kind, ddof, eps, at<float>(out));
+        },
+        "Rewards relative to their group.");
+    m.def(
+        "cuda_returns",
+        [](uintptr_t reward, uintptr_t cu, uintptr_t mask, int64_t batch, double gamma,
+           bool forward, uintptr_t out, uintptr_t stream) {
+            cuda_run("returns", at<void>(stream), reasonrl_returns, at<const float>(reward),
+                     at<const int64_t>(cu), at<const uint8_t>(mask), batch, gamma, (int)forward,
+                     at<float>(out));
+        },
+        "Discounted reverse sums per completion; forward sums are their gradient.");
+    m.def(
+        "cuda_step_reduce",
+        [](uintptr_t value, uintptr_t order, uintptr_t offsets, int64_t steps, int how,
+           uintptr_t out, uintptr_t index, uintptr_t stream) {
+            cuda_run("step_reduce", at<void>(stream), reasonrl_step_reduce, at<const float>(value),
+                     at<const int64_t>(order), at<const int64_t>(offsets), steps, how,
+                     at<float>(out), at<int64_t>(index));
+        },
+        "One value per step; index keeps what the gradient needs.");
+    m.def(
+        "cuda_step_reduce_grad",
+        [](uintptr_t value, uintptr_t order, uintptr_t offsets, int64_t steps, int how,
+           uintptr_t index, uintptr_t grad, uintptr_t out, uintptr_t stream) {
+            cuda_run("step_reduce_grad", at<void>(stream), reasonrl_step_reduce_grad,
+                     at<const float>(value), at<const int64_t>(order), at<const int64_t>(offsets),
+                     steps, how, at<const int64_t>(index), at<const float>(grad), at<float>(out));
+        },
+        "Gradient of step_reduce by the values.");
+    m.def(
+        "cuda_step_expand",
+        [](uintptr_t value, uintptr_t step, int64_t tokens, uintptr_t out, uintptr_t stream) {
+            cuda_run("step_expand", at<void>(stream), reasonrl_step_expand, at<const float>(value),
+                     at<const int64_t>(step), tokens, at<float>(out));
+        },
+        "A step's value at every token of it.");
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -160,4 +258,7 @@ PYBIND11_MODULE(_C, m) {
     bind_logp(m);
     bind_policy(m);
     bind_segments(m);
+#ifdef WITH_CUDA
+    bind_cuda(m);
+#endif
 }

@@ -118,11 +118,11 @@ class _Logp(torch.autograd.Function):
         return out, None, None, None, None
 
 
-def loss_numbers(spec: Any) -> Any:
-    """A LossSpec as the struct of math.h; an option that is off holds a value that never acts."""
+def loss_numbers(spec: Any) -> tuple[float, ...]:
+    """A LossSpec as the fields of Loss in math.h; an option that is off never acts."""
     gmpo = spec.surrogate == "gmpo"
     low, high = -spec.clip_low, spec.clip_high
-    return core().Loss(
+    return (
         RATIOS[spec.ratio], SURROGATES[spec.surrogate], KLS[spec.kl],
         low if gmpo else 1 + low, high if gmpo else 1 + high,
         math.inf if spec.delta is None else spec.delta,
@@ -148,7 +148,7 @@ class Policy:
 
     def __init__(self, spec: Any, counts: Tensor, denominator: Any):
         self.spec, self.counts = spec, counts
-        self.numbers = loss_numbers(spec)
+        self.numbers = core().Loss(*loss_numbers(spec))
         self.divisor = divisors(spec, counts.numel(), int(counts.sum()), denominator)
         self.sums = torch.zeros(core().SUM_COUNT, dtype=torch.float64)
 
