@@ -2,7 +2,7 @@
 
 A reward is a sum of parts; a part has cases, the first that applies gives its value; a part may be
 gated by an earlier one and then has a fixed value while the gate is closed (MeRF, arXiv 2506.18485,
-tells the policy its scoring rules; SYSTEMS.md's two readings are the gated and the plain sum):
+tells the policy its scoring rules; a gated and a plain sum are the two readings of its text):
 
     total = sum over parts of ( value of its first case that holds | its closed value )
 
