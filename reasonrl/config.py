@@ -136,7 +136,7 @@ class Config(Section):
         return hashlib.blake2b(self.to_yaml().encode(), digest_size=16).hexdigest()
 
 
-# what --resume may change: none of it touches a training step; "x." means the whole section
+# what --resume may change (schedules follow the new `steps`); "x." means the whole section
 RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.")
 
 # whose options a section holds
