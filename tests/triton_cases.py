@@ -1,0 +1,200 @@
+"""Numerics of the Triton kernels in the interpreter: run by test_triton.py in a process of its own.
+
+Against float64 truth by the rule of test_parity.py; fp32 only (the interpreter's bf16 products are
+wrong). The interpreter runs programs one after another on numpy: no races, no memory model. Outputs
+start as NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+
+import pytest
+import torch
+
+from reasonrl import LossSpec, linear_policy_loss, ops, policy_loss
+from reasonrl.kernels import linear_logp
+from reasonrl.kernels import linear_policy_loss as head_loss
+from reasonrl.kernels import logp as kernel
+from reasonrl.loss import NAMED
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py"),
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+ULP = torch.finfo(torch.float32).eps
+PATHS = ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "triton"))
+
+
+def within(truth, yard, got, k, scale=0.0):
+    t, y, g = (x.detach().double() for x in (truth, yard, got))
+    assert not g.isnan().any()
+    if t.numel():
+        floor = 4 * ULP * max(float(t.abs().max()), scale, 1e-30)
+        allowed = k * float((y - t).abs().max()) + floor
+        assert float((g - t).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 300, 4097])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logp(width, softcap):
+    for rows in (0, 1, 7):
+        u = torch.randn(rows, width) * 4
+        if rows > 2 and width > 2 and softcap is None:
+            u[1, 1], u[2, 0] = -math.inf, 1e4
+        target = torch.randint(0, width, (rows,))
+        target[1:3] = 0
+        up, results = torch.randn(2, rows), []
+        for dtype, impl in PATHS:
+            leaf = u.to(dtype).requires_grad_()
+            known = {"temperature": 0.8, "softcap": softcap, "entropy": True, "impl": impl}
+            out = ops.logp(leaf, target, **known)
+            total = sum((w * o).sum() for w, o in zip(up, out, strict=True))
+            results.append((*out, *torch.autograd.grad(total, leaf)))
+        for i, case in enumerate(zip(*results, strict=True)):
+            within(*case, k=3 if i == 2 else 2, scale=4.0 if i < 2 else 1.0)
+
+
+def test_logp_keeps_nan_in_its_row():
+    u = torch.zeros(4, 5)
+    u[1, 2], u[2] = math.nan, -math.inf
+    u.requires_grad_()
+    logp, ent = ops.logp(u, torch.zeros(4).long(), entropy=True, impl="triton")
+    assert logp.isnan().tolist() == ent.isnan().tolist() == [False, True, True, False]
+    (grad,) = torch.autograd.grad(logp[[0, 3]].sum(), u)
+    assert grad[[1, 2]].eq(0).all() and grad[0].isfinite().all()
+
+
+def tokens(n, seed, spread=0.3):
+    g = torch.Generator().manual_seed(seed)
+    names = ("logp", "old", "ref", "advantage", "weight", "entropy")
+    x = {name: torch.randn(n, generator=g) * spread for name in names}
+    x["logp"] = x["logp"] - 2
+    x["old"], x["ref"] = x["logp"] + x["old"], x["logp"] + x["ref"]
+    x["advantage"] = x["advantage"] / spread
+    x["advantage"][: n // 9] = 0.0
+    mask = torch.rand(n, generator=g) > 0.3
+    for value in x.values():
+        value[(torch.rand(n, generator=g) > 0.99) | (~mask & (torch.rand(n) > 0.5))] = math.nan
+    return x, mask
+
+
+CHANGES = [
+    {},
+    {"kl_coef": 0.2, "kl": "k1", "reduce": "fixed"},
+    {"kl_coef": 0.2, "kl": "k2", "entropy_coef": 0.1, "reduce": "token_mean"},
+    {"kl_coef": 0.2, "entropy_coef": 0.1, "entropy_reduce": "token_mean", "reduce": "seq_mean"},
+]
+CAPPED = [{"delta": 1.5}, {"dual_clip": 1.1}, {"delta": 1.4, "dual_clip": 1.2}]
+CUTS = ([0, 0], [0, 1, 1, 400, 933])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_policy_loss(name):
+    capped = CAPPED if LossSpec.named(name).surrogate == "clip" else []
+    for case, change in enumerate([*CHANGES, *capped]):
+        spec = LossSpec.named(name, **({"max_length": 40} | change))
+        for cut in CUTS:
+            x, mask = tokens(cut[-1], case)
+            known = {"cu_seqlens": torch.tensor(cut), "mask": mask if case else None}
+            results = []
+            for dtype, impl in PATHS:
+                v = {key: value.to(dtype) for key, value in x.items()}
+                leaf, ent = v["logp"].requires_grad_(), v["entropy"].requires_grad_()
+                out = policy_loss(
+                    leaf, v["old"] if case != 2 else None, v["advantage"], spec, ref_logp=v["ref"],
+                    entropy=ent if spec.entropy_coef else None, impl=impl,
+                    is_weight=v["weight"] if case != 1 else None, **known,
+                )  # fmt: skip
+                grads = torch.autograd.grad(out.loss, (leaf, ent), allow_unused=True)
+                grads = [torch.zeros_like(leaf) if g is None else g for g in grads]
+                results.append((out.loss, *grads, *out.metrics.values()))
+            for i, values in enumerate(zip(*results, strict=True)):
+                within(*values, k=3 if i else 2, scale=0.5 if i == 0 else 0.0)
+            assert results[2][1][~mask].eq(0).all() or known["mask"] is None
+
+
+@pytest.mark.parametrize("softcap", [None, 6.0])
+@pytest.mark.parametrize(
+    ("n", "depth", "width"), [(0, 4, 5), (1, 3, 1), (33, 31, 64), (70, 40, 131)]
+)
+def test_linear_logp(n, depth, width, softcap, monkeypatch):
+    monkeypatch.setattr(linear_logp, "SCRATCH", 13 * width * 4)
+    monkeypatch.setattr(linear_logp, "PARTS", 3)
+    x, w, b = torch.randn(n, depth), torch.randn(width, depth), torch.randn(width)
+    target, up, results = torch.randint(0, width, (n,)), torch.randn(2, n), []
+    up[:, ::5] = 0
+    for dtype, impl in PATHS:
+        leaves = [v.to(dtype).requires_grad_() for v in (x, w, b)]
+        known = {"temperature": 0.8, "softcap": softcap, "entropy": True, "impl": impl}
+        out = ops.linear_logp(leaves[0], leaves[1], target, bias=leaves[2], **known)
+        total = sum((g * o).sum() for g, o in zip(up, out, strict=True))
+        results.append((*out, *torch.autograd.grad(total, leaves)))
+    for i, values in enumerate(zip(*results, strict=True)):
+        within(*values, k=3 if i > 1 else 2, scale=8.0 if i < 2 else 1.0)
+    assert results[2][2][::5].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["grpo", "cispo", "gspo", "gspo_token", "gmpo"])
+def test_linear_policy_loss(name, monkeypatch):
+    n, depth, width = 70, 40, 53
+    monkeypatch.setattr(head_loss, "SCRATCH", 13 * width * 4)
+    for case, change in enumerate(({}, {"kl_coef": 0.1, "entropy_coef": 0.05})):
+        spec = LossSpec.named(name, **({"max_length": 40} | change))
+        x, mask = tokens(n, case)
+        hidden, w, b = torch.randn(n, depth), torch.randn(width, depth) * 0.2, torch.randn(width)
+        hidden[9] = math.nan
+        target = torch.where(mask, torch.randint(0, width, (n,)), -7)
+        truth = hidden.double() @ w.double().T + b
+        base = torch.log_softmax(6 * torch.tanh(truth / 6) / 0.8, -1)
+        base = base.gather(-1, target.clamp(min=0)[:, None])[:, 0].float()
+        results = []
+        for dtype, impl in PATHS:
+            leaves = [v.to(dtype).requires_grad_() for v in (hidden, w, b)]
+            v = {key: value.to(dtype) for key, value in x.items()}
+            shift = base.to(dtype) - v["logp"]
+            out = linear_policy_loss(
+                *leaves[:2], target, v["old"] + shift, v["advantage"], spec, mask=mask,
+                cu_seqlens=torch.tensor([0, 3, 3, 41, 70]), ref_logp=v["ref"] + shift,
+                bias=leaves[2], temperature=0.8, softcap=6.0, is_weight=v["weight"], impl=impl,
+            )  # fmt: skip
+            results.append(
+                (out.loss, *torch.autograd.grad(out.loss, leaves), *out.metrics.values())
+            )
+        for i, values in enumerate(zip(*results, strict=True)):
+            within(*values, k=3 if i else 2, scale=0.5 if i == 0 else 2e-1)
+        assert results[2][1][~mask].eq(0).all() and results[2][1][9].eq(0).all()
+
+
+def test_offsets_beyond_two_to_the_31st():
+    """Rows 2^27 elements apart in memory that is never touched between them."""
+    gap, rows, width = 1 << 27, 20, 40
+    u = sparse(rows, gap)
+    small = torch.randn(rows, width)
+    u[:, :width] = small
+    target = torch.arange(rows) % width
+    taken, stats = torch.full((rows,), math.nan), torch.full((rows, 3), math.nan)
+    kernel.stats_kernel[(rows,)](
+        u, target, taken, stats, gap, width, 1.0, 1.0, CAPPED=False, BLOCK=64
+    )
+    want = torch.log_softmax(small, -1).gather(-1, target[:, None])[:, 0]
+    torch.testing.assert_close(taken, want, rtol=1e-5, atol=1e-5)
+    one = torch.ones(rows)
+    kernel.grad_kernel[(rows, 1)](
+        u, target, stats, one, one, u, gap, width, 1.0, 1.0, CAPPED=False,
+        ENTROPY=False, BLOCK=64,
+    )  # fmt: skip
+    p = torch.softmax(small, -1)
+    torch.testing.assert_close(
+        u[:, :width].clone(), torch.nn.functional.one_hot(target, width) - p, rtol=1e-4, atol=1e-6
+    )
+
+
+def sparse(rows: int, gap: int) -> torch.Tensor:
+    """(rows, gap) fp32 over a mapping without reserve (0x4000): pages exist only where they are
+    written."""
+    area = mmap.mmap(-1, rows * gap * 4, flags=mmap.MAP_PRIVATE | 0x4000)
+    return torch.frombuffer(area, dtype=torch.float32).view(rows, gap)
