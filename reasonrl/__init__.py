@@ -25,11 +25,14 @@ _PUBLIC = {
     "best_of_n": "best_of_n",
     "reward_spec": "RewardSpec",
 }
+_MODULES = "advantage algos loss ops records rewards systems tasks".split()
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"reasonrl.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'reasonrl' has no attribute {name!r}")
     value = getattr(import_module(f"reasonrl.{_HOME[name]}"), name)
@@ -38,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_MODULES})

@@ -130,8 +130,9 @@ def libra_reward(
 ) -> Tensor:  # (B,)
     """1[verdict == label] - clip((length - l_exp) / (l_max - l_exp), 0, 1); l_max == l_exp: a step
     at l_exp."""
-    checks.dtype("verdict", verdict, checks.FULL)
     kinds = (*checks.MASK, *checks.FULL)
+    checks.dtype("verdict", verdict, kinds)
+    verdict = verdict if verdict.is_floating_point() else verdict.float()
     for name, x in (("label", label), ("length", length)):
         checks.tensor(name, x, verdict.shape, "(B,)", kinds, verdict.device)
     if not l_exp <= l_max:
