@@ -16,7 +16,13 @@ STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4, Stalled: 5}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 wrong usage or input, 3 NaN, 4 scorer down, 5 stalled."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    stray = [word for word in rest if word.startswith("-") or "=" not in word]
+    if stray or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
+    if rest:  # overrides may stand on both sides of the options
+        options.overrides = [*options.overrides, *rest]
     try:
         return options.run(options)
     except tuple(STATUS) as error:
@@ -69,7 +75,8 @@ def _train(options: argparse.Namespace) -> int:
     done = train(config, out, resume=options.resume, quiet=options.quiet)
     if not done and not options.quiet:
         print(
-            f"stopped after a whole step; go on with: reasonrl train {options.recipe} --resume --out {out}"
+            "stopped after a whole step; go on with:"
+            f" reasonrl train {options.recipe} --resume --out {out}"
         )
     return 0
 
@@ -107,10 +114,8 @@ def _fetch_model(options: argparse.Namespace) -> int:
 
 
 def _run_folder(name: str, resume: bool) -> Path:
-    """runs/NAME; where that is taken, the next free runs/NAME-2, ... or, to resume, the last one."""
-    taken = [
-        p for p in [Path("runs", name), *(Path("runs", f"{name}-{i}") for i in range(2, 1000))]
-    ]
+    """runs/NAME; where that is taken the next free runs/NAME-2, ...; to resume, the last one."""
+    taken = [Path("runs", name if i == 1 else f"{name}-{i}") for i in range(1, 1000)]
     used = [p for p in taken if p.exists()]
     if resume:
         return used[-1] if used else taken[0]
@@ -118,11 +123,14 @@ def _run_folder(name: str, resume: bool) -> Path:
 
 
 def _quiet_libraries() -> None:
-    """Before transformers is imported: no hub calls, no advice, no tokenizer threads."""
+    """No advice, no bars of their own, no tokenizer threads; before transformers is imported."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ def evaluate(
     chosen = algo.task.problems(split, 0, problems)
     prompts = algo.plain_prompt(chosen)
     rollout = sample(algo.policy, chosen, prompts, 1, Sampling(max_tokens, 0.0), 0, rows)
-    pairs = list(zip(chosen, rollout.text, strict=True))
-    grades = [algo.task.grade(problem, text) for problem, text in pairs]
+    grades = algo.task.grades(chosen, rollout.text)
     known = [g.value for g in grades if g.value is not None]
     accuracy = sum(known) / len(known) if known else math.nan
     spread = sum((v - accuracy) ** 2 for v in known) / max(1, len(known) - 1)
+    pairs = zip(chosen, rollout.text, strict=True)
     prefix = [algo.task.prefix_correct(problem, text) for problem, text in pairs]
     metrics = {
         "eval/accuracy": accuracy,

@@ -84,7 +84,7 @@ class Policy:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Every linear layer in the compute dtype, cast (and on a CPU packed) once, not per call."""
+        """Linear layers in the compute dtype: cast (and on a CPU packed) once, not per call."""
         layers = [m for m in self.model.modules() if type(m) is nn.Linear]
         was_training = self.model.training
         self.model.eval()
@@ -170,8 +170,8 @@ def _check(name: str, model, tokenizer) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
-            f"model {name}: tokenizer has {len(tokenizer)} tokens but the embedding has {rows} rows:"
-            " the tokenizer belongs to another model"
+            f"model {name}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows;"
+            " it belongs to another model"
         )
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {name}: the tokenizer has no end-of-sequence token")

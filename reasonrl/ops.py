@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl import checks
+from reasonrl import checks, compiled
 from reasonrl.records import KernelUnavailable
 
 IMPLS = ("auto", "native", "triton", "cuda", "reference")
@@ -326,20 +326,26 @@ def whiten(
 
 
 def _run(op: str, impl: str, *args: Any) -> Any:
-    """Call `op` of the implementation; "auto" goes on to the next one where the first cannot
-    run."""
     checks.choice("impl", impl, IMPLS)
-    tensors = [x for x in args if isinstance(x, Tensor)]
     args = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+    return _compiled(op, impl, args) if torch.compiler.is_compiling() else _eager(op, impl, args)
+
+
+def _eager(op: str, impl: str, args: tuple) -> Any:
+    """Call `op` of the implementation; "auto" goes on to the next where one cannot run."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
     if impl != "auto":
         return _function(op, impl, tensors)(*args)
     order = _order(tensors)
-    for candidate in order[:-1]:
+    for candidate, following in zip(order, order[1:], strict=False):
         try:
             return _function(op, candidate, tensors)(*args)
         except KernelUnavailable as why:
-            _say_once(op, candidate, order[order.index(candidate) + 1], str(why))
+            _say_once(op, candidate, following, str(why))
     return _function(op, order[-1], tensors)(*args)
+
+
+_compiled = compiled.bind(_eager)
 
 
 def _order(tensors: Sequence[Tensor]) -> list[str]:

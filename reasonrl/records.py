@@ -1,4 +1,4 @@
-"""What travels through the house: problems, rollouts, rewards, batches, losses; and the error types.
+"""What travels through the house: problems, rollouts, rewards, batches, losses; the error types.
 
 Frozen dataclasses with shape comments, no behaviour beyond construction and plain views.
 Legend: P prompts, G group, B = completions (P*G), N packed tokens, S steps, V vocabulary.
@@ -17,11 +17,11 @@ Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 
 class KernelUnavailable(RuntimeError):
-    """The implementation asked for cannot run here; the message names the install that brings it."""
+    """The implementation asked for cannot run here; the message names what brings it."""
 
 
 class InputError(ValueError):
-    """Bad data, config or files from outside: one line naming file, row and field. Exit status 2."""
+    """Bad data, config or files from outside: one line with file, row, field. Exit status 2."""
 
 
 class NonFiniteStop(RuntimeError):
@@ -72,7 +72,7 @@ def infra(reason: str) -> Score:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a completion as a character span [start, end) of its text, with its rule label if any."""
+    """A step: characters [start, end) of a completion's text, and its reward where known."""
 
     start: int
     end: int
@@ -81,7 +81,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions of P problems, G each. Row b answers problems[group[b]]; token ids in, token ids out."""
+    """Completions of P problems, G each; row b answers problems[group[b]]. Token ids throughout."""
 
     problems: Sequence[Problem]  # P
     prompt_ids: Sequence[Sequence[int]]  # P, the prompt as the policy saw it
@@ -90,9 +90,7 @@ class Rollout:
     text: Sequence[str]  # B, decoded without special tokens
     finished: Sequence[bool]  # B, False = cut by the length limit
     logp: Sequence[Tensor]  # B x (T_b,) fp32, un-truncated distribution at the sampling temperature
-    pieces: Sequence[
-        Sequence[int]
-    ]  # B x (T_b + 1) character offset of each token's start in `text`
+    pieces: Sequence[Sequence[int]]  # B x (T_b + 1) where each token starts in `text`
     sampling_logp: Sequence[Tensor] | None = None  # as `logp`, after top-k/top-p truncation
     images: Sequence[Any] = ()  # P, decoded once per prompt (vision tasks)
 

@@ -101,24 +101,22 @@ def _decode(policy, prompt_ids, group: int, sampling: Sampling, seed: int, first
     for t in range(sampling.max_tokens):
         logits = policy.logits(hidden)
         token, logp, chosen_logp = choose(logits, uniform[live, t].to(device), sampling)
-        ended = []
-        for at, (row, i, a, b) in enumerate(
-            zip(live, token.tolist(), logp.tolist(), chosen_logp.tolist(), strict=True)
-        ):
+        drawn = zip(live, token.tolist(), logp.tolist(), chosen_logp.tolist(), strict=True)
+        for row, i, a, b in drawn:
             if rows[row].finished:
                 continue
             rows[row].tokens.append(i)
             rows[row].logp.append(a)
             rows[row].sampling_logp.append(b)
             rows[row].finished = i in policy.eos
-        ended = [at for at, row in enumerate(live) if not rows[row].finished]
-        if not ended or t + 1 == sampling.max_tokens:
+        going = [at for at, row in enumerate(live) if not rows[row].finished]
+        if not going or t + 1 == sampling.max_tokens:
             break
-        if len(ended) <= 0.8 * len(live):  # a copy of the cache pays once a fifth has left
-            kept = torch.tensor(ended, device=device)
+        if len(going) <= 0.8 * len(live):  # a copy of the cache pays once a fifth has left
+            kept = torch.tensor(going, device=device)
             plan.keep(kept)
             token = token.index_select(0, kept)
-            live = [live[at] for at in ended]
+            live = [live[at] for at in going]
         hidden = policy.hidden(token, plan.length, plan)
         plan.step()
     return rows

@@ -40,7 +40,7 @@ def find(out: Path, resume: bool, config: Config) -> Found | None:
     path = checkpoint.latest_verified(out)
     if path is None:
         raise InputError(f"{out}: no checkpoint to resume from; start it without --resume")
-    meta = checkpoint.load(path)["meta"]
+    meta = checkpoint.read_manifest(path)["meta"]
     if (out / "config.yaml").is_file():
         configs.check_resume(configs.read(out / "config.yaml"), config, str(out))
     if not meta["resumable"]:

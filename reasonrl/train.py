@@ -61,8 +61,11 @@ class Run:
         if config.sample.temperature == 0:
             raise InputError("sample.temperature: expected > 0 in training, got 0")
         task = make_task(config.task, seed=config.seed, **config.task_options)
-        found = state.find(out, resume, config)
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
         self.accelerator = Accelerator(cpu=config.device == "cpu")
+        found = state.find(out, resume, config)
+        self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
         policy = models.load(
             config.model if found is None else str(found.path),
             dtype=config.dtype,

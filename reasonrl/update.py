@@ -26,7 +26,6 @@ from reasonrl.models import Policy
 from reasonrl.ops import linear_logp
 from reasonrl.records import Batch, NonFiniteStop, Rollout
 
-
 METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
 
 
@@ -193,7 +192,7 @@ def rate_at(step: int, steps: int, peak: float, warmup: int, schedule: str, fina
 
 
 def _live(rollout: Rollout, advantage: Tensor, rows: Sequence[int], spec: LossSpec) -> list[int]:
-    """Rows that can have a gradient: all of them where KL or entropy act, else those with credit."""
+    """Rows that can have a gradient: all where KL or entropy act, else those with credit."""
     starts = torch.tensor([0, *lengths(rollout)]).cumsum(0).tolist()
     if spec.kl_coef or spec.entropy_coef:
         return list(rows)

@@ -51,10 +51,9 @@ class Algorithm:
     def score(self, rollout: Rollout) -> Rewards:
         """The task's own verdict on every completion, and its steps where a rule can check them."""
         problems = [rollout.problems[g] for g in rollout.group.tolist()]
-        pairs = list(zip(problems, rollout.text, strict=True))
-        steps = [self.task.steps(problem, text) for problem, text in pairs]
+        steps = [self.task.steps(p, t) for p, t in zip(problems, rollout.text, strict=True)]
         return Rewards(
-            outcome=[self.task.grade(problem, text) for problem, text in pairs],
+            outcome=self.task.grades(problems, rollout.text),
             steps=None if any(s is None for s in steps) else steps,
         )
 

@@ -7,12 +7,15 @@ right where each step is judged on the value written before it. The outcome stay
 
     advantage_t = outcome_weight * A(outcome) + step_weight * credit_t
 
-Step rewards come from the task's rules here; learned scorers replace `score`.
+Step rewards come from the task's rules here; learned scorers replace `score`. Where a task has no
+rule for its steps the outcome is all the credit there is, which the log says once.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -20,8 +23,11 @@ from torch import Tensor
 
 from reasonrl import ops
 from reasonrl.algos.base import GRPO, cu_seqlens, per_token
-from reasonrl.records import InputError, Rewards, Rollout
+from reasonrl.batch import lengths
+from reasonrl.records import Rewards, Rollout
 from reasonrl.segment import token_steps
+
+logger = logging.getLogger("reasonrl")
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,8 @@ class Process(GRPO):
     def _process(self, rewards: Rewards, rollout: Rollout) -> Tensor:
         """(N,): the credit of the step each token stands in, 0 outside all steps."""
         if rewards.steps is None:
-            raise InputError(
-                f"algorithm process: task {self.task.name} has no rule for its steps; use grpo"
-            )
+            _say_once(self.task.name)
+            return torch.zeros(sum(lengths(rollout)))
         value = [s.reward for steps in rewards.steps for s in steps]
         counts = torch.tensor([len(steps) for steps in rewards.steps], dtype=torch.long)
         known = torch.tensor([v is not None for v in value], dtype=torch.bool)
@@ -56,6 +61,11 @@ class Process(GRPO):
             return ops.step_expand(step_advantage, at, where="all")
         ends = ops.step_expand(step_advantage, at, where="last")
         return ops.returns(ends, cu_seqlens=cu_seqlens(rollout))
+
+
+@lru_cache
+def _say_once(task: str) -> None:
+    logger.warning("algorithm process: task %s has no rule for its steps; outcome only", task)
 
 
 def step_ids(rewards: Rewards, rollout: Rollout) -> Tensor:

@@ -1,0 +1,135 @@
+"""Packed, prefix-shared batches: the numbers of separate sequences, and nothing lost or doubled."""
+
+import pytest
+import torch
+
+from reasonrl import models
+from reasonrl.attention import Packed
+from reasonrl.batch import cu_seqlens, pack
+from reasonrl.loss import LossSpec, linear_policy_loss
+from reasonrl.records import Problem, Rollout
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return models.load("tiny", dtype="fp32", seed=3, width=64, layers=2)
+
+
+def made_up(sizes, prompts=(5, 9), seed=0):
+    """A rollout with given completion lengths: sizes[g] lists the lengths of group g."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(4, 90, (n,), generator=generator).tolist()  # noqa: E731
+    completions = [ids(n) for row in sizes for n in row]
+    return Rollout(
+        problems=[Problem(str(g), "") for g in range(len(sizes))],
+        prompt_ids=[ids(n) for n in prompts[: len(sizes)]],
+        group=torch.tensor([g for g, row in enumerate(sizes) for _ in row]),
+        completion_ids=completions,
+        text=[""] * len(completions),
+        finished=[True] * len(completions),
+        logp=[torch.zeros(len(c)) for c in completions],
+        pieces=[[0] * (len(c) + 1) for c in completions],
+    )
+
+
+def packed_loss(policy, rollout, advantage, tokens, spec):
+    loss = 0.0
+    for batch in pack(rollout, advantage, tokens):
+        plan = Packed(batch.layout, "cpu")
+        hidden = policy.hidden(batch.input_ids, batch.position_ids, plan)
+        out = linear_policy_loss(
+            hidden[batch.predict],
+            policy.head.weight,
+            batch.target,
+            None,
+            batch.advantage,
+            spec,
+            cu_seqlens=batch.cu_seqlens,
+            denominator=len(rollout.text),
+        )
+        loss = loss + out.loss
+    return loss
+
+
+def separate_loss(policy, rollout, advantage, spec):
+    """Each completion in a sequence of its own through transformers' SDPA, logits and all."""
+    starts = cu_seqlens(rollout).tolist()
+    policy.model.set_attn_implementation("sdpa")
+    try:
+        total = 0.0
+        for b, completion in enumerate(rollout.completion_ids):
+            if not completion:
+                continue
+            prompt = list(rollout.prompt_ids[int(rollout.group[b])])
+            logits = policy.model(torch.tensor([prompt + completion])).logits[0]
+            logp = logits[len(prompt) - 1 : -1].log_softmax(-1)
+            taken = logp.gather(1, torch.tensor(completion)[:, None])[:, 0]
+            weight = advantage[starts[b] : starts[b + 1]]
+            total = total - (weight * taken).mean()
+        return total / len(rollout.text)
+    finally:
+        policy.model.set_attn_implementation("reasonrl")
+
+
+def gradients(policy, loss):
+    policy.model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+
+@pytest.mark.parametrize("tokens", [10_000, 40, 1])
+def test_prefix_sharing_equals_separate_sequences(policy, tokens):
+    rollout = made_up([[7, 1, 12], [3, 0, 8, 8]])
+    advantage = torch.randn(
+        int(cu_seqlens(rollout)[-1]), generator=torch.Generator().manual_seed(1)
+    )
+    spec = LossSpec.named("reinforce", reduce="seq_mean")
+    ours = packed_loss(policy, rollout, advantage, tokens, spec)
+    theirs = separate_loss(policy, rollout, advantage, spec)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    a, b = gradients(policy, ours), gradients(policy, theirs)
+    for name in a:
+        assert (a[name] - b[name]).norm() <= 1e-5 * b[name].norm(), name
+
+
+def test_packing_keeps_every_token_once():
+    rollout = made_up([[7, 1, 12], [3, 0, 8, 8]])
+    n = int(cu_seqlens(rollout)[-1])
+    seen = torch.cat([b.advantage for b in pack(rollout, torch.arange(n).float(), 30)])
+    assert sorted(seen.tolist()) == list(range(n))
+
+
+def test_packing_respects_the_budget_and_repeats_a_split_prompt():
+    rollout = made_up([[7, 7, 7, 7]], prompts=(5,))
+    batches = list(pack(rollout, torch.zeros(28), 20))
+    assert [len(b.input_ids) for b in batches] == [19, 19]
+    assert all(b.input_ids[:5].tolist() == list(rollout.prompt_ids[0]) for b in batches)
+
+
+def test_first_token_of_every_completion_is_predicted_by_the_last_prompt_token():
+    rollout = made_up([[2, 3]], prompts=(5,))
+    (batch,) = pack(rollout, torch.zeros(5), 100)
+    assert batch.predict.tolist() == [4, 5, 4, 7, 8]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
+
+
+def test_long_rows_take_sdpa_and_agree(policy, monkeypatch):
+    rollout = made_up([[7, 1, 12], [3, 8]])
+    advantage = torch.ones(31)
+    spec = LossSpec.named("reinforce")
+    small = gradients(policy, packed_loss(policy, rollout, advantage, 999, spec))
+    monkeypatch.setattr("reasonrl.attention.SMALL", 0)
+    large = gradients(policy, packed_loss(policy, rollout, advantage, 999, spec))
+    for name in small:
+        assert (small[name] - large[name]).norm() <= 1e-5 * large[name].norm(), name
+
+
+def test_unsupported_attention_options_are_refused(policy):
+    layer = policy.model.model.layers[0].self_attn
+    from reasonrl.attention import attention
+
+    q = torch.zeros(1, 4, 3, 16)
+    with pytest.raises(ValueError, match="needs plan="):
+        attention(layer, q, q, q, None, scaling=1.0)
+    with pytest.raises(ValueError, match="sliding_window"):
+        attention(layer, q, q, q, None, scaling=1.0, plan=object(), sliding_window=4)
