@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes as c
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "simt"
-KERNELS = ("policy", "segments")
+KERNELS = tuple(ROOT / "csrc" / "cuda" / name for name in ("policy.cu", "segments.cu"))
 FLAGS = "-std=gnu++17 -g -fPIC -Wall -Werror".split()
 AS_CPU = f"-x c++ -DSIMT -fno-strict-aliasing -ffp-contract=off -I{HERE}".split()
 VARIANTS = {  # flags of the kernels, flags of the link, sources of the runtime
@@ -61,22 +62,18 @@ SIGNATURES = {
 }
 
 
-def build(variant: str, folder: Path, sources: Path = ROOT / "csrc" / "cuda") -> Path:
-    """Compile the .cu files as C++ and link them with the shim."""
+def build(variant: str, folder: Path, sources: tuple[Path, ...] = KERNELS) -> Path:
+    """Compile .cu files as C++, two at a time, and link them with the shim."""
     kernel_flags, link_flags, runtime = VARIANTS[variant]
     folder.mkdir(parents=True, exist_ok=True)
-    objects, jobs = [], []
-    for name in KERNELS:
-        objects.append(folder / f"{name}.o")
-        source = [str(sources / f"{name}.cu"), "-o", str(objects[-1])]
-        jobs.append(["g++", *FLAGS, *AS_CPU, *kernel_flags, "-c", *source])
-    for name in runtime:
-        objects.append(folder / f"{name}.o")
-        define = ["-DSIMT_ASAN"] if variant == "asan" else []
-        source = [str(HERE / name), "-o", str(objects[-1])]
-        jobs.append(["g++", *FLAGS, *define, "-O2", "-c", *source])
-    for job in jobs:
-        subprocess.run(job, check=True, cwd=folder)
+    define = ["-DSIMT_ASAN"] if variant == "asan" else []
+    jobs, objects = [], []
+    for source in (*sources, *(HERE / name for name in runtime)):
+        flags = [*AS_CPU, *kernel_flags] if source.suffix == ".cu" else [*define, "-O2"]
+        objects.append(folder / f"{source.stem}.o")
+        jobs.append(["g++", *FLAGS, *flags, "-c", str(source), "-o", str(objects[-1])])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: subprocess.run(job, check=True, cwd=folder), jobs))
     library = folder / f"{variant}.so"
     link = ["g++", "-shared", *map(str, objects), *link_flags, "-o", str(library)]
     subprocess.run(link, check=True, cwd=folder)

@@ -79,6 +79,7 @@ struct Buffer {
 };
 
 std::vector<Fiber> fibers;
+std::vector<int> ready;  // kept: under ASan an allocation a switch would cost minutes
 std::vector<Warp> warps;
 std::map<const void*, Buffer> buffers;
 const std::function<void()>* body;
@@ -150,7 +151,7 @@ void resume(int thread) {
     current = -1;
 }
 
-int pick(const std::vector<int>& ready) {
+int pick() {
     if (schedule == "first") return ready.front();
     if (schedule == "last") return ready.back();
     return ready[generator() % ready.size()];
@@ -162,12 +163,12 @@ void run_block() {
     epoch = waiting = finished = 0;
     for (int t = 0; t < threads; t++) prepare(fibers[t]);
     while (error.empty()) {
-        std::vector<int> ready;
+        ready.clear();
         for (int t = 0; t < threads; t++) {
             if (fibers[t].state == Fiber::READY) ready.push_back(t);
         }
         if (ready.empty()) break;
-        resume(pick(ready));
+        resume(pick());
     }
     for (int t = 0; t < threads && error.empty(); t++) {
         if (fibers[t].state == Fiber::DONE) continue;
