@@ -10,6 +10,8 @@ again in backward. Integer values are not looked at.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,23 +61,15 @@ def bind(eager: Eager) -> Eager:
         if op not in LOSSES:
             with torch.no_grad():
                 return outputs(eager(op, impl, args))
-        leaves, args = fresh(op, args)
-        with torch.enable_grad():
-            loss, metrics = eager(op, impl, args)
-            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        stacked = torch.stack([metrics[name] for name in METRICS])
-        return [loss.detach(), stacked, *zeros(leaves, grads)]
+        return apart(lambda: with_grads(eager, op, impl, args))
 
     @torch.library.custom_op("reasonrl::backward", mutates_args=())
     def backward(
         op: str, impl: str, form: str, tensors: Sequence[Tensor], floats: Sequence[float],
         ints: Sequence[int], grads: Sequence[Tensor],
     ) -> list[Tensor]:  # fmt: skip
-        leaves, args = fresh(op, read(form, tensors, floats, ints))
-        with torch.enable_grad():
-            out = outputs(eager(op, impl, args))
-            found = torch.autograd.grad(out, leaves, list(grads), allow_unused=True)
-        return zeros(leaves, found)
+        args = read(form, tensors, floats, ints)
+        return apart(lambda: again(eager, op, impl, args, list(grads)))
 
     forward.register_fake(shapes)
     backward.register_fake(
@@ -85,6 +79,32 @@ def bind(eager: Eager) -> Eager:
     )
     forward.register_autograd(slope, setup_context=keep)
     return call
+
+
+def apart(work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Run in a thread of its own: inside an operator this thread records no graph."""
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_on, stream, work).result()
+
+
+def _on(stream: Any, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        return work()
+
+
+def with_grads(eager: Eager, op: str, impl: str, args: tuple) -> list[Tensor]:
+    leaves, args = fresh(op, args)
+    loss, metrics = eager(op, impl, args)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    stacked = torch.stack([metrics[name] for name in METRICS])
+    return [loss.detach(), stacked, *zeros(leaves, grads)]
+
+
+def again(eager: Eager, op: str, impl: str, args: tuple, grads: list[Tensor]) -> list[Tensor]:
+    leaves, args = fresh(op, args)
+    out = outputs(eager(op, impl, args))
+    return zeros(leaves, torch.autograd.grad(out, leaves, grads, allow_unused=True))
 
 
 def call(op: str, impl: str, args: tuple) -> Any:
@@ -125,9 +145,7 @@ def write(args: Sequence[Any]) -> tuple[str, list[Tensor], list[float], list[int
     return ",".join(words), tensors, floats, ints
 
 
-def read(
-    form: str, tensors: Sequence[Tensor], floats: Sequence[float], ints: Sequence[int]
-) -> tuple:
+def read(form: str, tensors: Sequence[Any], floats: Sequence[float], ints: Sequence[int]) -> tuple:
     words, t, f, i = iter(form.split(",")), iter(tensors), iter(floats), iter(ints)
 
     def one(word: str) -> Any:
@@ -202,8 +220,7 @@ def slope(ctx, grads):
         found = torch.ops.reasonrl.backward(
             op, impl, form, list(tensors), floats, ints, list(grads)
         )
-    at = iter(range(ctx.count))  # place of each argument among the tensors
-    words = [next(at) if word == "tensor" else None for word in form.split(",")]
+    words = read(form, range(ctx.count), floats, ints)  # argument -> place among the tensors
     out: list[Tensor | None] = [None] * ctx.count
     for place, g in zip(places, found, strict=True):
         out[words[place]] = g
