@@ -5,6 +5,10 @@ micro-batches, gradient accumulation and data parallelism give the single-batch 
 coefficient is known to be zero (dead groups, no KL, no entropy bonus) are left out of the forward:
 their gradient is exactly zero. The old log-probabilities of a step with one update are those of
 the policy itself (ratio 1); with more updates they are recomputed first, without gradient.
+
+Across ranks: every rank makes the same decisions from the same gathered numbers, and joins every
+collective. One without a live row computes a masked token; where gradients are reduced micro-batch
+by micro-batch (DeepSpeed, FSDP) such fillers also level the numbers of micro-batches.
 Left out: pipeline parallelism, and ZeRO-3/FSDP heads (gathered by a later issue).
 """
 
@@ -24,7 +28,7 @@ from reasonrl.config import Config
 from reasonrl.loss import LossSpec, linear_policy_loss
 from reasonrl.models import Policy
 from reasonrl.ops import linear_logp
-from reasonrl.records import Batch, NonFiniteStop, Rollout
+from reasonrl.records import Batch, InputError, NonFiniteStop, Rollout
 
 METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
 
@@ -78,6 +82,7 @@ class Learner:
 
     def __init__(self, policy: Policy, config: Config, accelerator: Accelerator):
         self.config, self.accelerator, self.policy = config, accelerator, policy
+        _set_up_deepspeed(accelerator, config)
         module = Trainable(policy, config.sample.temperature)
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -100,7 +105,9 @@ class Learner:
             group["lr"] = rate
         old = self.logp(rollout, advantage, self.policy) if updates > 1 else None
         ref = self.logp(rollout, advantage, self.reference) if self.reference else None
-        shares = _shares(rollout, updates)
+        groups = [int(n) for (n,) in self._gathered([len(rollout.problems)])]
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        shares = _shares(rollout, updates, sum(groups), *place)
         done = [self._update(rollout, advantage, spec, rows, old, ref) for rows in shares]
         return _merged(done)
 
@@ -126,42 +133,50 @@ class Learner:
 
     def _update(self, rollout, advantage, spec, rows: Sequence[int], old, ref) -> dict[str, float]:
         size = lengths(rollout)
-        world = self.accelerator.num_processes
-        count = self._total([sum(size[b] for b in rows), len(rows)])
-        divisor = {
-            "token_mean": count[0],
-            "seq_mean": count[1],
-            "fixed": count[1] * (spec.max_length or 1),
-        }[spec.reduce]
-        if count[0] == 0:  # no token anywhere: a defined no-op
-            return _merged([]) | {"grad_norm": 0.0}
         live = _live(rollout, advantage, rows, spec)
         batches = list(pack(rollout, advantage, self.config.batch.tokens, live, old, ref))
-        if not batches and world > 1:  # the others wait for this rank's gradient: give them zeros
-            some = [b for b in range(len(size)) if size[b]][:1]
-            batches = list(pack(rollout, advantage * 0, self.config.batch.tokens, some, old, ref))
+        mine = [sum(size[b] for b in rows), len(rows), len(live), len(batches)]
+        ranks = self._gathered(mine)
+        tokens, count, alive, parts = (sum(column) for column in zip(*ranks, strict=True))
+        share_live = {"rows/live": alive / max(1, count)}
+        if tokens == 0 or parts == 0:  # nothing to learn on any rank: a defined no-op
+            return _merged([]) | share_live | {"grad_norm": 0.0}
+        divisor = {
+            "token_mean": tokens,
+            "seq_mean": count,
+            "fixed": count * (spec.max_length or 1),
+        }[spec.reduce]
+        filler = _filler(self.policy.tokenizer.eos_token_id, old is not None, ref is not None)
+        lockstep = self.accelerator.distributed_type.value in ("DEEPSPEED", "FSDP")
+        wanted = int(max(rank[3] for rank in ranks)) if lockstep else 1
+        batches += [filler] * (wanted - len(batches))
+        out = self._backward(batches, spec, divisor)
+        names = sorted(out)  # the same on every rank
+        every = self._gathered([out[name] for name in names])
+        out = _merged([dict(zip(names, v, strict=True)) for v in every], total=("loss",))
+        return out | share_live | {"grad_norm": self._apply()}
+
+    def _backward(self, batches: Sequence[Batch], spec: LossSpec, divisor: float):
+        """This rank's gradient, reduced with the last micro-batch; its share of the metrics."""
+        world = self.accelerator.num_processes
         parts = []
         for i, batch in enumerate(batches):
             last = i + 1 == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps on the last
             with nullcontext() if last else self.accelerator.no_sync(self.module):
+                # ranks are averaged, so each divides by its share of the divisor
                 loss, metrics = self.module(batch, spec, divisor / world)
                 self.accelerator.backward(loss)
             values = metrics | {"loss": loss.detach() / world}
             parts.append({k: float(v) for k, v in values.items()})
-        out = _merged(parts, total=("loss",))
-        out |= {"rows/live": len(live) / max(1, len(rows)), "loss": self._total([out["loss"]])[0]}
-        return out | {"grad_norm": self._apply(bool(batches))}
+        return _merged(parts, total=("loss",))
 
-    def _apply(self, has_gradient: bool) -> float:
-        """Clip and step; a non-finite gradient leaves the parameters bit-equal."""
-        if not has_gradient:
-            return 0.0
+    def _apply(self) -> float:
+        """Clip and step; a non-finite gradient leaves the parameters bit-equal on every rank."""
         limit = self.config.optim.grad_clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
         value = float(norm) if norm is not None else math.nan
-        deepspeed = self.accelerator.distributed_type.value == "DEEPSPEED"
-        if math.isfinite(value) or deepspeed:  # DeepSpeed has stepped inside its backward
+        if math.isfinite(value):  # DeepSpeed has stepped, or refused to, inside its backward
             self.optimizer.step()
             self.skipped = 0
         else:
@@ -173,11 +188,12 @@ class Learner:
             )
         return value
 
-    def _total(self, values: list[float]) -> list[float]:
+    def _gathered(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of every rank, in rank order; a collective that all ranks must reach."""
         if self.accelerator.num_processes == 1:
-            return values
-        local = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(local, "sum").tolist()
+            return [list(values)]
+        local = torch.tensor([values], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(local).tolist()
 
 
 def rate_at(step: int, steps: int, peak: float, warmup: int, schedule: str, final: float) -> float:
@@ -199,16 +215,54 @@ def _live(rollout: Rollout, advantage: Tensor, rows: Sequence[int], spec: LossSp
     return [b for b in rows if bool((advantage[starts[b] : starts[b + 1]] != 0).any())]
 
 
-def _shares(rollout: Rollout, updates: int) -> list[list[int]]:
-    """Rows of every update: whole groups, as even as they go."""
-    groups = len(rollout.problems)
+def _shares(
+    rollout: Rollout, updates: int, groups: int, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """Rows of every update: whole groups, as even as they go, the same number on every rank.
+
+    `groups` counts all ranks'. Group g of a rank is taken for the whole run's g * world + rank (as
+    the loop deals them out), so the updates hold the groups that one process would give them.
+    """
     updates = max(1, min(updates, groups))
-    owner = rollout.group.tolist()
     edges = [groups * i // updates for i in range(updates + 1)]
+    owner = [min(g * world + rank, groups - 1) for g in rollout.group.tolist()]
     return [
         [b for b, g in enumerate(owner) if low <= g < high]
         for low, high in zip(edges, edges[1:], strict=False)
     ]
+
+
+def _filler(token: int, old: bool, ref: bool) -> Batch:
+    """A masked completion of one token: every parameter gets a gradient of exactly zero."""
+    zero = torch.zeros(1)
+    return Batch(
+        input_ids=torch.tensor([token, token]),
+        position_ids=torch.tensor([0, 1]),
+        layout=[(0, 1, [1])],
+        predict=torch.tensor([0]),
+        target=torch.tensor([token]),
+        cu_seqlens=torch.tensor([0, 1]),
+        advantage=zero,
+        old_logp=zero if old else None,
+        ref_logp=zero if ref else None,
+        mask=torch.tensor([False]),
+        rows=torch.tensor([0]),
+    )
+
+
+def _set_up_deepspeed(accelerator: Accelerator, config: Config) -> None:
+    """What DeepSpeed must know before it wraps: no data loader, our micro-batches, our clipping."""
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            "gradient_accumulation_steps: expected 1 (batch.tokens cuts the micro-batches), got"
+            f" {accelerator.gradient_accumulation_steps}"
+        )
+    if accelerator.distributed_type.value != "DEEPSPEED":
+        return
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    if settings.get("train_micro_batch_size_per_gpu", "auto") == "auto":
+        settings["train_micro_batch_size_per_gpu"] = 1
+    settings["gradient_clipping"] = config.optim.grad_clip
 
 
 def _merged(parts: Sequence[dict[str, float]], total: tuple[str, ...] = ()) -> dict[str, float]:
