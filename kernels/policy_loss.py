@@ -124,7 +124,7 @@ def _means(
     fine, sum_d, sum_l, sum_a, sum_w = n, n, n, n, n
     for at in range(start, end, BLOCK):
         keep, good, _, d, a, _, w, _ = _token(
-            at + tl.arange(0, BLOCK), end, ptrs, OLD, REF, W, ENT, MASK
+            at + tl.arange(0, BLOCK).to(tl.int64), end, ptrs, OLD, REF, W, ENT, MASK
         )
         n += tl.where(keep, 1.0, 0.0)
         fine += tl.where(good, 1.0, 0.0)
@@ -150,7 +150,7 @@ def kernel(
     start, end = tl.load(cu_ptr + b), tl.load(cu_ptr + b + 1)
     ptrs = (logp_ptr, old_ptr, adv_ptr, ref_ptr, w_ptr, ent_ptr, mask_ptr)
     share, bonus = tl.load(share_ptr + b), tl.load(bonus_ptr + b)
-    lane = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK).to(tl.int64)
     zero = tl.zeros([BLOCK], tl.float32)
     count, fine, mean_d, mean_l, mean_a, mean_w = 1.0, 1.0, 0.0, 0.0, 0.0, 0.0
     if RATIO != 0:

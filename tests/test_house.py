@@ -33,7 +33,7 @@ STAIR = [
         *("curate", "answer", "attention", "tiny", "smollm2"),
     },
     {"ops"},
-    {"checks", "records"},
+    {"checks", "compiled", "records"},
 ]
 LEVEL = {name: level for level, row in enumerate(STAIR) for name in row}
 NEVER = {"models", "rollout", "batch", "checkpoint", "log", "config"}  # never rewards or algos

@@ -29,10 +29,11 @@ def triton_here(require):
     require("triton", None if found else "pip install triton")
 
 
-def test_numerics_in_the_interpreter():
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_memory_cases.py"])
+def test_in_the_interpreter(cases):
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    cases = str(HERE / "triton_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", cases]
+    where = str(HERE / cases)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", where]
     run = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert re.search(r"\d+ passed", run.stdout) and "skipped" not in run.stdout
