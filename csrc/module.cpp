@@ -102,6 +102,37 @@ void bind_policy(py::module_& m) {
 
 void bind_segments(py::module_& m) {
     m.def(
+        "whiten",
+        [](uintptr_t value, uintptr_t mask, int64_t tokens, double eps, uintptr_t out,
+           int threads) {
+            py::gil_scoped_release release;
+            whiten(at<const float>(value), at<const uint8_t>(mask), tokens, eps, at<float>(out),
+                   threads);
+        },
+        "(x - mean) / sqrt(unbiased var + eps) over unmasked values.");
+    m.def(
+        "prime_advantage",
+        [](int64_t tokens, int64_t batch, uintptr_t reward, uintptr_t outcome, uintptr_t group,
+           uintptr_t cu, uintptr_t mask, uintptr_t scored, int form, double gamma, double ddof,
+           bool whiten, bool verl_baseline, uintptr_t out, int threads) {
+            py::gil_scoped_release release;
+            const PrimeInput in = {tokens,
+                                   batch,
+                                   at<const float>(reward),
+                                   at<const float>(outcome),
+                                   at<const int64_t>(group),
+                                   at<const int64_t>(cu),
+                                   at<const uint8_t>(mask),
+                                   at<const uint8_t>(scored),
+                                   form,
+                                   gamma,
+                                   ddof,
+                                   whiten,
+                                   verl_baseline};
+            prime_advantage(in, at<float>(out), threads);
+        },
+        "Process returns plus outcome part, both against the group.");
+    m.def(
         "count_tokens",
         [](uintptr_t mask, uintptr_t cu, int64_t batch, uintptr_t counts) {
             count_tokens(at<const uint8_t>(mask), at<const int64_t>(cu), batch,

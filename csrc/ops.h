@@ -13,6 +13,7 @@ namespace reasonrl {
 enum DType { F32, BF16, F16 };
 enum How { STEP_SUM, STEP_MEAN, STEP_MIN, STEP_MAX, STEP_LAST, STEP_PROD };
 enum GroupKind { GROUP_GRPO, GROUP_DR_GRPO, GROUP_RLOO };
+enum PrimeForm { PRIME_RLOO, PRIME_GRPO, PRIME_REINFORCE };
 
 // (rows, V) logits as they come, and how they become scores: s = softcap tanh(u / softcap) / tau.
 struct Logits {
@@ -54,6 +55,16 @@ struct PolicyOutput {
     double* sums;         // (SUM_COUNT,) added to
 };
 
+struct PrimeInput {
+    int64_t tokens, batch;
+    const float *reward, *outcome;  // (N,), (B,)
+    const int64_t *group, *cu;      // (B,), (B+1,)
+    const uint8_t *mask, *scored;   // (N,), (B,)
+    int form;
+    double gamma, ddof;
+    bool whiten, verl_baseline;
+};
+
 #define REASONRL_DECLARE(isa)                                                            \
     namespace isa {                                                                      \
     void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy, \
@@ -87,6 +98,9 @@ void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_
                  float* out, int64_t* index);
 void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, int64_t steps,
                       int how, const int64_t* index, const float* grad, float* out);
+void prime_advantage(const PrimeInput&, float* out, int threads);
+void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out,
+            int threads);
 void step_expand(const float* value, const int64_t* step, int64_t tokens, int64_t steps, bool last,
                  float* out, int threads);
 

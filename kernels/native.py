@@ -20,6 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RATIOS = {"token": 0, "sequence": 1, "sequence_token": 2}
 SURROGATES = {"clip": 0, "cispo": 1, "sapo": 2, "gmpo": 3, "reinforce": 4}
 KLS = {"k1": 0, "k2": 1, "k3": 2}
+FORMS = {"rloo": 0, "grpo": 1, "reinforce": 2}
 KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
 HOWS = {"sum": 0, "mean": 1, "min": 2, "max": 3, "last": 4, "prod": 5}
 METRICS = (
@@ -258,6 +259,60 @@ class _Returns(torch.autograd.Function):
     def backward(ctx, grad):
         cu, mask, gamma, ahead = ctx.args
         return _Returns.apply(grad.contiguous(), cu, mask, gamma, not ahead), None, None, None, None
+
+
+def prime_advantage(
+    token_reward: Tensor,  # (N,)
+    outcome: Tensor,  # (B,)
+    group: Tensor,  # (B,) int64
+    cu: Tensor,
+    mask: Tensor | None,
+    form: str,
+    gamma: float,
+    ddof: int,
+    scored: Tensor | None,  # (B,) bool
+    whiten_result: bool,
+    verl_baseline: bool,
+) -> Tensor:  # (N,)
+    """Process returns plus outcome part against the group, whitened if asked, in one call."""
+    reward, outcome = token_reward.detach().contiguous(), outcome.detach().contiguous()
+    out = torch.empty_like(reward)
+    core().prime_advantage(
+        reward.numel(), outcome.numel(), pointer(reward), pointer(outcome), pointer(group),
+        pointer(cu), pointer(mask), pointer(scored), FORMS[form], gamma, ddof, whiten_result,
+        verl_baseline, pointer(out), threads(),
+    )  # fmt: skip
+    return out
+
+
+def whiten(value: Tensor, mask: Tensor | None, eps: float) -> Tensor:  # (N,)
+    """(x - mean) / sqrt(unbiased var + eps) over the unmasked values; fewer than two give 0."""
+    return _Whiten.apply(value, mask, eps)
+
+
+class _Whiten(torch.autograd.Function):
+    """y = x' / s:  dx = (g - mean(g) - y sum(g y) / (n - 1)) / s over the unmasked values."""
+
+    @staticmethod
+    def forward(ctx, value, mask, eps):
+        out = torch.empty_like(value)
+        args = (pointer(value), pointer(mask), value.numel(), eps, pointer(out), threads())
+        core().whiten(*args)
+        ctx.save_for_backward(value, mask, out)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, mask, y = ctx.saved_tensors
+        on = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
+        n = int(on.sum())
+        x, g = (torch.where(on, t.double(), 0.0) for t in (value, grad))
+        centred = torch.where(on, x - x.sum() / max(n, 1), 0.0)
+        scale = (centred.square().sum() / max(n - 1, 1) + ctx.eps).sqrt()
+        pull = (g * y).sum() / max(n - 1, 1) * y
+        dx = torch.where(on, (g - g.sum() / max(n, 1) - pull) / scale, 0.0)
+        return dx.to(value.dtype), None, None
 
 
 def step_reduce(value: Tensor, step: Tensor, n_steps: int, how: str) -> Tensor:  # (S,)

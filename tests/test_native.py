@@ -281,6 +281,49 @@ def test_step_expand_and_its_gradient(native, where):
     assert x.grad.tolist() == expected
 
 
+@pytest.mark.parametrize("form", ["rloo", "grpo", "reinforce"])
+def test_prime_advantage_in_one_call(native, form):
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(0, 40, (seed,), generator=g)
+        cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        reward = torch.randn(int(cu[-1]), generator=g)
+        reward = reward.round() if seed % 3 == 0 else reward
+        outcome = torch.randint(0, 2, (seed,), generator=g).float()
+        group = torch.randint(-1, 3, (seed,), generator=g)
+        mask = torch.rand(reward.shape, generator=g) > 0.3 if seed % 2 else None
+        scored = torch.rand(seed, generator=g) > 0.3 if seed % 4 else None
+        if mask is not None:
+            reward[~mask] = math.nan
+        for white in (False, True):
+            args = (group, cu, mask, form, 0.9, seed % 2, scored, white, form == "rloo")
+            out = native.prime_advantage(reward, outcome, *args)
+            truth = reference.prime_advantage(reward.double(), outcome.double(), *args)
+            close(out, truth, 16 * EPS)
+
+
+def test_prime_advantage_by_hand(native):
+    """Two completions of one group, rewards 1 1 and 0, outcomes 1 and 0: eq. 5."""
+    reward, outcome = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0])
+    args = (torch.tensor([5, 5]), torch.tensor([0, 2, 3]), None, "rloo", 0.5, 1, None, False, False)
+    out = native.prime_advantage(reward, outcome, *args)
+    close(out, torch.tensor([1.5 + 1.0, 1.0 + 1.0, -1.0 - 1.0]))
+
+
+def test_whiten_and_its_gradient(native):
+    for n in (0, 1, 2, 9001):
+        value, grad, mask = 3 + torch.randn(n), torch.randn(n), torch.rand(n) > 0.3
+        value[~mask] = math.nan
+        for given in (mask, None):
+            clean = value if given is not None else value.nan_to_num(1.0)
+            x, y = clean.clone().requires_grad_(), clean.double().requires_grad_()
+            out, truth = native.whiten(x, given, 1e-8), reference.whiten(y, given, 1e-8)
+            out.backward(grad)
+            truth.backward(grad.double())
+            close(out, truth)
+            close(x.grad, y.grad, 16 * EPS, scale=1.0)
+
+
 def test_nothing_to_do(native):
     none, cu = torch.empty(0), torch.zeros(1, dtype=torch.int64)
     ids = torch.empty(0, dtype=torch.int64)
