@@ -1,0 +1,176 @@
+"""One rank of the distributed tests: the cases, and the script that runs them under gloo.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python distributed_worker.py OUT ddp
+
+A case is a fixed rollout whose groups are dealt out to the ranks as the loop deals them. Every
+rank writes what it measured to OUT/<kind>-<rank>.pt; the test compares with one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from reasonrl import config as configs
+from reasonrl import models
+from reasonrl.batch import pack
+from reasonrl.loss import LossSpec
+from reasonrl.records import NonFiniteStop, Problem, Rollout
+from reasonrl.update import Learner
+
+UNEVEN = ((3, 7, 1), (5, 2), (9,), (4, 4, 6, 1), (2, 8))
+SMALL = (  # the recipe `tiny`, shrunk until a step takes milliseconds
+    "model_options={width: 32, layers: 1, heads: 2}",
+    "task_options={terms: 2, ops: '+', mod: 5, low: 0, style: compact}",
+    "steps=3",
+    "cold_start_steps=2",
+    "cold_start.batch=5",
+    "prompts_per_step=3",
+    "group=4",
+    "max_completion_length=12",
+    "eval_problems=4",
+    "threads=1",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """sizes[g]: completion lengths of group g; dead: groups whose advantages are all zero."""
+
+    loss: str = "grpo"
+    sizes: tuple[tuple[int, ...], ...] = UNEVEN
+    dead: tuple[int, ...] = ()
+    tokens: int = 24  # of a micro-batch: the ranks get different numbers of them
+    updates: int = 1
+    kl: float = 0.0
+    nan_rank: int | None = None  # whose gradient is not finite
+    steps: int = 2
+
+
+CASES = {
+    "grpo": Case("grpo"),
+    "dapo": Case("dapo"),
+    "dr_grpo": Case("dr_grpo"),
+    "gspo": Case("gspo"),
+    "whole": Case("dapo", tokens=4096),
+    "dead rows on rank 1": Case("grpo", dead=(1, 3)),
+    "no group on rank 1": Case("dapo", sizes=((3, 7, 1),)),
+    "no token on rank 1": Case("gspo", sizes=((3, 7, 1), (0, 0), (4, 2))),
+    "reference, no group on rank 1": Case("grpo", sizes=((3, 7, 1),), kl=0.5),
+    "two updates": Case("dapo", updates=2),
+    "more updates than groups of rank 1": Case("grpo", sizes=UNEVEN[:3], updates=3),
+    "all dead": Case("grpo", dead=(0, 1, 2, 3, 4)),
+    "no token at all": Case("grpo", sizes=((0, 0), (0,))),
+    "nan on rank 1": Case("grpo", nan_rank=1),
+}
+
+
+def small(*changes: str):
+    return configs.load("tiny", [*SMALL, *changes])
+
+
+def dealt(case: Case, rank: int, world: int) -> tuple[Rollout, Tensor]:
+    """The rollout and advantages of a rank: every world-th group of the case."""
+    generator = torch.Generator().manual_seed(7)
+    rows: list[tuple[int, list[int], Tensor]] = []
+    prompts = []
+    for g, sizes in enumerate(case.sizes):
+        prompts.append(torch.randint(4, 90, (3 + 2 * g,), generator=generator).tolist())
+        for n in sizes:
+            ids = torch.randint(4, 90, (n,), generator=generator).tolist()
+            credit = torch.randn(1, generator=generator).expand(n)
+            rows.append((g, ids, credit * (g not in case.dead)))
+    mine = range(rank, len(case.sizes), world)
+    rows = [row for row in rows if row[0] in mine]
+    rollout = Rollout(
+        problems=[Problem(str(g), "") for g in mine],
+        prompt_ids=[prompts[g] for g in mine],
+        group=torch.tensor([g // world for g, _, _ in rows], dtype=torch.long),
+        completion_ids=[ids for _, ids, _ in rows],
+        text=[""] * len(rows),
+        finished=[True] * len(rows),
+        logp=[torch.zeros(len(ids)) for _, ids, _ in rows],
+        pieces=[[0] * (len(ids) + 1) for _, ids, _ in rows],
+    )
+    return rollout, torch.cat([torch.zeros(0), *(credit for _, _, credit in rows)])
+
+
+def learner(case: Case, accelerator: Accelerator) -> Learner:
+    # eps above the rounding of a gradient: AdamW would make a full step of mere noise
+    changes = [f"batch.tokens={case.tokens}", "optim.eps=1e-5", "nan_patience=2"]
+    policy = models.load("tiny", dtype="fp32", seed=1, width=32, layers=2, heads=2)
+    out = Learner(policy, small(*changes), accelerator)
+    if case.kl:
+        out.reference = models.load("tiny", dtype="fp32", seed=2, width=32, layers=2, heads=2)
+    return out
+
+
+def run(case: Case, accelerator: Accelerator) -> dict:
+    """Metrics of every step, the weights after it, and whether the NaN policy stopped the run."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    made = learner(case, accelerator)
+    rollout, advantage = dealt(case, rank, world)
+    extra = {"max_length": 12} if case.loss == "dr_grpo" else {}
+    spec = LossSpec.named(case.loss, kl_coef=case.kl, **extra)
+    if case.nan_rank == rank:
+        first = next(iter(made.policy.model.parameters()))
+        first.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+    parts = len(list(pack(rollout, advantage, case.tokens)))
+    steps, weights, stopped = [], [snapshot(made)], False
+    for _ in range(case.steps):
+        try:
+            steps.append(made.step(rollout, advantage, spec, 1e-3, case.updates))
+        except NonFiniteStop:
+            stopped = True
+        weights.append(snapshot(made))
+    accelerator.free_memory()
+    return {"steps": steps, "weights": weights, "stopped": stopped, "parts": parts}
+
+
+def warm_then_dead(accelerator: Accelerator) -> list[dict[str, Tensor]]:
+    """Weights before and after a step without any live row, when AdamW has momentum already."""
+    made = learner(CASES["grpo"], accelerator)
+    place = accelerator.process_index, accelerator.num_processes
+    spec = LossSpec.named("grpo")
+    made.step(*dealt(CASES["grpo"], *place), spec, 1e-3)
+    before = snapshot(made)
+    made.step(*dealt(CASES["all dead"], *place), spec, 1e-3)
+    after = snapshot(made)
+    accelerator.free_memory()
+    return [before, after]
+
+
+def snapshot(made: Learner) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in made.policy.model.state_dict().items()}
+
+
+def main(out: Path, kind: str) -> None:
+    torch.set_num_threads(1)
+    if kind == "ddp":
+        from reasonrl.train import train
+
+        accelerator = Accelerator(cpu=True)
+        done = {name: run(case, accelerator) for name, case in CASES.items()}
+        done["warm, then dead"] = warm_then_dead(accelerator)
+        train(small("steps=0", "cold_start_steps=3", "optim.eps=1e-5"), out / "cold", quiet=True)
+        train(small(), out / "run", quiet=True)
+        train(small("prompts_per_step=1"), out / "one prompt", quiet=True)
+        train(small(), out / "alone", resume=True, quiet=True)  # the test ran two steps of it
+    else:
+        from accelerate import DeepSpeedPlugin
+
+        plugin = DeepSpeedPlugin(zero_stage=int(kind.removeprefix("zero")))
+        accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+        names = ("grpo", "no group on rank 1", "nan on rank 1", "all dead")
+        done = {name: run(CASES[name], accelerator) for name in names}
+    torch.save(done, out / f"{kind}-{accelerator.process_index}.pt")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
