@@ -36,6 +36,10 @@ RIGHT = [
     ("The final answer is $x^2+1$.", "1+x^2"),
     ("3 + 4 = 7\n#### 7", "7.0"),
     (r"first \boxed{1}, no: \boxed{2}", "2"),
+    (r"\frac{x}{2}+1", r"\frac{x+2}{2}"),
+    ("Yes.", "yes"),
+    (r"\boxed{(−∞, 2]}", r"(-\infty, 2]"),
+    (r"\boxed{(A)}", "A"),
 ]
 WRONG = [
     (r"\boxed{3}", "4"),
@@ -44,6 +48,8 @@ WRONG = [
     (r"\boxed{2}, or \boxed{1}", "2"),
     (r"<think>\boxed{2}</think>\boxed{3}", "2"),
     (r"\boxed{10^{18}+1}", "1000000000000000000"),
+    ("It has 3 sides", "4"),
+    ("4", "four"),
 ]
 
 

@@ -20,6 +20,10 @@ import time
 
 WORD = re.compile(r"(?:\\text\{\s*)?([A-Za-z][A-Za-z ]{3,}?)\s*\}?")
 POWER_OF_TEN = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
+PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|\n")
+SIGNS = str.maketrans(
+    {"∞": r"\infty ", "π": r"\pi ", "−": "-", "≤": r"\le ", "≥": r"\ge ", "×": r"\times "}
+)
 SLACK = 2  # seconds of CPU beyond the wall limit of a task
 
 
@@ -68,10 +72,12 @@ def verdict(task: dict) -> dict:
     gold = read(task["gold"])
     if not gold:
         return {"id": task["id"], "kind": "no gold"}
-    found = read_text(task["pred"]) if task["free"] else read(task["pred"])
-    if not task["free"] and plain(task["pred"]) == plain(task["gold"]):
+    if plain(task["pred"]).casefold() == plain(task["gold"]).casefold():
         return {"id": task["id"], "kind": "equal"}
-    if not found:
+    readings = [read(task["pred"])] if not task["free"] or bare(task["pred"]) else []
+    readings += [read_text(task["pred"])] if task["free"] else []
+    readings = [found for found in readings if found]
+    if not readings:
         return {"id": task["id"], "kind": "no answer" if task["free"] else "unread answer"}
     words = [WORD.fullmatch(x.strip()) for x in (task["gold"], task["pred"])]
     if words[0] is not None:  # letters are not a product of variables
@@ -82,8 +88,13 @@ def verdict(task: dict) -> dict:
         }
     from math_verify import verify
 
-    same = verify(gold, found, timeout_seconds=None)
+    same = any(verify(gold, found, timeout_seconds=None) for found in readings)
     return {"id": task["id"], "kind": "equal" if same else "different"}
+
+
+def bare(text: str) -> bool:
+    """Whether a completion without any mark is nothing but an expression."""
+    return len(text) <= 256 and "$" not in text and PROSE.search(text) is None
 
 
 def plain(answer: str) -> str:
@@ -94,7 +105,7 @@ def read(answer: str) -> list:
     """A bare answer, LaTeX without delimiters or not, as sympy objects; [] if it does not parse."""
     from math_verify import LatexExtractionConfig, parse
 
-    answer = answer.strip()
+    answer = answer.strip().translate(SIGNS)
     if (power := POWER_OF_TEN.fullmatch(answer)) is not None:
         answer = f"{power[1]} \\cdot 10^{{{power[2]}}}"
     config = [LatexExtractionConfig(boxed_match_priority=0)]
