@@ -1,6 +1,7 @@
 // Groups, returns and steps. Sums are double, in memory order: one result for any number of
 // threads.
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 #include <numeric>
@@ -67,17 +68,62 @@ void group_advantage(const float* reward, const int64_t* group, const uint8_t* s
     }
 }
 
-// R_t = r_t + gamma R_next over unmasked tokens, from the end; from the start it is the gradient.
-static void one_scan(const float* in, const uint8_t* mask, int64_t start, int64_t end, int64_t by,
-                     double gamma, float* out) {
+// R -> a R + b: what a run of tokens does to the return that enters it.
+struct Affine {
+    double a, b;
+};
+
+// The reward of a token, 0 where it is masked: by its bits, without a branch, whatever it holds.
+static inline double taken(float reward, bool on) {
+    uint32_t bits;
+    memcpy(&bits, &reward, 4);
+    bits &= 0u - (uint32_t)on;
+    memcpy(&reward, &bits, 4);
+    return reward;
+}
+
+// R_t = r_t + gamma R_next over unmasked tokens, from the end (BY = -1); from the start (BY = 1) it
+// is the gradient. A tile is LANES runs of RUN tokens side by side: as many independent chains hide
+// the latency of one. The first sweep finds what each run does, the second has every run's carry.
+template <int BY, bool MASKED>
+static void one_scan(const float* in, const uint8_t* mask, int64_t first, int64_t n, double gamma,
+                     float* out) {
+    constexpr int LANES = 8, RUN = 32, TILE = LANES * RUN;
+    const double by[2] = {1.0, gamma};  // a masked token passes the return on
     double carry = 0.0;
-    for (int64_t i = start; i != end; i += by) {
-        if (mask && !mask[i]) {
-            out[i] = 0.0f;
-            continue;
+    int64_t at = 0;
+    for (; at + TILE <= n; at += TILE) {
+        const int64_t base = first + BY * at;
+        Affine run[LANES];
+        for (int lane = 0; lane < LANES; lane++) run[lane] = {1.0, 0.0};
+        for (int k = 0; k < RUN; k++) {
+            for (int lane = 0; lane < LANES; lane++) {
+                const int64_t i = base + BY * (lane * RUN + k);
+                const bool on = !MASKED || mask[i];
+                run[lane].b = taken(in[i], on) + by[on] * run[lane].b;
+                run[lane].a *= by[on];
+            }
         }
-        carry = in[i] + gamma * carry;
-        out[i] = (float)carry;
+        double entering[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            entering[lane] = carry;
+            carry = run[lane].a * carry + run[lane].b;
+        }
+        for (int k = 0; k < RUN; k++) {
+            for (int lane = 0; lane < LANES; lane++) {
+                const int64_t i = base + BY * (lane * RUN + k);
+                const bool on = !MASKED || mask[i];
+                entering[lane] = taken(in[i], on) + by[on] * entering[lane];
+                out[i] = (float)taken((float)entering[lane], on);
+            }
+        }
+        carry = entering[LANES - 1];
+    }
+    for (; at < n; at++) {
+        const int64_t i = first + BY * at;
+        const bool on = !MASKED || mask[i];
+        carry = taken(in[i], on) + by[on] * carry;
+        out[i] = (float)taken((float)carry, on);
     }
 }
 
@@ -85,10 +131,13 @@ void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_
              double gamma, bool forward, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int64_t b = 0; b < batch; b++) {
+        const int64_t n = cu[b + 1] - cu[b], first = forward ? cu[b] : cu[b + 1] - 1;
         if (forward) {
-            one_scan(reward, mask, cu[b], cu[b + 1], 1, gamma, out);
+            mask ? one_scan<1, true>(reward, mask, first, n, gamma, out)
+                 : one_scan<1, false>(reward, mask, first, n, gamma, out);
         } else {
-            one_scan(reward, mask, cu[b + 1] - 1, cu[b] - 1, -1, gamma, out);
+            mask ? one_scan<-1, true>(reward, mask, first, n, gamma, out)
+                 : one_scan<-1, false>(reward, mask, first, n, gamma, out);
         }
     }
 }
@@ -118,11 +167,16 @@ void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_
     }
     std::vector<double> total(steps, how == STEP_PROD ? 1.0 : 0.0);
     std::fill(index, index + steps, (int64_t)0);
-    for (int64_t i = 0; i < tokens; i++) {
+    // steps are mostly runs of neighbours: a run is reduced in a register and added once
+    for (int64_t i = 0, end; i < tokens; i = end) {
         const int64_t s = step[i];
+        double run = value[i];
+        for (end = i + 1; end < tokens && step[end] == s; end++) {
+            run = how == STEP_PROD ? run * value[end] : run + value[end];
+        }
         if (s < 0) continue;
-        index[s]++;
-        total[s] = how == STEP_PROD ? total[s] * value[i] : total[s] + value[i];
+        index[s] += end - i;
+        total[s] = how == STEP_PROD ? total[s] * run : total[s] + run;
     }
     for (int64_t s = 0; s < steps; s++) {
         const double n = how == STEP_MEAN && index[s] > 0 ? (double)index[s] : 1.0;
