@@ -21,7 +21,7 @@ from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import make
 from reasonrl.config import Config
 from reasonrl.evaluate import evaluate
-from reasonrl.log import RunLog
+from reasonrl.log import RunLog, read_rows
 from reasonrl.loss import LossSpec
 from reasonrl.observe import completion_rows, step_metrics
 from reasonrl.records import InputError
@@ -110,6 +110,8 @@ class Run:
         if self.saved != (self.cold, self.step):
             self._save()
         done = self.step >= config.steps
+        if done:
+            self._conclude()
         self.log.close(complete=done)
         return done
 
@@ -187,6 +189,20 @@ class Run:
             )
         self.log.evaluation(step, metrics)
         return metrics
+
+    def _conclude(self) -> None:
+        """What the run came to, in one line."""
+        rows = read_rows(self.out / "evals.jsonl") if self.main else []
+        known = [r for r in rows if r["eval/accuracy"] is not None]
+        if len(known) > 1:
+            first, last = (
+                f"{100 * r['eval/accuracy']:.1f} % (SE {100 * r['eval/accuracy_se']:.1f})"
+                for r in (known[0], known[-1])
+            )
+            count, split = known[-1]["eval/problems"], self.config.eval.split
+            self.log.note(
+                f"accuracy on {count} {split} problems, before and after RL: {first}, {last}"
+            )
 
     def _save(self) -> None:
         with self.log.phase("save"):
