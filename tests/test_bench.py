@@ -1,0 +1,107 @@
+"""The step benchmark: what its report holds, and that a red gate leaves no number."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # bench/ is no part of the installed package
+
+from bench import __main__ as bench
+from bench import step
+from bench.step_ours import Settings
+
+SMALL = Settings(model="tiny", group=4, tokens=6, prompt_tokens=12, repeats=1, threads=1)
+FACTS = {"cosine": 1.0, "norm_ratio": 1.0, "ours": (48, 96, True), "trl": (48, 96, True)}
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "bench", "step", *SMALL.words(), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+
+
+def test_ours_against_trl(require, tmp_path):
+    missing = [name for name in ("trl", "datasets") if not importlib.util.find_spec(name)]
+    require("trl", f"no {missing[0]}; pip install 'reasonrl[trl]'" if missing else None)
+    done = run("--dtype", "fp32", "--no-memory", "--out", str(tmp_path / "step.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert report["settings"]["tokens"] == 6 and report["machine"]["threads"] == 1
+    assert {"torch", "trl", "transformers"} <= report["machine"]["versions"].keys()
+    assert [(row["side"], row["dtype"]) for row in report["rows"]] == [
+        ("ours", "fp32"),
+        ("trl", "fp32"),
+    ]
+    for row in report["rows"]:
+        assert row["gate"]["green"] and row["gate"]["cosine"] > 0.999999
+        assert row["gate"]["norm_ratio"] == pytest.approx(1, abs=1e-5)
+        assert len(row["seconds"]) == 1 and row["median"] > 0
+        assert sum(row["phases"].values()) == pytest.approx(row["median"], rel=0.05)
+        assert row["tokens_per_second"] == pytest.approx(2 * 4 * 6 / row["median"])
+    assert "ours  fp32" in done.stdout and "trl   fp32" in done.stdout
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
+    done = run("--dtype", "fp32", "--sides", "ours", "--alone", "ours")
+    assert done.returncode == 0, done.stderr
+    memory = json.loads(done.stdout.splitlines()[-1])
+    assert 100 < memory["start_mib"] < memory["peak_mib"] < 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cosine": 0.97}, "cosine 0.9700, expected >= 0.9999"),
+        ({"cosine": float("nan")}, "cosine nan"),
+        ({"norm_ratio": 2.0}, "norm ratio 2.000"),
+        ({"ours": (47, 96, True)}, "ours: 47 completion tokens, expected 48"),
+        ({"trl": (48, 80, True)}, "prompt tokens differ: [96, 80]"),
+        ({"trl": (48, 96, False)}, "trl: the parameters did not change"),
+    ],
+)
+def test_a_red_gate_leaves_the_row_and_no_number(change, reason):
+    verdict = step.gate(SMALL, "fp32", FACTS | change)
+    assert not verdict["green"] and reason in verdict["reason"]
+    times = [{"rollout": 1.0, "score": 0.5, "update": 2.0, "total": 765.432}] * 2
+    rows = [step._row(SMALL, side, "fp32", times, verdict) for side in step.SIDES]
+    assert not any("median" in row or "seconds" in row for row in rows)
+    printed = step.table(
+        {
+            "settings": vars(SMALL),
+            "machine": step._machine() | {"load_after": (0.0,)},
+            "rows": rows,
+        }
+    )
+    assert printed.count(f"refused: {verdict['reason']}") == 2
+    assert "765" not in printed and "of the time" not in printed
+
+
+def test_a_green_gate_prints_also_where_we_lose():
+    verdict = step.gate(SMALL, "fp32", FACTS)
+    assert verdict == {"green": True, "reason": "", "cosine": 1.0, "norm_ratio": 1.0}
+    phases = {"rollout": 1.0, "score": 0.0, "update": 2.0}
+    slow, fast = ([phases | {"total": t}] * 2 for t in (6.0, 3.0))
+    rows = [
+        step._row(SMALL, "ours", "fp32", slow, verdict) | {"peak_mib": 300},
+        step._row(SMALL, "trl", "fp32", fast, verdict) | {"peak_mib": 200},
+    ]
+    assert rows[0]["tokens_per_second"] == 8
+    assert "takes 1/0.50 of the time of trl fp32, 1.50 of its peak memory" in "".join(
+        step._verdict(rows)
+    )
+
+
+def test_wrong_usage_is_status_2(capsys, monkeypatch):
+    assert bench.main(["stop"]) == 2
+    assert "expected one of" in capsys.readouterr().err
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    assert step.main(["--model", "tiny"]) == 2
+    assert "pip install 'reasonrl[trl]'" in capsys.readouterr().err
