@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ is no part of the installed package
+sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is no part of what is installed
 
 from bench import __main__ as bench
 from bench import step
 from bench.step_ours import Settings
 
+ROOT = Path(__file__).parent.parent
 SMALL = Settings(model="tiny", group=4, tokens=6, prompt_tokens=12, repeats=1, threads=1)
 FACTS = {"cosine": 1.0, "norm_ratio": 1.0, "ours": (48, 96, True), "trl": (48, 96, True)}
 
