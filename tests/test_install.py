@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -78,11 +79,11 @@ def unpacked(wheel, tmp_path_factory) -> Path:
 
 
 def python(site: Path, code: str, **env: str) -> str:
-    """Run code that sees the unpacked wheel before anything else, from another folder."""
-    run = {**os.environ, "PYTHONPATH": str(site), **env}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=site.parent, env=run, capture_output=True, text=True
-    )
+    """Run code that sees the unpacked wheel and no editable install of this tree (-S: no .pth)."""
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    run = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sorted(libraries)]), **env}
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=site.parent, env=run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
