@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "simt"
 KERNELS = tuple(ROOT / "csrc" / "cuda" / name for name in ("policy.cu", "segments.cu"))
 FLAGS = "-std=gnu++17 -g -fPIC -Wall -Werror".split()
-AS_CPU = f"-x c++ -DSIMT -fno-strict-aliasing -ffp-contract=off -I{HERE}".split()
+AS_CPU = [*"-x c++ -DSIMT -fno-strict-aliasing -ffp-contract=off".split(), f"-I{HERE}"]
 VARIANTS = {  # flags of the kernels, flags of the link, sources of the runtime
     "plain": (["-O2"], [], ["runtime.cpp"]),
     "cover": (["-O0", "--coverage"], ["--coverage"], ["runtime.cpp"]),
