@@ -24,6 +24,7 @@ from reasonrl.evaluate import evaluate
 from reasonrl.log import RunLog, read_rows
 from reasonrl.loss import LossSpec
 from reasonrl.observe import completion_rows, step_metrics
+from reasonrl.ranks import any_rank, whole
 from reasonrl.records import InputError
 from reasonrl.rollout import Sampling
 from reasonrl.tasks import make_task
@@ -94,16 +95,16 @@ class Run:
         """All that is left of the run; True when it is complete, False when asked to stop."""
         config, stop = self.config, Stop()
         sft = SFT(self.algo.task, self.algo.policy)
-        while self.cold < config.cold_start_steps and not stop.asked:
+        while self.cold < config.cold_start_steps and not self._stopping(stop):
             self._cold_step(sft)
-        if self.step == 0 and not stop.asked:
+        if self.step == 0 and not self._stopping(stop):
             if config.eval.at_start:
                 self._evaluate(0)
             if config.cold_start_steps and config.steps:
                 self._save()
         if self.spec.kl_coef and self.learner.reference is None:
             self.learner.reference = self._reference()
-        while self.step < config.steps and not stop.asked:
+        while self.step < config.steps and not self._stopping(stop):
             self._step()
             if config.save.every and self.step % config.save.every == 0:
                 self._save()
@@ -114,6 +115,11 @@ class Run:
             self._conclude()
         self.log.close(complete=done)
         return done
+
+    def _stopping(self, stop: Stop) -> bool:
+        """Whether any rank was asked to stop: all of them leave after the same step."""
+        stop.asked = any_rank(self.accelerator, stop.asked)
+        return stop.asked
 
     def _cold_step(self, sft: SFT) -> None:
         config, start, began = (
@@ -164,7 +170,8 @@ class Run:
         with log.phase("reward_update"):
             metrics |= algo.update(rollout, rewards)
         self.step = step
-        metrics |= step_metrics(rollout, rewards, advantage)
+        shown = whole(self.accelerator, rollout, rewards, advantage)
+        metrics |= step_metrics(*shown)
         self.tokens += int(metrics["num_tokens"])
         metrics |= {"num_tokens": self.tokens, "learning_rate": rate}
         every = config.eval.every
@@ -172,7 +179,7 @@ class Run:
             metrics |= self._evaluate(step)
         metrics["step_time"] = time.time() - began
         if config.log.completions_every and step % config.log.completions_every == 0:
-            log.completions(step, completion_rows(step, rollout, rewards, advantage))
+            log.completions(step, completion_rows(step, *shown))
         log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")
 
     def _evaluate(self, step: int) -> dict[str, Any]:

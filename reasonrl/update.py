@@ -28,6 +28,7 @@ from reasonrl.config import Config
 from reasonrl.loss import LossSpec, linear_policy_loss
 from reasonrl.models import Policy
 from reasonrl.ops import linear_logp
+from reasonrl.ranks import gathered
 from reasonrl.records import Batch, InputError, NonFiniteStop, Rollout
 
 METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
@@ -105,7 +106,7 @@ class Learner:
             group["lr"] = rate
         old = self.logp(rollout, advantage, self.policy) if updates > 1 else None
         ref = self.logp(rollout, advantage, self.reference) if self.reference else None
-        groups = [int(n) for (n,) in self._gathered([len(rollout.problems)])]
+        groups = [int(n) for (n,) in gathered(self.accelerator, [len(rollout.problems)])]
         place = self.accelerator.process_index, self.accelerator.num_processes
         shares = _shares(rollout, updates, sum(groups), *place)
         done = [self._update(rollout, advantage, spec, rows, old, ref) for rows in shares]
@@ -127,6 +128,7 @@ class Learner:
                 temperature=module.temperature,
                 softcap=policy.softcap,
             )
+            assert isinstance(values, Tensor)  # no entropy was asked for
             at = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in batch.rows.tolist()])
             out[at] = values.float().cpu()
         return out
@@ -136,7 +138,7 @@ class Learner:
         live = _live(rollout, advantage, rows, spec)
         batches = list(pack(rollout, advantage, self.config.batch.tokens, live, old, ref))
         mine = [sum(size[b] for b in rows), len(rows), len(live), len(batches)]
-        ranks = self._gathered(mine)
+        ranks = gathered(self.accelerator, mine)
         tokens, count, alive, parts = (sum(column) for column in zip(*ranks, strict=True))
         share_live = {"rows/live": alive / max(1, count)}
         if tokens == 0 or parts == 0:  # nothing to learn on any rank: a defined no-op
@@ -152,7 +154,7 @@ class Learner:
         batches += [filler] * (wanted - len(batches))
         out = self._backward(batches, spec, divisor)
         names = sorted(out)  # the same on every rank
-        every = self._gathered([out[name] for name in names])
+        every = gathered(self.accelerator, [out[name] for name in names])
         out = _merged([dict(zip(names, v, strict=True)) for v in every], total=("loss",))
         return out | share_live | {"grad_norm": self._apply()}
 
@@ -187,13 +189,6 @@ class Learner:
                 f"the gradient was not finite in {self.skipped} steps in a row (nan_patience)"
             )
         return value
-
-    def _gathered(self, values: Sequence[float]) -> list[list[float]]:
-        """The values of every rank, in rank order; a collective that all ranks must reach."""
-        if self.accelerator.num_processes == 1:
-            return [list(values)]
-        local = torch.tensor([values], dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.gather(local).tolist()
 
 
 def rate_at(step: int, steps: int, peak: float, warmup: int, schedule: str, final: float) -> float:

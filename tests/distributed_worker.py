@@ -8,6 +8,7 @@ rank writes what it measured to OUT/<kind>-<rank>.pt; the test compares with one
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from reasonrl import models
 from reasonrl.batch import pack
 from reasonrl.loss import LossSpec
 from reasonrl.records import NonFiniteStop, Problem, Rollout
+from reasonrl.train import Run, train
 from reasonrl.update import Learner
 
 UNEVEN = ((3, 7, 1), (5, 2), (9,), (4, 4, 6, 1), (2, 8))
@@ -35,6 +37,7 @@ SMALL = (  # the recipe `tiny`, shrunk until a step takes milliseconds
     "max_completion_length=12",
     "eval_problems=4",
     "threads=1",
+    "loss={name: grpo, kl_coef: 0.5}",  # a row without credit has a gradient still
 )
 
 
@@ -145,6 +148,20 @@ def warm_then_dead(accelerator: Accelerator) -> list[dict[str, Tensor]]:
     return [before, after]
 
 
+def stopped_on_rank_1(out: Path, rank: int) -> None:
+    """A long run of which one rank alone is told to stop, in its second step."""
+    run = Run(small("steps=200"), out, resume=False, quiet=True)
+    step = run._step
+
+    def interrupted() -> None:
+        step()
+        if rank == 1 and run.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    run._step = interrupted  # type: ignore[method-assign]
+    assert not run.train()
+
+
 def snapshot(made: Learner) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in made.policy.model.state_dict().items()}
 
@@ -152,8 +169,6 @@ def snapshot(made: Learner) -> dict[str, Tensor]:
 def main(out: Path, kind: str) -> None:
     torch.set_num_threads(1)
     if kind == "ddp":
-        from reasonrl.train import train
-
         accelerator = Accelerator(cpu=True)
         done = {name: run(case, accelerator) for name, case in CASES.items()}
         done["warm, then dead"] = warm_then_dead(accelerator)
@@ -161,6 +176,7 @@ def main(out: Path, kind: str) -> None:
         train(small(), out / "run", quiet=True)
         train(small("prompts_per_step=1"), out / "one prompt", quiet=True)
         train(small(), out / "alone", resume=True, quiet=True)  # the test ran two steps of it
+        stopped_on_rank_1(out / "stopped", accelerator.process_index)
     else:
         from accelerate import DeepSpeedPlugin
 

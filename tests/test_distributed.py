@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the worker is a script that we
 
 import distributed_worker as worker
 
+from reasonrl.ranks import joined
+from reasonrl.records import Rewards, scored
 from reasonrl.train import train
 
 WORLD, TIMEOUT = 2, 150  # seconds; a quiet machine needs about ten
@@ -172,6 +175,35 @@ def test_a_run_of_two_ranks_writes_one_log_and_one_checkpoint(name, ddp, out):
     found = sorted(p.name for p in (out / name).glob("checkpoint-*"))
     assert found[-1] == "checkpoint-3" and (out / name / found[-1] / "manifest.json").is_file()
     assert not list((out / name).rglob("*.tmp*"))
+
+
+def test_the_log_shows_the_completions_of_all_ranks(ddp, out):
+    table = pyarrow.parquet.read_table(out / "run/completions/completions_00001.parquet")
+    assert table.num_rows == 3 * 4 and len(set(table["problem_id"].to_pylist())) == 3
+    row = rows(out / "run")[0]
+    sizes = [len(ids) for ids in table["completion"].to_pylist()]  # a character is a token
+    assert row["reward"] == pytest.approx(sum(table["reward"].to_pylist()) / 12)
+    assert row["completions/max_length"] >= max(sizes) and row["tokens"] >= sum(sizes) > 0
+    assert row["completions/mean_length"] == pytest.approx(row["tokens"] / 12)
+
+
+def test_all_ranks_stop_after_the_same_step(ddp, out):
+    assert [row["step"] for row in rows(out / "stopped")] == [1, 2]
+    assert (out / "stopped" / "checkpoint-2" / "manifest.json").is_file()
+
+
+def test_joined_rollouts_keep_their_groups():
+    (left, a), (right, b) = (worker.dealt(CASES["grpo"], rank, 2) for rank in (0, 1))
+    none = Rewards([])
+    scores = [Rewards([scored(1.0)] * len(r.text), metrics={"m": 2.0}) for r in (left, right)]
+    empty = worker.dealt(CASES["no group on rank 1"], 1, 2)
+    parts = [(left, scores[0], a), (empty[0], none, empty[1]), (right, scores[1], b)]
+    rollout, rewards, advantage = joined(parts)
+    assert [p.id for p in rollout.problems] == ["0", "2", "4", "1", "3"]
+    owner = [rollout.problems[g].id for g in rollout.group.tolist()]
+    assert owner == [*"000", "2", *"44", *"11", *"3333"]
+    assert len(rewards.outcome) == len(rollout.text) == 12 and rewards.metrics == {"m": 2.0}
+    assert torch.equal(advantage, torch.cat([a, b])) and rollout.sampling_logp is None
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(ddp, out):
