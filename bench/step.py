@@ -12,6 +12,7 @@ Left out: GPUs.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -79,6 +80,7 @@ def measure(
     rows = []
     for dtype in dtypes:
         rows += run_pair(settings, dtype, sides, deadline)
+        gc.collect()  # trainers are cycles: two pairs of models at once would fill the memory
     if memory:
         for row in rows:
             row |= _peak(settings, row, deadline)
