@@ -80,7 +80,7 @@ class Oracle:
         value, slope = min(min(rho, spec.delta or math.inf) * a, clipped), 0.0
         if rho * a <= clipped and rho <= (spec.delta or math.inf):
             slope = rho * a
-        if spec.dual_clip is not None and a < 0 and rho > spec.dual_clip:
+        if spec.dual_clip is not None and a < 0 and value < spec.dual_clip * a:
             value, slope = spec.dual_clip * a, 0.0
         return -w * value, {j: -w * slope * part for j, part in spread.items()}
 
@@ -111,7 +111,7 @@ class Oracle:
         }
 
 
-def inputs(shape=(4, 6), seed=0, spread=0.6):
+def inputs(shape=(6, 14), seed=0, spread=0.6):
     g = torch.Generator().manual_seed(seed)
 
     def draw(scale=1.0, shift=0.0):
@@ -142,6 +142,8 @@ CASES = [(name, change) for name in NAMED for change in CHANGES]
 CASES += [
     ("grpo", c) for c in ({"delta": 1.3}, {"dual_clip": 1.1}, {"delta": 1.4, "dual_clip": 1.3})
 ]
+CASES += [("cispo", {"clip_high": 0.2}), ("gmpo", {"clip_low": 0.2, "clip_high": 0.5})]
+CASES += [("sapo", {"sapo_pos": 1.3}), ("gspo", {"clip_low": 0.05, "clip_high": 0.1})]
 CASES += [(n, {"delta": 1.01, "dual_clip": 1.02}) for n in ("gspo", "gspo_token")]
 
 
@@ -170,10 +172,10 @@ def test_policy_loss_is_the_loop(name, change):
 def test_linear_policy_loss_is_policy_loss_of_the_logits(name):
     spec = LossSpec.named(name, kl_coef=0.1, entropy_coef=0.05, max_length=9)
     given, mask, _ = inputs()
-    hidden = torch.randn(4, 6, 5, dtype=F64, requires_grad=True)
+    hidden = torch.randn(6, 14, 5, dtype=F64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=F64, requires_grad=True)
     bias = torch.randn(11, dtype=F64, requires_grad=True)
-    target = torch.randint(0, 11, (4, 6))
+    target = torch.randint(0, 11, (6, 14))
     u = hidden @ weight.T + bias
     log_p = torch.log_softmax(3 * torch.tanh(u / 3) / 0.7, -1)
     logp = log_p.gather(-1, target[..., None])[..., 0]
@@ -231,6 +233,8 @@ def test_ties_keep_the_gradient(a):
     ]
     geometric = LossSpec.named("gmpo", clip_low=0.0, clip_high=0.0)
     assert one([-3.0], [-3.0], [a], geometric)[1] == [-a]
+    bounded = LossSpec(clip_low=0.0, clip_high=0.0, delta=1.0)
+    assert one([-3.0], [-3.0], [a], bounded)[1] == [-a]
     below = math.log(0.5)  # exp(log 0.5) is 0.5 exactly
     assert math.exp(below) == 0.5
     assert one([below], [0.0], [a], LossSpec(clip_low=0.5))[1] == [-0.5 * a]
@@ -340,7 +344,7 @@ def test_linear_policy_loss_confines_bad_rows():
 
 def test_denominator_replaces_the_divisor():
     given, mask, _ = inputs()
-    count = {"seq_mean": 4, "token_mean": int(mask.sum()), "fixed": 4 * 9}
+    count = {"seq_mean": 6, "token_mean": int(mask.sum()), "fixed": 6 * 9}
     for reduce, own in count.items():
         spec = LossSpec(reduce=reduce, max_length=9)
         free = LossSpec(reduce=reduce)

@@ -66,13 +66,14 @@ GRID = [
         ("token_mean", "seq_mean", "fixed"),
     )
 ]
+NARROW = [{"clip_low": 0.1, "clip_high": 0.2, "sapo_pos": 1.3}]
 EXTRA = [{"delta": 1.5}, {"dual_clip": 1.2}, {"delta": 1.4, "dual_clip": 1.3}]
 EXTRA += [{"entropy_coef": 0.1, "entropy_reduce": "token_mean", "reduce": "seq_mean"}]
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_policy_loss(name):
-    capped = EXTRA if LossSpec.named(name).surrogate == "clip" else EXTRA[3:]
+    capped = EXTRA if LossSpec.named(name).surrogate == "clip" else EXTRA[3:] + NARROW
     for case, (change, weighted, old, divisor) in enumerate(
         itertools.product([*GRID, *capped], (True, False), (True, False), (None, 77.0))
     ):
