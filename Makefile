@@ -14,7 +14,7 @@ export PYTHON TORCH_INDEX
 quickstart:
 	@bash .ci/venv "$(VENV)"
 	@"$(VENV)/bin/reasonrl" train quickstart
-	@echo "Done. See runs/quickstart/report.html, metrics.jsonl and completions/ beside it."
+	@echo "Done. Look into runs/quickstart: metrics.jsonl (a line a step), completions/ and the checkpoints."
 
 test:
 	@bash .ci/venv "$(VENV)" test
