@@ -28,7 +28,7 @@ from reasonrl.ranks import joined
 from reasonrl.records import Rewards, scored
 from reasonrl.train import train
 
-WORLD, TIMEOUT = 2, 150  # seconds; a quiet machine needs about ten
+WORLD, TIMEOUT = 2, 300  # seconds; a quiet machine needs about ten
 CASES = worker.CASES
 TRAINS = [n for n, c in CASES.items() if c.nan_rank is None and n not in ("all dead",)]
 TRAINS.remove("no token at all")
