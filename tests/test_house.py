@@ -165,9 +165,9 @@ import torch
 before = set(sys.modules)
 import reasonrl
 import time
-start = time.perf_counter()
+start = time.process_time()
 import reasonrl.ops, reasonrl.loss, reasonrl.advantage, reasonrl.records, reasonrl.best_of_n
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 new = {m.split(".")[0] for m in set(sys.modules) - before}
 print(sorted(new & {"triton", "transformers", "datasets", "accelerate", "sympy", "pydantic"}))
 """
