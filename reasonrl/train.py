@@ -201,7 +201,7 @@ class Run:
         """What the run came to, in one line."""
         rows = read_rows(self.out / "evals.jsonl") if self.main else []
         known = [r for r in rows if r["eval/accuracy"] is not None]
-        if len(known) > 1:
+        if len(known) > 1 and known[0]["step"] == 0:
             first, last = (
                 f"{100 * r['eval/accuracy']:.1f} % (SE {100 * r['eval/accuracy_se']:.1f})"
                 for r in (known[0], known[-1])

@@ -67,6 +67,19 @@ def test_process_credit_by_step_and_by_return(task, policy):
     assert torch.allclose(only.advantage(rewards, ro), expected, atol=1e-5)
 
 
+def test_process_compares_steps_at_the_same_place(task, policy):
+    ro = rollout(["xxyyz", "xy"], [0, 0])
+    steps = [
+        [Step(0, 2, 1.0), Step(2, 4, 0.0), Step(4, 5, 1.0)],
+        [Step(0, 1, 1.0), Step(1, 2, 1.0)],
+    ]
+    rewards = Rewards([scored(0), scored(0)], steps=steps)
+    a = Process(task, policy, credit="step", baseline="position").advantage(rewards, ro)
+    # first steps are alike, the second ones differ, the third has no peer
+    expected = torch.tensor([0.0, 0.0, -0.70710678, -0.70710678, 0.0, 0.0, 0.70710678])
+    assert torch.allclose(a, expected, atol=1e-5)
+
+
 def test_process_without_step_rules_is_grpo_and_says_so_once(task, policy, caplog):
     ro = rollout(["a", "b"], [0, 0])
     rewards = Rewards([scored(1), scored(0)])

@@ -1,9 +1,11 @@
 """GRPO with process rewards: the steps of a completion are credited one by one.
 
 Step rewards are normalised over all steps of the group, like outcomes over its completions
-(process supervision, arXiv 2402.03300, section 4.1.3). `credit="return"` gives a token the sum of
-its own and all later steps, as in the paper; `credit="step"` gives it its own step only, which is
-right where each step is judged on the value written before it. The outcome stays beside it:
+(process supervision, arXiv 2402.03300, section 4.1.3); `baseline="position"` compares a step only
+with its siblings at the same place, which is right where all completions of a prompt take the same
+steps: an easy first step then says nothing about a hard last one. `credit="return"` gives a token
+the sum of its own and all later steps, as in the paper; `credit="step"` gives it its own step only,
+which is right where each step is judged on the value written before it. The outcome stays beside:
 
     advantage_t = outcome_weight * A(outcome) + step_weight * credit_t
 
@@ -33,6 +35,7 @@ logger = logging.getLogger("reasonrl")
 @dataclass(frozen=True)
 class Process(GRPO):
     credit: Literal["step", "return"] = "return"
+    baseline: Literal["group", "position"] = "group"
     outcome_weight: float = 1.0
     step_weight: float = 1.0
 
@@ -50,7 +53,7 @@ class Process(GRPO):
         known = torch.tensor([v is not None for v in value], dtype=torch.bool)
         step_advantage = ops.group_advantage(
             torch.tensor([v or 0.0 for v in value], dtype=torch.float32),
-            rollout.group.repeat_interleave(counts),
+            self._peers(rollout.group, counts),
             kind=self.kind,
             scored=known,
             ddof=self.ddof,
@@ -61,6 +64,14 @@ class Process(GRPO):
             return ops.step_expand(step_advantage, at, where="all")
         ends = ops.step_expand(step_advantage, at, where="last")
         return ops.returns(ends, cu_seqlens=cu_seqlens(rollout))
+
+    def _peers(self, group: Tensor, counts: Tensor) -> Tensor:
+        """Which steps are compared with which: an id for each of the S steps."""
+        owner = group.repeat_interleave(counts)
+        if self.baseline == "group" or not len(owner):
+            return owner
+        place = torch.cat([torch.arange(n) for n in counts.tolist()])
+        return owner * (int(place.max()) + 1) + place
 
 
 @lru_cache
