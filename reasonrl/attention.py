@@ -130,8 +130,8 @@ class Decode:
 
     def __init__(self, prefill: Packed, owner: Tensor, prompt_length: Tensor, new_tokens: int):
         self.length = prompt_length[owner]  # (B,)
-        self.cache = {}
-        for layer, (k, v) in prefill.cache.items():
+        self.cache: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer, (k, v) in (prefill.cache or {}).items():
             width = k.shape[2]
             size = (len(owner), k.shape[1], width + new_tokens, k.shape[3])
             pair = k.new_zeros(size), v.new_zeros(size)  # zeros: an unseen NaN would still spread

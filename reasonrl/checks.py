@@ -171,13 +171,11 @@ def finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
 
 def divisor(value: float | Tensor | None) -> float | Tensor | None:
     """The caller's `denominator`: a number or a 0-d tensor above 0."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"denominator must be a number or 0-d, got {_tuple(value.shape)}")
-        if not values_checked(value):
-            return value
-        value = value.item()
-    return None if value is None else positive("denominator", value)
+    if value is None or not torch.is_tensor(value):
+        return None if value is None else positive("denominator", value)
+    if value.dim() != 0:
+        raise ValueError(f"denominator must be a number or 0-d, got {_tuple(value.shape)}")
+    return positive("denominator", value.item()) if values_checked(value) else value
 
 
 def loss_inputs(

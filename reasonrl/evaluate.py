@@ -26,7 +26,8 @@ def evaluate(
     accuracy = sum(known) / len(known) if known else math.nan
     spread = sum((v - accuracy) ** 2 for v in known) / max(1, len(known) - 1)
     pairs = zip(chosen, rollout.text, strict=True)
-    prefix = [algo.task.prefix_correct(problem, text) for problem, text in pairs]
+    found = [algo.task.prefix_correct(problem, text) for problem, text in pairs]
+    prefix = [share for share in found if share is not None]
     metrics = {
         "eval/accuracy": accuracy,
         "eval/accuracy_se": math.sqrt(spread / len(known)) if known else math.nan,
@@ -35,6 +36,6 @@ def evaluate(
         "eval/mean_length": sum(map(len, rollout.completion_ids)) / max(1, len(chosen)),
         "eval/clipped_ratio": 1 - sum(rollout.finished) / max(1, len(chosen)),
     }
-    if prefix and all(p is not None for p in prefix):
+    if prefix and len(prefix) == len(found):
         metrics["eval/prefix"] = sum(prefix) / len(prefix)
     return metrics, rollout

@@ -51,10 +51,12 @@ class Algorithm:
     def score(self, rollout: Rollout) -> Rewards:
         """The task's own verdict on every completion, and its steps where a rule can check them."""
         problems = [rollout.problems[g] for g in rollout.group.tolist()]
-        steps = [self.task.steps(p, t) for p, t in zip(problems, rollout.text, strict=True)]
+        pairs = zip(problems, rollout.text, strict=True)
+        found = [self.task.steps(problem, text) for problem, text in pairs]
+        steps = [s for s in found if s is not None]
         return Rewards(
             outcome=self.task.grades(problems, rollout.text),
-            steps=None if any(s is None for s in steps) else steps,
+            steps=steps if len(steps) == len(found) else None,
         )
 
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
