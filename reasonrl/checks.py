@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -171,11 +171,12 @@ def finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
 
 def divisor(value: float | Tensor | None) -> float | Tensor | None:
     """The caller's `denominator`: a number or a 0-d tensor above 0."""
-    if value is None or not torch.is_tensor(value):
+    if not isinstance(value, Tensor):
         return None if value is None else positive("denominator", value)
-    if value.dim() != 0:
-        raise ValueError(f"denominator must be a number or 0-d, got {_tuple(value.shape)}")
-    return positive("denominator", value.item()) if values_checked(value) else value
+    given = cast(Tensor, value)  # torch's own isinstance hook hides this from type checkers
+    if given.dim() != 0:
+        raise ValueError(f"denominator must be a number or 0-d, got {_tuple(given.shape)}")
+    return positive("denominator", given.item()) if values_checked(given) else given
 
 
 def loss_inputs(
