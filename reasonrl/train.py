@@ -9,6 +9,7 @@ every draw is made from (seed, phase, step), so a resumed run continues bit for 
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,24 @@ COLD_START = LossSpec.named("reinforce")
 
 
 class Stop:
-    """SIGINT and SIGTERM ask the run to finish its step; a second one stops at once."""
+    """Inside it SIGINT and SIGTERM ask the run to finish its step; a second one stops at once.
+
+    Outside the main thread signals belong to somebody else and are left alone.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.former[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:
@@ -93,8 +106,16 @@ class Run:
 
     def train(self) -> bool:
         """All that is left of the run; True when it is complete, False when asked to stop."""
-        config, stop = self.config, Stop()
-        sft = SFT(self.algo.task, self.algo.policy)
+        with Stop() as stop:
+            self._train(stop)
+        done = self.step >= self.config.steps
+        if done:
+            self._conclude()
+        self.log.close(complete=done)
+        return done
+
+    def _train(self, stop: Stop) -> None:
+        config, sft = self.config, SFT(self.algo.task, self.algo.policy)
         while self.cold < config.cold_start_steps and not self._stopping(stop):
             self._cold_step(sft)
         if self.step == 0 and not self._stopping(stop):
@@ -110,11 +131,6 @@ class Run:
                 self._save()
         if self.saved != (self.cold, self.step):
             self._save()
-        done = self.step >= config.steps
-        if done:
-            self._conclude()
-        self.log.close(complete=done)
-        return done
 
     def _stopping(self, stop: Stop) -> bool:
         """Whether any rank was asked to stop: all of them leave after the same step."""

@@ -22,6 +22,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from reasonrl import __version__
+
 HERE = Path(__file__).resolve().parent
 WINDOW = 5  # steps averaged in the training curve
 
@@ -74,13 +76,13 @@ def _seed(options: argparse.Namespace, seed: int) -> dict:
 
 
 def _machine() -> dict:
-    packages = ("reasonrl", "torch", "transformers", "accelerate")
+    packages = ("torch", "transformers", "accelerate")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "cpu_flags": sorted(_flags() & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"reasonrl": __version__} | {name: version(name) for name in packages},
     }
 
 

@@ -37,6 +37,8 @@ SMALL = (  # the recipe `tiny`, shrunk until a step takes milliseconds
     "max_completion_length=12",
     "eval_problems=4",
     "threads=1",
+    "learning_rate=1e-4",
+    "optim.schedule=constant",
     "loss={name: grpo, kl_coef: 0.5}",  # a row without credit has a gradient still
 )
 

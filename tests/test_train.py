@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +29,8 @@ SMALL = [
     "group=4",
     "max_completion_length=12",
     "eval_problems=4",
+    "learning_rate=1e-4",
+    "optim.schedule=constant",
     "threads=1",
 ]
 
@@ -84,7 +87,7 @@ def test_checkpoints_load_in_transformers(unbroken):
 
 def test_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path):
     out = tmp_path / "run with spaces"
-    train(small("steps=2", "optim.schedule=constant"), out, quiet=True)
+    train(small("steps=2"), out, quiet=True)
     assert train(small(), out, resume=True, quiet=True)
     assert same(weights(out / "checkpoint-4"), weights(unbroken / "checkpoint-4"))
     a = load_file(out / "checkpoint-4" / "optimizer.safetensors")
@@ -246,3 +249,21 @@ def test_a_model_with_another_vocabulary_is_refused(unbroken, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="expected weights"):
         models.load(str(folder))
+
+
+def test_signals_belong_to_their_owner_again_after_a_run(tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    train(small("steps=1", "cold_start_steps=0", "eval_problems=0"), tmp_path / "a", quiet=True)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    errors = []
+
+    def in_a_thread():
+        try:
+            train(small("steps=1", "cold_start_steps=0"), tmp_path / "b", quiet=True)
+        except ValueError as error:  # what signal.signal raises outside the main thread
+            errors.append(error)
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert not errors and (tmp_path / "b" / "checkpoint-1").is_dir()
