@@ -10,7 +10,8 @@ Legend: B rows, N completion tokens, L packed tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,70 @@ def cu_seqlens(rollout: Rollout) -> Tensor:
     return torch.tensor([0, *accumulate(lengths(rollout))], dtype=torch.long)
 
 
+def places(rollout: Rollout, rows: Sequence[int] | Tensor) -> Tensor:
+    """Where the tokens of these rows stand among all N completion tokens, (n,) int64."""
+    starts = cu_seqlens(rollout)
+    return torch.cat([torch.arange(int(starts[b]), int(starts[b + 1])) for b in rows])
+
+
+def merge(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts end to end; an optional field stays only where every part with rows has it."""
+    parts = [part for part in parts if part.problems] or [parts[0]]
+    shifts = accumulate((len(part.problems) for part in parts[:-1]), initial=0)
+    groups = [part.group + shift for part, shift in zip(parts, shifts, strict=True)]
+    return Rollout(
+        problems=flat(parts, "problems"),
+        prompt_ids=flat(parts, "prompt_ids"),
+        group=torch.cat(groups),
+        completion_ids=flat(parts, "completion_ids"),
+        text=flat(parts, "text"),
+        finished=flat(parts, "finished"),
+        logp=flat(parts, "logp"),
+        pieces=flat(parts, "pieces"),
+        sampling_logp=flat(parts, "sampling_logp"),
+        images=flat(parts, "images"),
+        outcome=flat(parts, "outcome"),
+        stale=any(part.stale for part in parts),
+    )
+
+
+def flat(parts: Sequence[Any], field: str) -> Any:
+    """One field of several records, end to end; None where one of them has none."""
+    values = [getattr(part, field) for part in parts]
+    return None if any(v is None for v in values) else list(chain.from_iterable(values))
+
+
+def take(rollout: Rollout, groups: Sequence[int]) -> Rollout:
+    """Some groups of a rollout, in the order given, their completions in their own order."""
+    rows = [(new, b) for new, g in enumerate(groups) for b in _rows(rollout, g)]
+
+    def chosen(field: str) -> Any:
+        values = getattr(rollout, field)
+        return None if values is None else [values[b] for _, b in rows]
+
+    return Rollout(
+        problems=[rollout.problems[g] for g in groups],
+        prompt_ids=[rollout.prompt_ids[g] for g in groups],
+        group=torch.tensor([new for new, _ in rows], dtype=torch.long),
+        completion_ids=chosen("completion_ids"),
+        text=chosen("text"),
+        finished=chosen("finished"),
+        logp=chosen("logp"),
+        pieces=chosen("pieces"),
+        sampling_logp=chosen("sampling_logp"),
+        images=[rollout.images[g] for g in groups] if rollout.images else (),
+        outcome=chosen("outcome"),
+        stale=rollout.stale,
+    )
+
+
+def _rows(rollout: Rollout, group: int) -> list[int]:
+    return (rollout.group == group).nonzero()[:, 0].tolist()
+
+
 def pack(
     rollout: Rollout,
-    advantage: Tensor,  # (N,) fp32
+    advantage: Tensor | None,  # (N,) fp32; None: zeros, for a forward without a loss
     tokens: int,
     rows: Sequence[int] | None = None,
     old_logp: Tensor | None = None,  # (N,)
@@ -42,10 +104,11 @@ def pack(
     left out.
     """
     size = lengths(rollout)
-    starts = [0, *accumulate(size)]
+    if advantage is None:
+        advantage = torch.zeros(sum(size))
     wanted = range(len(size)) if rows is None else rows
     for chosen in _cuts(rollout, [b for b in wanted if size[b]], tokens):
-        yield _batch(rollout, chosen, starts, advantage, old_logp, ref_logp)
+        yield _batch(rollout, chosen, advantage, old_logp, ref_logp)
 
 
 def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[int]]:
@@ -66,7 +129,7 @@ def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[i
         yield chosen
 
 
-def _batch(rollout, rows, starts, advantage, old_logp, ref_logp) -> Batch:
+def _batch(rollout, rows, advantage, old_logp, ref_logp) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     predict: list[int] = []
@@ -88,7 +151,7 @@ def _batch(rollout, rows, starts, advantage, old_logp, ref_logp) -> Batch:
         positions.extend(range(length, length + len(completion)))
         ids.extend(completion)
         sizes.append(len(completion))
-    at = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in rows])
+    at = places(rollout, rows)
     target = torch.tensor([i for b in rows for i in rollout.completion_ids[b]])
     sizes = [0, *accumulate(len(rollout.completion_ids[b]) for b in rows)]
     return Batch(

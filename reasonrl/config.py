@@ -67,6 +67,19 @@ class Optim(Section):
     final_scale: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
+class Filter(Section):
+    """Which groups a step learns from, by their mean outcome; 0 and 1 keep all, as they are."""
+
+    low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    high: Annotated[float, Field(ge=0, le=1)] = 1.0
+    rounds: Positive = 1  # rollouts of one step, at most, until enough groups survive
+    drop_clipped: bool = False  # drop a group in which a completion was cut by the length limit
+
+    @property
+    def active(self) -> bool:
+        return (self.low, self.high) != (0.0, 1.0) or self.drop_clipped
+
+
 class Eval(Section):
     """Greedy evaluation; every 0 = at the end only (and at the start where at_start)."""
 
@@ -114,6 +127,7 @@ class Config(Section):
     sample: Sample = Sample()
     cold_start: ColdStart = ColdStart()
     optim: Optim = Optim()
+    filter: Filter = Filter()
     eval: Eval = Eval()
     save: Save = Save()
     batch: BatchLimit = BatchLimit()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reasonrl import attention, smollm2, tiny
-from reasonrl.records import InputError
+from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
 
@@ -59,6 +60,18 @@ class Policy:
             use_cache=False,
         )
         return out.last_hidden_state[0]
+
+    def predicting(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states of the positions that predict a batch's tokens (N, D), the head (V, D) and
+        its bias, in the compute dtype."""
+        device = self.device
+        with self.autocast():
+            plan = attention.Packed(batch.layout, device)
+            ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+            hidden = self.hidden(ids, positions, plan)
+        bias = None if self.head.bias is None else self.head.bias.to(self.compute)
+        hidden = hidden.index_select(0, batch.predict.to(device))
+        return hidden.to(self.compute), self.head.weight.to(self.compute), bias
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, D) -> (B, V) with the model's own soft cap; for sampling, never for training."""
@@ -132,6 +145,7 @@ def load(
     name: str, *, dtype: str = "auto", device: str = "cpu", seed: int = 0, **options
 ) -> Policy:
     """The policy called `name`; InputError where the folder holds no usable model."""
+    _bound_kernel_cache()
     target = torch.device(device)
     if name == "tiny":
         model, tokenizer = tiny.build(seed=seed, **options)
@@ -143,6 +157,12 @@ def load(
     _check(name, model, tokenizer)
     model.set_attn_implementation(attention.NAME)
     return Policy(model.to(target), tokenizer, compute_dtype(dtype, target))
+
+
+def _bound_kernel_cache() -> None:
+    """Keep few of oneDNN's compiled products: packed batches have a new length every time, so its
+    default of 1024 grows by 50 MB a step (SmolLM2-135M on a CPU) and is hardly ever hit."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # read at the first product
 
 
 def _pretrained(folder: str):

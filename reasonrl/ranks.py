@@ -7,14 +7,15 @@ With one process nothing is sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, chain
-from typing import Any
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from reasonrl.batch import flat, merge
 from reasonrl.records import Rewards, Rollout
 
 Step = tuple[Rollout, Rewards, Tensor]  # a rollout, its rewards, and its advantages (N,)
@@ -26,6 +27,13 @@ def gathered(accelerator: Accelerator, values: Sequence[float]) -> list[list[flo
         return [list(values)]
     local = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
     return accelerator.gather(local).tolist()
+
+
+def summed(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:
+    """Add up every tensor over the ranks, in place."""
+    if accelerator.num_processes > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
@@ -41,33 +49,16 @@ def whole(accelerator: Accelerator, rollout: Rollout, rewards: Rewards, advantag
 
 
 def joined(parts: Sequence[Step]) -> Step:
-    """Rollouts end to end; an optional field stays only where every part with rows has it."""
+    """Rollouts, rewards and advantages of several ranks end to end."""
     parts = [part for part in parts if part[0].problems] or [parts[0]]
     rollouts, rewards, advantages = zip(*parts, strict=True)
-    shifts = accumulate((len(r.problems) for r in rollouts[:-1]), initial=0)
-    groups = [r.group + shift for r, shift in zip(rollouts, shifts, strict=True)]
-    rollout = Rollout(
-        problems=_flat(rollouts, "problems"),
-        prompt_ids=_flat(rollouts, "prompt_ids"),
-        group=torch.cat(groups),
-        completion_ids=_flat(rollouts, "completion_ids"),
-        text=_flat(rollouts, "text"),
-        finished=_flat(rollouts, "finished"),
-        logp=_flat(rollouts, "logp"),
-        pieces=_flat(rollouts, "pieces"),
-        sampling_logp=_flat(rollouts, "sampling_logp"),
-    )
+    rollout = merge([replace(part, images=()) for part in rollouts])
     names = dict.fromkeys(chain.from_iterable(r.metrics for r in rewards))
     metrics = {name: [r.metrics[name] for r in rewards if name in r.metrics] for name in names}
     scores = Rewards(
-        outcome=_flat(rewards, "outcome"),
-        steps=_flat(rewards, "steps"),
-        token=_flat(rewards, "token"),
+        outcome=flat(rewards, "outcome"),
+        steps=flat(rewards, "steps"),
+        token=flat(rewards, "token"),
         metrics={name: sum(values) / len(values) for name, values in metrics.items()},
     )
     return rollout, scores, torch.cat(advantages)
-
-
-def _flat(parts: Sequence[Any], field: str) -> Any:
-    values = [getattr(part, field) for part in parts]
-    return None if any(v is None for v in values) else list(chain.from_iterable(values))

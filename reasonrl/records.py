@@ -93,6 +93,8 @@ class Rollout:
     pieces: Sequence[Sequence[int]]  # B x (T_b + 1) where each token starts in `text`
     sampling_logp: Sequence[Tensor] | None = None  # as `logp`, after top-k/top-p truncation
     images: Sequence[Any] = ()  # P, decoded once per prompt (vision tasks)
+    outcome: Sequence[Score] | None = None  # B, where the completions were graded when drawn
+    stale: bool = False  # an earlier policy wrote some of it; `logp` is what it said of it
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A run's state on disk: what a checkpoint holds, and how a run finds its way back.
 
     checkpoint-<step>/   model and tokenizer (Hugging Face layout), optimizer.{json,safetensors},
-                         rng.{json,safetensors}, manifest.json with the position and the config
+                         rng.*, waiting.* (groups drawn and not yet used), what the algorithm
+                         has learned, manifest.json with the position and the config
 
 Left out: sharded optimisers (DeepSpeed): their checkpoints hold the model alone and say so.
 """
@@ -16,7 +17,9 @@ from typing import Any
 
 from reasonrl import checkpoint, models
 from reasonrl import config as configs
+from reasonrl.algos.base import Algorithm
 from reasonrl.config import Config
+from reasonrl.draw import Source
 from reasonrl.models import Policy
 from reasonrl.records import InputError
 from reasonrl.state_file import load_state, rng_state, save_state, set_rng_state
@@ -50,9 +53,17 @@ def find(out: Path, resume: bool, config: Config) -> Found | None:
     return Found(path, meta)
 
 
-def save(out: Path, learner: Learner, config: Config, position: dict[str, int]) -> None:
+def save(
+    out: Path,
+    learner: Learner,
+    config: Config,
+    position: dict[str, int],
+    source: Source,
+    algo: Algorithm | None,  # None before RL has begun
+) -> None:
     """Write checkpoint-<step> on the main rank; every rank waits for it."""
     accelerator, policy = learner.accelerator, learner.policy
+    waiting = source.state()
     sharded = accelerator.distributed_type.value == "DEEPSPEED"
 
     def write(folder: Path) -> None:
@@ -61,11 +72,14 @@ def save(out: Path, learner: Learner, config: Config, position: dict[str, int]) 
         if not sharded:
             save_state(folder / "optimizer", learner.optimizer.state_dict())
         save_state(folder / "rng", rng_state())
+        save_state(folder / "waiting", waiting)
+        if algo is not None:
+            algo.save(folder)
 
     if accelerator.is_main_process:
         _give_back()
         meta = {
-            "position": position | {"skipped": learner.skipped},
+            "position": position | {"skipped": learner.skipped, "drawn": source.drawn},
             "config": config.digest(),
             "resumable": not sharded,
         }
@@ -79,11 +93,14 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def restore(found: Found, learner: Learner) -> dict[str, int]:
-    """Put the optimizer and the random states back; the position {cold, step, tokens}."""
+def restore(found: Found, learner: Learner, source: Source) -> dict[str, int]:
+    """Put the optimizer, the waiting groups and the random states back; the position {cold, step,
+    tokens, ...}."""
     learner.optimizer.load_state_dict(load_state(found.path / "optimizer"))
     set_rng_state(load_state(found.path / "rng"))
     learner.skipped = found.meta["position"]["skipped"]
+    source.drawn = found.meta["position"]["drawn"]
+    source.restore(load_state(found.path / "waiting"))
     return found.meta["position"]
 
 

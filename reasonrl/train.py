@@ -19,8 +19,9 @@ from accelerate import Accelerator
 
 from reasonrl import models, state
 from reasonrl.algos import ALGOS, SFT
-from reasonrl.algos.base import make
+from reasonrl.algos.base import Start, make
 from reasonrl.config import Config
+from reasonrl.draw import Source
 from reasonrl.evaluate import evaluate
 from reasonrl.log import RunLog, read_rows
 from reasonrl.loss import LossSpec
@@ -94,11 +95,14 @@ class Run:
             )
         self.learner = Learner(policy, config, self.accelerator)
         self.cold, self.step, self.tokens = 0, 0, 0  # steps done in each phase, tokens trained on
+        self.source = Source(self.algo, self.accelerator, config.filter)
+        self.found = found
         if found is not None:
-            position = state.restore(found, self.learner)
+            position = state.restore(found, self.learner, self.source)
             self.cold, self.step, self.tokens = (position[k] for k in ("cold", "step", "tokens"))
         self.log = RunLog(out, config, quiet=quiet or not self.main, resume_step=self.step)
         self.saved = (self.cold, self.step) if found is not None else None
+        self.begun = False  # RL, in this process
 
     @property
     def main(self) -> bool:
@@ -123,14 +127,26 @@ class Run:
                 self._evaluate(0)
             if config.cold_start_steps and config.steps:
                 self._save()
-        if self.spec.kl_coef and self.learner.reference is None:
-            self.learner.reference = self._reference()
+        if self.step < config.steps and not self._stopping(stop):
+            self._begin()
         while self.step < config.steps and not self._stopping(stop):
             self._step()
             if config.save.every and self.step % config.save.every == 0:
                 self._save()
         if self.saved != (self.cold, self.step):
             self._save()
+
+    def _begin(self) -> None:
+        """Set up what RL needs beside the policy: the reference, the learned reward."""
+        initial = None
+        if self.spec.kl_coef or self.algo.needs_initial:
+            initial = self._initial()
+        self.learner.reference = initial if self.spec.kl_coef else None
+        shared, tokens = bool(self.spec.kl_coef), self.config.batch.tokens
+        self.algo.begin(Start(initial, shared, self.accelerator, tokens))
+        if self.found is not None and self.step > 0:
+            self.algo.restore(self.found.path)
+        self.begun = True
 
     def _stopping(self, stop: Stop) -> bool:
         """Whether any rank was asked to stop: all of them leave after the same step."""
@@ -145,7 +161,8 @@ class Run:
         )
         problems = self.algo.task.problems("sft", start, config.batch)
         with self.log.phase("update"):
-            rollout = sft.rollout(self._mine(problems), 1, Sampling(0), 0)
+            mine = problems[self.accelerator.process_index :: self.accelerator.num_processes]
+            rollout = sft.rollout(mine, 1, Sampling(0), 0)
             rewards = sft.score(rollout)
             rate = rate_at(
                 self.cold + 1,
@@ -163,12 +180,12 @@ class Run:
     def _step(self) -> None:
         config, algo, log, began = self.config, self.algo, self.log, time.time()
         step = self.step + 1
-        problems = algo.task.problems(
-            "train", self.step * config.prompts_per_step, config.prompts_per_step
-        )
         with log.phase("rollout"):
-            rollout = algo.rollout(
-                self._mine(problems), config.group, self._sampling(), self._seed(step)
+            rollout, drawn = self.source.draw(
+                config.prompts_per_step,
+                config.group,
+                self._sampling(),
+                lambda number: self._seed(step, number),
             )
         with log.phase("score"):
             rewards = algo.score(rollout)
@@ -187,7 +204,7 @@ class Run:
             metrics |= algo.update(rollout, rewards)
         self.step = step
         shown = whole(self.accelerator, rollout, rewards, advantage)
-        metrics |= step_metrics(*shown)
+        metrics |= step_metrics(*shown) | drawn
         self.tokens += int(metrics["num_tokens"])
         metrics |= {"num_tokens": self.tokens, "learning_rate": rate}
         every = config.eval.every
@@ -230,10 +247,11 @@ class Run:
     def _save(self) -> None:
         with self.log.phase("save"):
             position = {"cold": self.cold, "step": self.step, "tokens": self.tokens}
-            state.save(self.out, self.learner, self.config, position)
+            algo = self.algo if self.begun else None
+            state.save(self.out, self.learner, self.config, position, self.source, algo)
         self.saved = (self.cold, self.step)
 
-    def _reference(self) -> models.Policy:
+    def _initial(self) -> models.Policy:
         """The policy RL started from, kept on disk for a resumed run."""
         if self.step == 0:
             if self.main:
@@ -241,17 +259,14 @@ class Run:
             return self.algo.policy.frozen()
         return state.reference(self.out, self.config, str(self.accelerator.device))
 
-    def _mine(self, problems: list) -> list:
-        """This rank's problems; whole groups stay on one rank."""
-        return problems[self.accelerator.process_index :: self.accelerator.num_processes]
-
     def _sampling(self) -> Sampling:
         draw = self.config.sample
         return Sampling(self.config.max_completion_length, draw.temperature, draw.top_p, draw.top_k)
 
-    def _seed(self, step: int) -> int:
+    def _seed(self, step: int, number: int) -> int:
+        """The sampling seed of one rollout of a step on this rank."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return (self.config.seed * 1_000_003 + step) * world + rank
+        return ((self.config.seed * 1_000_003 + step) * world + rank) + (number << 40)
 
 
 def train(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> bool:

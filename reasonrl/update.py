@@ -22,12 +22,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from reasonrl.attention import Packed
 from reasonrl.batch import lengths, pack
 from reasonrl.config import Config
+from reasonrl.logprobs import rollout_logp
 from reasonrl.loss import LossSpec, linear_policy_loss
 from reasonrl.models import Policy
-from reasonrl.ops import linear_logp
 from reasonrl.ranks import gathered
 from reasonrl.records import Batch, InputError, NonFiniteStop, Rollout
 
@@ -42,23 +41,8 @@ class Trainable(nn.Module):
         self.model = policy.model
         self.policy, self.temperature = policy, temperature
 
-    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states of the predicting positions (N, D), head weight (V, D) and bias."""
-        device = self.policy.device
-        with self.policy.autocast():
-            plan = Packed(batch.layout, device)
-            ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
-            hidden = self.policy.hidden(ids, positions, plan)
-        head, dtype = self.policy.head, self.policy.compute
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return (
-            hidden.index_select(0, batch.predict.to(device)).to(dtype),
-            head.weight.to(dtype),
-            bias,
-        )
-
     def forward(self, batch: Batch, spec: LossSpec, denominator: float):
-        hidden, weight, bias = self.hidden(batch)
+        hidden, weight, bias = self.policy.predicting(batch)
         device = hidden.device
         out = linear_policy_loss(
             hidden,
@@ -104,34 +88,21 @@ class Learner:
         """`updates` optimiser steps over the rollout's groups; mean metrics over its tokens."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        old = self.logp(rollout, advantage, self.policy) if updates > 1 else None
-        ref = self.logp(rollout, advantage, self.reference) if self.reference else None
+        old = self.logp(rollout, self.policy) if updates > 1 else None
+        if rollout.stale:  # an earlier policy wrote some of it: what it said then is the old one
+            old = torch.cat(list(rollout.logp))
+        ref = self.logp(rollout, self.reference) if self.reference else None
         groups = [int(n) for (n,) in gathered(self.accelerator, [len(rollout.problems)])]
         place = self.accelerator.process_index, self.accelerator.num_processes
         shares = _shares(rollout, updates, sum(groups), *place)
         done = [self._update(rollout, advantage, spec, rows, old, ref) for rows in shares]
         return _merged(done)
 
-    @torch.no_grad()
-    def logp(self, rollout: Rollout, advantage: Tensor, policy: Policy) -> Tensor:
+    def logp(self, rollout: Rollout, policy: Policy) -> Tensor:
         """(N,) log-probabilities of the completion tokens under a policy."""
-        starts = torch.tensor([0, *lengths(rollout)]).cumsum(0)
-        out = torch.zeros(int(starts[-1]))
-        module = Trainable(policy, self.config.sample.temperature)
-        for batch in pack(rollout, advantage, self.config.batch.tokens):
-            hidden, weight, bias = module.hidden(batch)
-            values = linear_logp(
-                hidden,
-                weight,
-                batch.target.to(hidden.device),
-                bias=bias,
-                temperature=module.temperature,
-                softcap=policy.softcap,
-            )
-            assert not isinstance(values, tuple)  # no entropy was asked for
-            at = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in batch.rows.tolist()])
-            out[at] = values.float().cpu()
-        return out
+        return rollout_logp(
+            policy, rollout, self.config.batch.tokens, self.config.sample.temperature
+        )
 
     def _update(self, rollout, advantage, spec, rows: Sequence[int], old, ref) -> dict[str, float]:
         size = lengths(rollout)

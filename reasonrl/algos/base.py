@@ -12,9 +12,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
+from accelerate import Accelerator
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -22,9 +24,19 @@ from reasonrl import ops
 from reasonrl.batch import cu_seqlens, lengths
 from reasonrl.models import Policy
 from reasonrl.prompts import render
-from reasonrl.records import InputError, Problem, Rewards, Rollout
+from reasonrl.records import InputError, Problem, Rewards, Rollout, Score
 from reasonrl.rollout import Sampling, sample
 from reasonrl.tasks import Task
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a learned reward is given when RL begins."""
+
+    initial: Policy | None  # frozen, the weights RL starts from; where `needs_initial`
+    shared: bool  # whether the loss uses `initial` too; if not, it may be taken over
+    accelerator: Accelerator
+    tokens: int  # packed tokens of one micro-batch, at most
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Algorithm:
     task: Task
     policy: Policy
     needs_groups: ClassVar[bool] = True  # whether a group of one teaches nothing
+    needs_initial: ClassVar[bool] = False  # whether it keeps the policy that RL started from
 
     def prompt(self, problems: Sequence[Problem]) -> list[list[int]]:
         """The token ids each problem is asked with in training."""
@@ -54,10 +67,15 @@ class Algorithm:
         pairs = zip(problems, rollout.text, strict=True)
         found = [self.task.steps(problem, text) for problem, text in pairs]
         steps = [s for s in found if s is not None]
-        return Rewards(
-            outcome=self.task.grades(problems, rollout.text),
-            steps=steps if len(steps) == len(found) else None,
-        )
+        known = steps if len(steps) == len(found) else None
+        return Rewards(outcome=self.outcomes(rollout), steps=known)
+
+    def outcomes(self, rollout: Rollout) -> Sequence[Score]:
+        """The task's verdict on every completion, B of them; asked once a completion."""
+        if rollout.outcome is not None:
+            return rollout.outcome
+        problems = [rollout.problems[g] for g in rollout.group.tolist()]
+        return self.task.grades(problems, rollout.text)
 
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
         """What multiplies the gradient of every completion token, (N,) fp32."""
@@ -66,6 +84,15 @@ class Algorithm:
     def update(self, rollout: Rollout, rewards: Rewards) -> dict[str, float]:
         """Train a learned reward on this rollout; its metrics."""
         return {}
+
+    def begin(self, start: Start) -> None:
+        """Called once in a process, before its first RL step."""
+
+    def save(self, folder: Path) -> None:
+        """Put what the algorithm has learned into a checkpoint; on the main rank only."""
+
+    def restore(self, folder: Path) -> None:
+        """Take it back from a checkpoint, after `begin`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +127,7 @@ def per_token(value: Tensor, rollout: Rollout) -> Tensor:
 def make(kind: type[Algorithm], task: Task, policy: Policy, knobs: Mapping[str, Any]) -> Algorithm:
     """An algorithm from the config's `algo` section; InputError for unknown or ill-typed knobs."""
     hints = get_type_hints(kind)
-    known = [f.name for f in fields(kind) if f.name not in ("task", "policy")]
+    known = [f.name for f in fields(kind) if f.init and f.name not in ("task", "policy")]
     checked = {}
     for key, value in knobs.items():
         if key not in known:
