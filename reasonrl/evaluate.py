@@ -11,17 +11,22 @@ from reasonrl.rollout import Sampling, sample
 
 
 def evaluate(
-    algo: Algorithm, split: str, problems: int, max_tokens: int, rows: int
+    algo: Algorithm,
+    split: str,
+    problems: int,
+    max_tokens: int,
+    rows: int,
+    trained_prompt: bool = False,  # the prompt of training, where the algorithm changes it
 ) -> tuple[dict[str, Any], Rollout]:
     """Metrics `eval/...` over `problems` distinct problems of a split, and the completions.
 
-    eval/accuracy is the mean outcome of the scored ones, eval/accuracy_se its standard error;
+    eval/accuracy is the share of right ones among the scored, eval/accuracy_se its standard error;
     eval/prefix the mean share of leading right steps where the task has rules for them.
     """
     chosen = algo.task.problems(split, 0, problems)
-    prompts = algo.plain_prompt(chosen)
+    prompts = algo.prompt(chosen) if trained_prompt else algo.plain_prompt(chosen)
     rollout = sample(algo.policy, chosen, prompts, 1, Sampling(max_tokens, 0.0), 0, rows)
-    grades = algo.task.grades(chosen, rollout.text)
+    grades = algo.task.verdicts(chosen, rollout.text)
     known = [g.value for g in grades if g.value is not None]
     accuracy = sum(known) / len(known) if known else math.nan
     spread = sum((v - accuracy) ** 2 for v in known) / max(1, len(known) - 1)

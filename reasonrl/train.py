@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from reasonrl import models, state
 from reasonrl.algos import ALGOS, SFT
-from reasonrl.algos.base import Start, make
+from reasonrl.algos.base import Algorithm, Start, make
 from reasonrl.config import Config
 from reasonrl.draw import Source
 from reasonrl.evaluate import evaluate
@@ -93,6 +93,9 @@ class Run:
             raise InputError(
                 f"group: {config.algorithm} needs at least 2 completions, got {config.group}"
             )
+        if self.algo.needs_loss is not None and config.loss != self.algo.needs_loss:
+            wanted = dict(self.algo.needs_loss)
+            raise InputError(f"loss: {config.algorithm} needs {wanted}, got {config.loss}")
         self.learner = Learner(policy, config, self.accelerator)
         self.cold, self.step, self.tokens = 0, 0, 0  # steps done in each phase, tokens trained on
         self.source = Source(self.algo, self.accelerator, config.filter)
@@ -180,6 +183,7 @@ class Run:
     def _step(self) -> None:
         config, algo, log, began = self.config, self.algo, self.log, time.time()
         step = self.step + 1
+        algo.clock.step, algo.clock.steps = step, config.steps
         with log.phase("rollout"):
             rollout, drawn = self.source.draw(
                 config.prompts_per_step,
@@ -219,14 +223,18 @@ class Run:
         config = self.config
         if not config.eval_problems or not self.main:
             return {}
+        limits = (
+            config.eval.split,
+            config.eval_problems,
+            config.max_completion_length,
+            config.eval.batch,
+        )
         with self.log.phase("eval"):
-            metrics, _ = evaluate(
-                self.algo,
-                config.eval.split,
-                config.eval_problems,
-                config.max_completion_length,
-                config.eval.batch,
-            )
+            metrics, _ = evaluate(self.algo, *limits)
+            if type(self.algo).prompt is not Algorithm.prompt:
+                own, _ = evaluate(self.algo, *limits, trained_prompt=True)
+                for name in ("accuracy", "accuracy_se"):
+                    metrics[f"eval/trained_prompt/{name}"] = own[f"eval/{name}"]
         self.log.evaluation(step, metrics)
         return metrics
 

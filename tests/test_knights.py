@@ -311,3 +311,9 @@ def test_a_partial_assignment_decides_what_it_can():
     assert logic.partial_truth(("implies", *both[1:]), [False]) is True
     assert logic.partial_truth(("iff", *both[1:]), [False]) is None
     assert logic.partial_truth(("not", either), [True]) is False
+
+
+def test_options_without_any_puzzle_are_refused():
+    """Two people who only name a role have no puzzle with one solution."""
+    with pytest.raises(InputError, match="none with one solution"):
+        generate(0, 0, 2, depth=1)

@@ -1,13 +1,19 @@
 """The table of algorithms. Adding one is a file and a line."""
 
 from reasonrl.algos.base import GRPO, Algorithm
+from reasonrl.algos.dpo import Dpo
+from reasonrl.algos.merf import Merf
+from reasonrl.algos.prime import Prime
 from reasonrl.algos.process import Process
 from reasonrl.algos.sft import SFT
 
 ALGOS: dict[str, type[Algorithm]] = {
     "grpo": GRPO,
     "process": Process,
+    "prime": Prime,
+    "merf": Merf,
+    "dpo": Dpo,
     "sft": SFT,
 }
 
-__all__ = ["ALGOS", "GRPO", "SFT", "Algorithm", "Process"]
+__all__ = ["ALGOS", "GRPO", "SFT", "Algorithm", "Dpo", "Merf", "Prime", "Process"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -27,6 +27,14 @@ from reasonrl.prompts import render
 from reasonrl.records import InputError, Problem, Rewards, Rollout, Score
 from reasonrl.rollout import Sampling, sample
 from reasonrl.tasks import Task
+
+
+@dataclass
+class Clock:
+    """Where the run stands: the step under way (from 1) and how many there will be."""
+
+    step: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Algorithm:
     policy: Policy
     needs_groups: ClassVar[bool] = True  # whether a group of one teaches nothing
     needs_initial: ClassVar[bool] = False  # whether it keeps the policy that RL started from
+    needs_loss: ClassVar[Mapping[str, Any] | None] = None  # the only `loss` section it works with
+    clock: Clock = field(default_factory=Clock, init=False, repr=False, compare=False)
 
     def prompt(self, problems: Sequence[Problem]) -> list[list[int]]:
         """The token ids each problem is asked with in training."""

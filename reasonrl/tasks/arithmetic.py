@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from reasonrl.records import InputError, Problem, Score, Step, scored
+from reasonrl.reward_spec import Case, Part, RewardSpec
 from reasonrl.segment import split_steps
 from reasonrl.tasks.base import Draws, GeneratedTask, leading_share
 
@@ -106,6 +107,12 @@ class Arithmetic(GeneratedTask):
             return scored(0.0, "the last step is not a well-formed answer")
         right = str(value) == problem.answer
         return scored(float(right), "" if right else f"answer {value}, expected {problem.answer}")
+
+    def reward_spec(self) -> RewardSpec:
+        where = "the last line, Answer:" if self.style == "chat" else "the part behind the mark"
+        right = lambda completion, problem: self.grade(problem, completion).value == 1.0  # noqa: E731
+        case = Case(1.0, f"{where} gives the true value of the chain, once and well-formed", right)
+        return RewardSpec((Part("answer", (case, Case(0.0))),))
 
     def steps(self, problem: Problem, completion: str) -> list[Step]:
         """One step a line (or a `;` part); parts beyond the chain and a premature answer get 0."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from reasonrl.records import InputError, Problem, Score, Step
+from reasonrl.reward_spec import RewardSpec
 
 Split = Literal["sft", "train", "dev", "test"]
 SPLITS: tuple[str, ...] = ("sft", "train", "dev", "test")
@@ -110,8 +111,17 @@ class Task:
         """The outcomes of many completions, `problems` one for each."""
         return [self.grade(p, c) for p, c in zip(problems, completions, strict=True)]
 
+    def verdicts(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Score]:
+        """What evaluation counts: 1 for right, 0 for wrong; the grades, unless a reward of another
+        scale is trained on."""
+        return self.grades(problems, completions)
+
     def steps(self, problem: Problem, completion: str) -> list[Step] | None:
         """Steps with reward 1.0 or 0.0 by rule, as character spans; None where no rule can tell."""
+        return None
+
+    def reward_spec(self) -> RewardSpec | None:
+        """The outcome as an object that also states it in words; None where nobody wrote it."""
         return None
 
     def prefix_correct(self, problem: Problem, completion: str) -> float | None:

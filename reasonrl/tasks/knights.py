@@ -23,7 +23,7 @@ from reasonrl.records import InputError, Problem, Score, Step, scored
 from reasonrl.reward_spec import Case, Part, RewardSpec
 from reasonrl.tasks import knights_logic as logic
 from reasonrl.tasks import knights_trace as trace
-from reasonrl.tasks.base import Draws, GeneratedTask, leading_share
+from reasonrl.tasks.base import PATIENCE, Draws, GeneratedTask, leading_share
 from reasonrl.tasks.knights_words import NAMES, OTHER_NAMES, prompt_text
 
 How = Literal["gated", "sum"]
@@ -88,12 +88,16 @@ def generate(seed: int, index: int, people: int, *, depth: int = 2, width: int =
 
 def draw_puzzle(draws: Draws, people: int, depth: int, width: int) -> Puzzle:
     names = tuple(draws.shuffled(NAMES)[:people])
-    while True:
+    for _ in range(PATIENCE):
         statements = tuple(
             logic.draw_statement(draws, i, people, depth, width) for i in range(people)
         )
         if len(set(statements)) == people and len(logic.solutions(statements)) == 1:
             return _build(names, statements, draws)
+    raise InputError(
+        f"puzzle: none with one solution in {PATIENCE} draws for {people} people, depth {depth}, "
+        f"width {width}"
+    )
 
 
 def perturb(puzzle: Puzzle, how: str, seed: int = 0) -> Puzzle:
@@ -210,6 +214,24 @@ SPECS = {
     "gated": RewardSpec((FORMAT, Part("correctness", CORRECTNESS, "format", -2.0))),
     "sum": RewardSpec((FORMAT, Part("correctness", CORRECTNESS))),
 }
+BINARY = RewardSpec(
+    (
+        Part(
+            "answer",
+            (
+                Case(
+                    1.0,
+                    "<think> </think> <answer> </answer> each stand there once, in order, and the "
+                    "answer gives everyone's true role",
+                    lambda completion, problem: (
+                        tags_hold(completion) and _roles_right(completion, problem)
+                    ),
+                ),
+                Case(0.0),
+            ),
+        ),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -246,10 +268,19 @@ class Knights(GeneratedTask):
     def grade(self, problem: Problem, completion: str) -> Score:
         if self.reward != "binary":
             return scored(grade(completion, puzzle_of(problem), how=self.reward))
+        return self._right(problem, completion)
+
+    def verdicts(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Score]:
+        return [self._right(p, c) for p, c in zip(problems, completions, strict=True)]
+
+    def _right(self, problem: Problem, completion: str) -> Score:
         if not tags_hold(completion):
             return scored(0.0, "the tags are not each there once and in order")
         right = _roles_right(completion, problem)
         return scored(float(right), "" if right else "a role is wrong, missing or unreadable")
+
+    def reward_spec(self) -> RewardSpec:
+        return BINARY if self.reward == "binary" else reward_spec(self.reward)
 
     def steps(self, problem: Problem, completion: str) -> list[Step]:
         puzzle = puzzle_of(problem)
