@@ -37,7 +37,7 @@ def step_metrics(rollout: Rollout, rewards: Rewards, advantage: Tensor) -> dict[
         "completions/min_length": float(min(size, default=0)),
         "completions/max_length": float(max(size, default=0)),
         "completions/clipped_ratio": 1 - sum(rollout.finished) / max(1, len(size)),
-        "entropy": float(-logp.mean()) if len(logp) else 0.0,
+        "entropy": float(-logp.mean()) + 0.0 if len(logp) else 0.0,
         "num_tokens": float(sum(size) + sum(map(len, rollout.prompt_ids))),
         "rewards/unscorable": float(sum(s.kind == "unscorable" for s in rewards.outcome)),
         "rewards/infra": float(sum(s.kind == "infra" for s in rewards.outcome)),
