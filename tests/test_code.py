@@ -1,0 +1,234 @@
+"""Programs are graded by their tests, and no hostile one gets out, gets through or gets away."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reasonrl.records import InputError
+from reasonrl.rewards import code as module
+from reasonrl.rewards import verify_code
+from reasonrl.tasks import make_task
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def one(program, tests, timeout=3.0, fence=True):
+    text = f"Here it is.\n```python\n{program}\n```\n" if fence else program
+    return verify_code([text], [tests], timeout=timeout)[0]
+
+
+ADD = "def f(a, b):\n    return a + b"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "value"),
+    [
+        (ADD, ["assert f(1, 2) == 3", "assert f('a', 'b') == 'ab'"], 1.0),
+        (ADD, ["assert f(1, 2) == 3", "assert f(1, 2) == 4"], 0.5),
+        (ADD, "assert f(1, 2) == 3\nassert f(0, 0) == 1\nassert f(1, 1) == 2", 2 / 3),
+        (ADD, "def check(g):\n    assert g(1, 2) == 3\ncheck(f)", 1.0),
+        (ADD, "def check(g):\n    assert g(1, 2) == 4\ncheck(f)", 0.0),
+        (ADD, "import math\nx = 2\nassert math.isclose(f(x, 0.5), 2.5)", 1.0),
+        (ADD, {"inputs": [[1, 2], [3, 4]], "outputs": [3, 8], "fn_name": "f"}, 0.5),
+        (ADD, '{"inputs": [[1, 2]], "outputs": [3], "fn_name": "f"}', 1.0),
+        ("print(int(input()) * 2)", [{"input": "4\n", "output": "8"}], 1.0),
+        ("print(int(input()) * 2)", {"inputs": ["4", "5"], "outputs": ["8\n", "11"]}, 0.5),
+        ("import sys\nprint('x')\nsys.exit()", [{"input": "", "output": "x"}], 1.0),
+        ("def f(n):\n    yield from range(n)", ["assert list(f(3)) == [0, 1, 2]"], 1.0),
+        ("class A:\n    def __init__(s, n): s.n = n\n    def twice(s): return 2 * s.n",
+         ["assert A(4).twice() == 8", "assert A(3).n == 3"], 1.0),
+        ("def f(): raise KeyError('k')", ["try:\n    f()\nexcept KeyError:\n    pass\nassert True"],
+         1.0),
+        ("def f(): return {1: (2.5, {3}), 'k': [None, True, b'x', 10**400]}",
+         ["assert f() == {1: (2.5, {3}), 'k': [None, True, b'x', 10**400]}"], 1.0),
+        ("def f(): return float('nan')", ["x = f()\nassert x != x"], 1.0),
+        ("import collections, re, math, itertools, json, random, string, heapq\ndef f(): return 1",
+         ["assert f() == 1"], 1.0),
+    ],
+)  # fmt: skip
+def test_the_share_of_tests_passed(program, tests, value):
+    score = one(program, tests)
+    assert score.kind == "scored" and score.value == pytest.approx(value), score
+
+
+def test_what_the_program_is():
+    tests = ["assert f(1, 2) == 3"]
+    assert one(ADD, tests, fence=False).value == 1.0
+    wrong = "```python\ndef f(a, b): return 0\n```"
+    assert one(f"{wrong}\nbetter:\n```py\n{ADD}\n```", tests, fence=False).value == 1.0
+    assert one(f"<think>```python\n{ADD}\n```</think> no", tests, fence=False).value == 0.0
+    none = one("   ", tests, fence=False)
+    assert none.value == 0.0 and "no program" in none.reason
+
+
+HOSTILE = {
+    "reads a file": "def f(): return open('/etc/passwd').read()",
+    "lists a folder": "import os\ndef f(): return os.listdir('/')",
+    "writes a file": "def f():\n    open('/tmp/reasonrl_was_here', 'w').write('x')\n    return 1",
+    "makes a folder": "import os\ndef f():\n    os.mkdir('/tmp/reasonrl_was_here')\n    return 1",
+    "reads the parent": "import os\ndef f(): return open(f'/proc/{os.getppid()}/environ').read()",
+    "reads its maps": "def f(): return open('/proc/self/maps').read()",
+    "forks": "import os\ndef f():\n    os.fork()\n    return 1",
+    "runs a program": "import os\ndef f():\n    os.execv('/bin/true', ['true'])\n    return 1",
+    "starts a process": "import subprocess\ndef f(): return subprocess.run(['id']).returncode + 1",
+    "opens a socket": "import socket\ndef f():\n    socket.socket()\n    return 1",
+    "opens a unix socket": "import socket\ndef f():\n    socket.socketpair()\n    return 1",
+    "kills its parent": "import os\ndef f():\n    os.kill(os.getppid(), 9)\n    return 1",
+    "kills everybody": "import os\ndef f():\n    os.kill(-1, 9)\n    return 1",
+    "kills its group": "import os\ndef f():\n    os.killpg(0, 9)\n    return 1",
+    "unshares": "import ctypes\nlibc = ctypes.CDLL(None)\ndef f():\n"
+    "    assert libc.unshare(0x10000000) == 0\n    return 1",
+    "traces": "import ctypes\ndef f():\n    assert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0\n"
+    "    return 1",
+    "asks by number": "import ctypes\ndef f():\n"
+    "    assert ctypes.CDLL(None).syscall(41, 2, 1, 0) >= 0\n    return 1",
+    "makes a memory file": "import os\ndef f():\n    os.memfd_create('x')\n    return 1",
+    "lifts its limits": "import resource\ndef f():\n"
+    "    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n    return 1",
+    "changes its user": "import os\ndef f():\n    os.setuid(0)\n    return 1",
+    "leaves with success": "import os\ndef f(): os._exit(0)",
+    "leaves at once": "import sys\nsys.exit(0)",
+    "leaves when deleted": "import os\nclass D:\n    def __del__(s): os._exit(0)\nd = D()\ndel d",
+    "eats memory": "def f(): return len([0] * (1 << 34)) and 1",
+    "overflows the stack": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()",
+    "crashes": "import ctypes\ndef f(): return ctypes.string_at(0)",
+    "equals everything": "class E:\n    def __eq__(s, o): return True\n"
+    "    def __ne__(s, o): return False\ndef f(): return E()",
+    "is an int that equals everything": "class E(int):\n    def __eq__(s, o): return True\n"
+    "def f(): return E(5)",
+    "lends a builtin": "def abs(x): return 0\ndef len(x): return 1\ndef f(): return 5",
+    "changes builtins": "import builtins\nbuiltins.int.real\nbuiltins.abs = lambda x: 0\n"
+    "def f(): return 5",
+    "patches ast": "import ast, json\nast.Assert = int\n"
+    "json.dumps = lambda x: '{\"verdict\": [\"\"]}'\ndef f(): return 5",
+    "writes a verdict": "import os\nos.write(3, b'{\"verdict\": [\"\"]}\\n')\n"
+    "os.write(1, b'{\"verdict\": [\"\"]}\\n')\nfor fd in range(3, 20):\n    try:\n"
+    "        os.write(fd, b'{\"verdict\": [\"\"]}\\n')\n    except OSError: pass\n"
+    "def f(): return 5",
+    "writes rubbish": "import os\nfor fd in range(3, 20):\n    try:\n"
+    "        os.write(fd, b'[[[[\\n' * 9)\n    except OSError: pass\ndef f(): return 5",
+    "closes everything": "import os\nos.closerange(0, 64)\ndef f(): return 1",
+    "answers with a flood": "def f(): return 'x' * (1 << 26)",
+    "a bottomless answer": "a = []\na.append(a)\ndef f(): return a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_program_scores_nothing_and_does_nothing(program):
+    before = set(os.listdir("/tmp"))
+    score = one(program, ["assert f() == 1"], timeout=5.0)
+    assert (score.kind, score.value) == ("scored", 0.0), score
+    assert "reasonrl_was_here" not in set(os.listdir("/tmp")) - before
+    assert one(ADD, ["assert f(1, 2) == 3"]).value == 1.0  # and the next one is graded as ever
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["def f():\n    while True: pass", "import time\ntime.sleep(99)", "def f(): return 10**10**9"],
+)
+def test_a_program_without_end_is_wrong_in_time(program):
+    score = one(program, ["assert f() == 1"], timeout=0.5)
+    assert score.value == 0.0 and "timeout" in score.reason
+
+
+def test_a_test_led_astray_by_a_value_is_the_programs_fault(monkeypatch):
+    """A huge number keeps the tests themselves busy: wrong, not unscorable."""
+    real = module._Process.receive
+    monkeypatch.setattr(
+        module._Process, "receive", lambda self, seconds: real(self, min(seconds, 2.0))
+    )
+    score = one("def f(): return 10**9", ["assert sum(1 for _ in range(f())) == 1"])
+    assert score.value == 0.0 and "did not come to an end" in score.reason
+
+
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    [
+        ([], "expected tests"),
+        (None, "expected tests"),
+        (["assert f(("], "never closed"),
+        (["def check(f):\n    assert f(1)"], "neither asserts"),
+        ([{"input": 3, "output": "x"}], "test 1"),
+        ('{"inputs": [1]', "not valid JSON"),
+        ({"inputs": [1], "outputs": []}, "same length"),
+        ({"inputs": [1], "outputs": [1], "fn_name": "os.system"}, "fn_name"),
+        (["assert f(lambda x: x, 1) == 2"], "only plain values can cross"),
+    ],
+)
+def test_tests_that_are_none_make_it_unscorable(tests, reason):
+    score = one(ADD, tests)
+    assert score.kind == "unscorable" and score.value is None and reason in score.reason, score
+
+
+def test_a_process_killed_from_outside_is_infra(monkeypatch):
+    real = module._Process.send
+
+    def killed(self, message):
+        if self.kind == "code":
+            self.process.kill()
+            self.process.wait()
+        real(self, message)
+
+    monkeypatch.setattr(module._Process, "send", killed)
+    score = one(ADD, ["assert f(1, 2) == 3"])
+    assert score.kind == "infra" and "killed from outside" in score.reason
+
+
+def test_without_a_layer_nothing_is_run(tmp_path, monkeypatch):
+    folder = tmp_path / "rewards"
+    folder.mkdir()
+    for name in ("_code_worker.py", "_confine.py"):
+        text = (ROOT / "reasonrl" / "rewards" / name).read_text()
+        (folder / name).write_text(text.replace("    _landlock(libc)\n", ""))
+    monkeypatch.setattr(module, "WORKER", folder / "_code_worker.py")
+    score = one("open('/etc/passwd').read()\ndef f(): return 1", ["assert f() == 1"])
+    assert score.kind == "infra" and "Landlock did not take effect" in score.reason
+
+
+def test_as_an_unprivileged_user():
+    """The layers need no root; run as nobody where this is root."""
+    if os.getuid() != 0:
+        return  # every other test in this file has just shown it
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from reasonrl.rewards import verify_code\n"
+        "ok = 'def f(): return 1'; bad = 'import os\\ndef f():\\n    os.fork()\\n    return 1'\n"
+        "print([s.value for s in verify_code([ok, bad], [['assert f() == 1']] * 2)])"
+    )
+    nobody = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
+    command = [sys.executable, "-c", script, str(ROOT)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, **nobody)
+    except PermissionError as error:
+        pytest.skip(f"SKIPPED: nobody may not run this interpreter: {error}")
+    assert done.stdout.strip() == "[1.0, 0.0]", done.stderr
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="one entry for each"):
+        verify_code(["a"], [])
+    with pytest.raises(ValueError, match="timeout"):
+        verify_code(["a"], ["assert 1"], timeout=0)
+    with pytest.raises(ValueError, match=r"completions\[0\]"):
+        verify_code([None], ["assert 1"])  # type: ignore[list-item]
+    assert verify_code([], []) == []
+
+
+def test_the_task_grades_its_worked_programs_and_their_slips():
+    task = make_task("code")
+    problems = task.problems("train", 0, 4)
+    worked = [task.worked(p) for p in problems]
+    assert [s.value for s in task.grades(problems, worked)] == [1.0] * 4
+    spoiled = [w.replace("return ", "return 1 + ") for w in worked]
+    assert [s.value for s in task.verdicts(problems, spoiled)] == [0.0] * 4
+    shown = problems[0].prompt[0]["content"]
+    assert not any(t.split("(", 1)[1].split(")")[0] in shown for t in problems[0].extra["tests"])
+    content = {(p.extra["rule"], p.extra["end"]) for p in task.problems("test", 0, 50)}
+    assert len(content) == 50
+    train = {(p.extra["rule"], p.extra["end"]) for p in task.problems("train", 0, 200)}
+    assert not content & train
+    with pytest.raises(InputError, match="tests"):
+        make_task("code", tests=0)
