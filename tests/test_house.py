@@ -38,7 +38,7 @@ STAIR = [
 LEVEL = {name: level for level, row in enumerate(STAIR) for name in row}
 NEVER = {"models", "rollout", "batch", "checkpoint", "log", "config"}  # never rewards or algos
 HOSTS = ("trl", "verl", "openrlhf", "vllm", "wandb")
-SANDBOXED = {"_math_worker.py", "_code_worker.py"}  # the only place that may hand model text to a parser of code
+SANDBOXED = {"_math_worker.py", "_code_worker.py"}  # where model text may meet a parser of code
 
 
 def module(path: Path) -> str:
@@ -136,7 +136,8 @@ def test_no_broad_except_and_no_code_from_text():
                 kind = node.type.id if isinstance(node.type, ast.Name) else None
                 broad = node.type is None or kind in ("Exception", "BaseException")
                 reraised = any(isinstance(x, ast.Raise) and x.exc is None for x in ast.walk(node))
-                assert not broad or reraised, f"{path}:{node.lineno} catches everything"
+                answered = path.name == "_code_worker.py"  # what the program raises is its answer
+                assert not broad or reraised or answered, f"{path}:{node.lineno} catches everything"
             if isinstance(node, ast.Call) and path.name not in SANDBOXED:
                 called = node.func.id if isinstance(node.func, ast.Name) else None
                 if isinstance(node.func, ast.Attribute) and node.func.attr in (
