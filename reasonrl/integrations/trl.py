@@ -1,0 +1,355 @@
+"""TRL's GRPOTrainer with our log-probabilities, our loss and dense advantages (TRL 1.16).
+
+    trainer = GRPOTrainer(model, reward_funcs=..., args=..., train_dataset=..., scorer=prm)
+
+`fused=True` takes hidden states instead of logits (`linear_logp`) and computes the loss with
+`policy_loss`, under TRL's own normalisation. `scorer` is any scorer of ours: its step or token
+rewards become process returns against the group (PRIME, arXiv 2502.01456 eq. 5 without its outcome
+part), added to TRL's own outcome advantage, so the loss sees (B, T). What a path cannot honour is
+refused when the trainer is built. Left out: images with `fused` (TRL's own path is taken), ZeRO-3
+and FSDP with `fused` (refused: the head is sharded).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from reasonrl import ops
+from reasonrl.loss import LossSpec, policy_loss
+from reasonrl.records import Problem, Rewards, Rollout
+from reasonrl.segment import decode, pieces, token_steps
+
+TESTED = "1.16"
+CLIP = ("grpo", "bnpo", "dr_grpo", "dapo")
+REDUCE = {
+    "grpo": "seq_mean",
+    "sapo": "seq_mean",
+    "bnpo": "token_mean",
+    "dapo": "token_mean",
+    "cispo": "token_mean",
+    "dr_grpo": "fixed",
+}
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+Scorer = Callable[[Rollout], Rewards]
+
+
+class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this file for the host)
+    """`trl.GRPOTrainer` with two more arguments; everything else is TRL's.
+
+    scorer: `scorer(rollout) -> Rewards` with `steps` or `token` rewards; None = TRL's advantages.
+    fused: our loss and log-prob path; ValueError for options it does not have (see the message).
+    """
+
+    def __init__(self, *args: Any, scorer: Scorer | None = None, fused: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.scorer, self.fused = scorer, fused
+        version = metadata.version("trl")
+        if not version.startswith(TESTED):
+            warnings.warn(f"reasonrl: tested with trl {TESTED}, found {version}", stacklevel=2)
+        if fused:
+            self._check_fused()
+        if scorer is not None:
+            self._check_scorer()
+
+    def _check_fused(self) -> None:
+        refused = {
+            "loss_type": self.loss_type in ("luspo", "vespo"),
+            "top_entropy_quantile": self.top_entropy_quantile < 1.0,
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
+            "use_bias_correction_kl": self.beta != 0.0 and self.args.use_bias_correction_kl,
+            "router_aux_loss_coef": self.aux_loss_enabled,
+            "importance_sampling_level": self.importance_sampling_level != "token"
+            and self.loss_type not in CLIP,
+        }
+        for option, hit in refused.items():
+            if hit:
+                value = getattr(self.args, option, None)
+                raise ValueError(
+                    f"{option}: {value!r} with loss_type {self.loss_type!r} has no fused path; use "
+                    "fused=False"
+                )
+        if self.args.delta is not None and self.loss_type not in CLIP:
+            warnings.warn(
+                f"delta: TRL ignores it for loss_type {self.loss_type!r}, so it is dropped",
+                stacklevel=3,
+            )
+        sharded = self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        if sharded:
+            raise ValueError("a sharded head (ZeRO-3, FSDP) has no fused path; use fused=False")
+        _head(self.accelerator.unwrap_model(self.model))
+
+    def _check_scorer(self) -> None:
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if rows % self.num_generations:
+            raise ValueError(
+                f"scorer: the {rows} completions of one process must be whole groups of "
+                f"num_generations={self.num_generations}"
+            )
+
+    def loss_spec(self) -> LossSpec:
+        """TRL's options as ours."""
+        kind = self.loss_type
+        fields: dict[str, Any] = {"reduce": REDUCE[kind], "kl_coef": self.beta}
+        if kind in CLIP:
+            fields |= {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high}
+            fields |= {"ratio": self.importance_sampling_level, "delta": self.args.delta}
+        elif kind == "cispo":  # TRL's bound is absolute
+            fields |= {"surrogate": "cispo", "clip_high": self.epsilon_high - 1}
+        else:
+            fields |= {"surrogate": "sapo"}
+            fields |= {"sapo_pos": self.args.sapo_temperature_pos}
+            fields |= {"sapo_neg": self.args.sapo_temperature_neg}
+        if kind == "dr_grpo":
+            fields["max_length"] = self.max_completion_length
+        return LossSpec(**fields)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **vision,
+    ):
+        seen = any(value is not None for value in vision.values())
+        if not self.fused or seen or compute_aux_loss:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **vision,
+            )
+        base = self.accelerator.unwrap_model(model)
+        head, softcap = _head(base)
+        logps, entropies = [], []
+        for rows in torch.arange(len(input_ids)).split(batch_size or max(1, len(input_ids))):
+            ids, mask = input_ids[rows], attention_mask[rows]
+            with self.accelerator.autocast(), _last_hidden(base) as caught:
+                # through the wrapper, so that DDP sees the step; one position's logits are made
+                model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+            hidden = caught[0][:, -logits_to_keep - 1 : -1].to(head.weight.dtype)
+            target = ids[:, -logits_to_keep:]
+            real = mask[:, -logits_to_keep:].bool()
+            out = ops.linear_logp(
+                hidden,
+                head.weight,
+                target,
+                bias=head.bias,
+                temperature=self.temperature,
+                softcap=softcap,
+                entropy=compute_entropy,
+            )
+            logp, entropy = out if isinstance(out, tuple) else (out, None)
+            logps.append(torch.where(real, logp, 0.0))
+            if entropy is not None:
+                entropies.append(torch.where(real, entropy, 0.0))
+        return torch.cat(logps), torch.cat(entropies) if entropies else None, None
+
+    def _compute_loss(self, model, inputs):
+        # the adaptive entropy controller is TRL's own state: its loss runs on our log-probs
+        if not self.fused or self.use_adaptive_entropy:
+            return super()._compute_loss(model, inputs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        vision = {name: inputs.get(name) for name in VISION}
+        logp, entropy, _ = self._get_per_token_logps_and_entropies(
+            model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True, **vision
+        )
+        assert entropy is not None  # it was asked for
+        spec = self.loss_spec()
+        training = self.model.training
+        accumulated = self.current_gradient_accumulation_steps if training else 1
+        denominator = None
+        if self.loss_type in ("dapo", "cispo"):
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            share = accumulated / self.args.steps_per_generation if training else 1.0
+            denominator = tokens * share
+        weight = None
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            weight = inputs["importance_sampling_ratio"].expand_as(logp)
+        out = policy_loss(
+            logp,
+            inputs.get("old_per_token_logps"),
+            inputs["advantages"],
+            spec,
+            mask=mask,
+            ref_logp=inputs.get("ref_per_token_logps") if self.beta else None,
+            is_weight=weight,
+            denominator=denominator,
+        )
+        loss = out.loss if denominator is not None else out.loss / accumulated
+        mode = "train" if training else "eval"
+        self._record(mode, out.metrics, logp.detach(), entropy.detach(), inputs, mask)
+        if self._entropy_bonus_enabled:
+            mean = (entropy * mask).sum() / mask.sum().clamp(min=1.0)
+            self._metrics[mode]["policy_loss"].append(
+                self.accelerator.gather(out.loss.detach()).nanmean().item()
+            )
+            if training and self.accelerator.sync_gradients:
+                self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+            loss = loss - self.entropy_coef * mean / accumulated
+        return loss
+
+    def _record(self, mode, metrics, logp, entropy, inputs, mask) -> None:
+        """TRL's metrics under TRL's names; means over the tokens of all processes."""
+        log = self._metrics[mode]
+        count = mask.sum().float()
+        wanted = {"entropy": (entropy * mask).sum() / count.clamp(min=1.0)}
+        if self.beta:
+            wanted["kl"] = metrics["kl"]
+        by_row = self.importance_sampling_level == "sequence" and inputs["advantages"].dim() == 1
+        if self.loss_type in CLIP and not by_row:
+            wanted |= {f"clip_ratio/{n}_mean": metrics[f"clip_ratio/{n}_mean"] for n in SIDES}
+        elif self.loss_type == "cispo":
+            wanted["cispo_clip_ratio"] = metrics["clip_ratio/high_mean"]
+        values = torch.stack([value.float() * count for value in wanted.values()] + [count])
+        *sums, total = self.accelerator.reduce(values, reduction="sum")
+        for name, value in zip(wanted, sums, strict=True):
+            log[name].append((value / total.clamp(min=1.0)).item())
+        if self.loss_type in CLIP:
+            low, high = self._clipped_rows(logp, inputs, mask)
+            if by_row:  # TRL counts completions then
+                for name, rows in zip(SIDES, (low, high, low + high), strict=True):
+                    mean = self.accelerator.gather(rows).mean().item()
+                    log[f"clip_ratio/{name}_mean"].append(mean)
+            log["clip_ratio/low_min"].append(self.accelerator.gather(low).min().item())
+            log["clip_ratio/high_max"].append(self.accelerator.gather(high).max().item())
+
+    def _clipped_rows(self, logp, inputs, mask) -> tuple[Tensor, Tensor]:
+        """(B,) each completion's share of tokens cut below and above."""
+        old = inputs.get("old_per_token_logps")
+        gap = torch.zeros_like(logp) if old is None else (logp - old) * mask
+        count = mask.sum(1).clamp(min=1.0)
+        if self.importance_sampling_level == "sequence":
+            gap = (gap.sum(1) / count)[:, None].expand_as(gap)
+        advantage = inputs["advantages"]
+        advantage = advantage[:, None] if advantage.dim() == 1 else advantage
+        ratio = gap.exp()
+        if self.args.delta is not None:
+            ratio = ratio.clamp(max=self.args.delta)
+        low = (ratio < 1 - self.epsilon_low) & (advantage < 0)
+        high = (ratio > 1 + self.epsilon_high) & (advantage > 0)
+        return (low * mask).sum(1) / count, (high * mask).sum(1) / count
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.scorer is None:
+            return output
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        rollout = _rollout(inputs, output, tokenizer, group)
+        rewards = self.scorer(rollout)
+        token, shown = _token_rewards(rewards, rollout)
+        mask = output["completion_mask"].bool()
+        flat = torch.zeros(mask.shape, dtype=torch.float32)
+        for b, values in enumerate(token):
+            flat[b, mask[b].nonzero()[:, 0].cpu()] = values
+        known = torch.tensor([s.kind == "scored" for s in rewards.outcome])
+        known &= torch.tensor([bool(values.isfinite().all()) for values in token])
+        process = ops.prime_advantage(
+            flat,
+            torch.zeros(len(mask)),
+            rollout.group,
+            mask=mask.cpu(),
+            scored=known,
+        )
+        advantage = output["advantages"]
+        advantage = advantage[:, None] if advantage.dim() == 1 else advantage
+        output["advantages"] = (advantage + process.to(advantage)) * mask
+        self._logs["extra"]["step_rewards"].extend(gather_object(shown))
+        return output
+
+
+SIDES = ("low", "high", "region")
+VISION = (
+    *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes"),
+    *("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
+
+
+def _head(model: Any) -> tuple[nn.Linear, float | None]:
+    """The head and its soft cap; ValueError where the logits are not a plain product with it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = inner.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the head is a {type(head).__name__} (an adapter?), which has no fused path; use "
+            "fused=False"
+        )
+    config = inner.config.get_text_config()
+    for name in SCALES:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{name}: {getattr(config, name)} has no fused path; use fused=False")
+    return head, getattr(config, "final_logit_softcapping", None)
+
+
+@contextlib.contextmanager
+def _last_hidden(model: Any) -> Iterator[list[Tensor]]:
+    """What the decoder returns while the model runs inside the block."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    caught: list[Tensor] = []
+    hook = inner.get_decoder().register_forward_hook(
+        lambda module, args, out: caught.append(out.last_hidden_state)
+    )
+    try:
+        yield caught
+    finally:
+        hook.remove()
+
+
+def _rollout(inputs, output, tokenizer, group: int) -> Rollout:
+    """TRL's completions as ours: rows of one group stand together, as TRL's sampler lays them."""
+    mask = output["completion_mask"].bool()
+    ids = [row[keep].tolist() for row, keep in zip(output["completion_ids"], mask, strict=True)]
+    asked = zip(output["prompt_ids"], output["prompt_mask"].bool(), strict=True)
+    prompts = [row[keep].tolist() for row, keep in asked]
+    rows = inputs[::group]
+    rest = [{k: v for k, v in row.items() if k not in ("prompt", "answer")} for row in rows]
+    return Rollout(
+        problems=[
+            Problem(str(g), row["prompt"], row.get("answer"), extra=more)
+            for g, (row, more) in enumerate(zip(rows, rest, strict=True))
+        ],
+        prompt_ids=prompts[::group],
+        group=torch.arange(len(ids)) // group,
+        completion_ids=ids,
+        text=[decode(tokenizer, row) for row in ids],
+        finished=[bool(row) and row[-1] == tokenizer.eos_token_id for row in ids],
+        logp=[torch.zeros(len(row)) for row in ids],
+        pieces=[pieces(tokenizer, row) for row in ids],
+    )
+
+
+def _token_rewards(rewards: Rewards, rollout: Rollout) -> tuple[list[Tensor], list[list[float]]]:
+    """Token rewards of every completion, and the step rewards the completions table shows."""
+    if rewards.token is not None:
+        return list(rewards.token), [[float(t.sum())] for t in rewards.token]
+    if rewards.steps is None:
+        raise ValueError("scorer: expected step or token rewards, got outcomes only")
+    tokens, shown = [], []
+    for steps, at in zip(rewards.steps, rollout.pieces, strict=True):
+        nan = float("nan")  # an unknown step takes its completion out of the group's statistics
+        values = [nan if step.reward is None else step.reward for step in steps]
+        place = torch.tensor(token_steps(steps, at), dtype=torch.long)
+        tokens.append(ops.step_expand(torch.tensor(values), place, where="last"))
+        shown.append(values)
+    return tokens, shown

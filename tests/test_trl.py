@@ -1,0 +1,274 @@
+"""TRL's trainer with our loss: TRL's numbers for every loss type, dense advantages end to end."""
+
+import json
+import warnings
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from reasonrl import tiny
+from reasonrl.integrations.trl import GRPOTrainer, _head
+from reasonrl.records import Rewards, Step, infra, scored
+from reasonrl.segment import split_steps
+from reasonrl.tasks import make_task
+
+TASK = make_task("arithmetic", style="compact", terms=2, ops="+", mod=5, low=0)
+
+
+def right(completions, problem, **_):
+    """The task's own grade as a TRL reward function."""
+    problems = [TASK.problem("train", int(n)) for n in problem]
+    return [TASK.grade(p, c).value for p, c in zip(problems, completions, strict=True)]
+
+
+def trainer(folder, kind=GRPOTrainer, model=None, **options):
+    extra = {k: options.pop(k) for k in ("scorer", "fused", "reward_funcs") if k in options}
+    model, tokenizer = model or tiny.build(seed=0, width=32, layers=1, heads=2)
+    tokenizer.padding_side = "left"
+    if options.get("beta"):  # TRL loads its reference from where the model came from
+        model.save_pretrained(folder / "model")
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    settings = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "output_dir": str(folder),
+    }
+    rows = [{"prompt": TASK.problem("train", i).prompt, "problem": i} for i in range(200)]
+    settings["use_bias_correction_kl"] = False  # TRL's default, True, has no fused path
+    config = trl.GRPOConfig(**(settings | options))
+    made = kind(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=extra.pop("reward_funcs", right),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        **extra,
+    )
+    made.current_gradient_accumulation_steps = config.gradient_accumulation_steps  # its loop's
+    return made
+
+
+def batch(dense=False, sequence=False, seed=0, off_policy=0.3):
+    """Rows of TRL's inputs: left-padded prompts, ragged completions, an empty one, a dead group."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, prompt, length = 8, 6, 10
+    prompt_mask = torch.ones(rows, prompt, dtype=torch.long)
+    prompt_mask[1, :3] = 0
+    completion_mask = torch.ones(rows, length, dtype=torch.long)
+    for row, size in enumerate([10, 7, 1, 10, 4, 0, 9, 10]):
+        completion_mask[row, size:] = 0
+    draw = lambda *shape: torch.randint(4, 90, shape, generator=generator)  # noqa: E731
+    noise = lambda: off_policy * torch.randn(rows, length, generator=generator)  # noqa: E731
+    advantages = torch.tensor([1.0, -0.5, 0.7, -1.2, 0.0, 0.0, 0.0, 0.0])
+    if dense:
+        advantages = torch.randn(rows, length, generator=generator)
+    return {
+        "prompt_ids": draw(rows, prompt),
+        "prompt_mask": prompt_mask,
+        "completion_ids": draw(rows, length),
+        "completion_mask": completion_mask,
+        "advantages": advantages,
+        "num_items_in_batch": completion_mask.sum(),
+        "old_per_token_logps": -4.5 + noise(),
+        "ref_per_token_logps": -4.5 + noise(),
+    }
+
+
+def loss_and_gradients(t, kind, inputs):
+    t.model.train()
+    t.model.zero_grad()
+    loss = kind._compute_loss(t, t.model, inputs)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in t.model.named_parameters()}
+    metrics = {k: v[-1] for k, v in t._metrics["train"].items()}
+    t._metrics["train"].clear()
+    return loss.detach(), grads, metrics
+
+
+def compare(t, inputs):
+    # TRL's own path calls our log-prob method through self, so it is put back to TRL's for it
+    ours = loss_and_gradients(t, GRPOTrainer, inputs)
+    t.fused = False
+    theirs = loss_and_gradients(t, trl.GRPOTrainer, inputs)
+    t.fused = True
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6), (ours[0], theirs[0])
+    for name, grad in theirs[1].items():
+        error = (ours[1][name] - grad).norm() / grad.norm().clamp(min=1e-8)
+        assert error < 1e-5, (name, float(error))
+    assert ours[2].keys() == theirs[2].keys()
+    for name, value in theirs[2].items():
+        assert ours[2][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+CASES = [
+    {"loss_type": "grpo"},
+    {"loss_type": "bnpo"},
+    {"loss_type": "dr_grpo"},
+    {"loss_type": "dapo"},
+    {"loss_type": "cispo", "epsilon_high": 5.0},
+    {"loss_type": "sapo"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "dapo", "importance_sampling_level": "sequence", "epsilon_high": 0.28},
+    {"loss_type": "grpo", "beta": 0.04},
+    {"loss_type": "dapo", "beta": 0.1, "delta": 1.5, "epsilon": 0.1},
+    {"loss_type": "bnpo", "gradient_accumulation_steps": 4},
+    {"loss_type": "dapo", "gradient_accumulation_steps": 4, "steps_per_generation": 4},
+    {"loss_type": "grpo", "entropy_coef": 0.02},
+    {"loss_type": "sapo", "beta": 0.02, "temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["row", "token"])
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+def test_loss_gradient_and_metrics_are_trls(tmp_path, options, dense):
+    t = trainer(tmp_path, **options)
+    inputs = batch(dense)
+    if not options.get("beta"):
+        inputs.pop("ref_per_token_logps")
+    compare(t, inputs)
+    inputs.pop("old_per_token_logps")  # on-policy: TRL leaves them out
+    compare(t, inputs)
+
+
+def test_tool_tokens_do_not_count(tmp_path):
+    t = trainer(tmp_path, loss_type="dapo")
+    inputs = batch(dense=True)
+    inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
+    inputs["tool_mask"][:, 2:5] = 0
+    compare(t, inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"loss_type": "luspo"}, "loss_type"),
+        ({"loss_type": "vespo"}, "loss_type"),
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
+        ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl"),
+        ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling"),
+    ],
+)
+def test_what_has_no_fused_path_is_refused_by_name(tmp_path, options, named):
+    with pytest.raises(ValueError, match=rf"{named}.*fused=False"):
+        trainer(tmp_path, **options)
+    trainer(tmp_path, fused=False, **options)
+
+
+def test_a_delta_that_trl_ignores_is_dropped_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="delta"):
+        t = trainer(tmp_path, loss_type="sapo", delta=2.0)
+    assert t.loss_spec().delta is None
+
+
+def test_a_head_that_is_no_plain_product_is_refused():
+    model, _ = tiny.build(seed=0, width=32, layers=1, heads=2)
+    assert _head(model) == (model.lm_head, None)
+    model.config.logit_scale = 0.5
+    with pytest.raises(ValueError, match="logit_scale.*fused=False"):
+        _head(model)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="head is a Sequential.*fused=False"):
+        _head(model)
+
+
+def parity(rollout):
+    """A scorer by rule: a line of the completion is good where it holds an even digit."""
+    steps = []
+    for text in rollout.text:
+        found = split_steps(text, ";")
+        rewards = [float(any(c in "02468" for c in text[s.start : s.end])) for s in found]
+        steps.append([Step(s.start, s.end, r) for s, r in zip(found, rewards, strict=True)])
+    return Rewards(outcome=[scored(0.0)] * len(rollout.text), steps=steps)
+
+
+def test_dense_advantages_are_outcome_plus_process_returns(tmp_path):
+    t = trainer(tmp_path, scorer=parity, max_completion_length=12)
+    plain = trainer(tmp_path, max_completion_length=12)
+    rows = [t.train_dataset[i // 4] for i in range(8)]
+    outputs = []
+    for one in (t, plain):
+        torch.manual_seed(3)
+        one.model.train()
+        outputs.append(one._generate_and_score_completions([dict(r) for r in rows]))
+    dense, scalar = outputs
+    assert torch.equal(dense["completion_ids"], scalar["completion_ids"])
+    mask = dense["completion_mask"].bool()
+    extra = (dense["advantages"] - scalar["advantages"][:, None]) * mask
+    assert dense["advantages"].shape == mask.shape
+    assert bool((dense["advantages"][~mask] == 0).all()) and extra.abs().max() > 0
+    texts = [t.processing_class.decode(i[m], skip_special_tokens=True) for i, m in
+             zip(dense["completion_ids"], mask, strict=True)]  # fmt: skip
+    shown = list(t._logs["extra"]["step_rewards"])
+    assert [len(s) for s in shown] == [len(split_steps(text, ";")) for text in texts]
+
+    group = slice(0, 4)  # the first group by hand: returns of r_t minus the others' mean rate
+    rate = [sum(s) / max(1, int(m.sum())) for s, m in zip(shown[group], mask[group], strict=True)]
+    for b in range(4):
+        n = int(mask[b].sum())
+        others = sum(r for i, r in enumerate(rate) if i != b) / 3
+        assert float(extra[b, 0]) == pytest.approx(sum(shown[b]) - n * others, abs=1e-4)
+
+
+def test_a_completion_the_scorer_does_not_know_gets_the_outcome_alone(tmp_path):
+    def half(rollout):
+        rewards = parity(rollout)
+        outcome = [infra("down") if b == 1 else s for b, s in enumerate(rewards.outcome)]
+        return Rewards(outcome=outcome, steps=rewards.steps)
+
+    t = trainer(tmp_path, scorer=half)
+    t.model.train()
+    rows = [dict(t.train_dataset[0]) for _ in range(4)] + [dict(t.train_dataset[1])] * 4
+    torch.manual_seed(0)
+    output = t._generate_and_score_completions(rows)
+    mask = output["completion_mask"][1].bool()
+    values = output["advantages"][1][mask]
+    assert bool((values == values[0]).all())
+
+
+def test_whole_groups_are_asked_for(tmp_path):
+    t = trainer(tmp_path, scorer=parity)
+    t.args.steps_per_generation, t.args.per_device_train_batch_size = 1, 6
+    with pytest.raises(ValueError, match="6 completions of one process must be whole groups"):
+        t._check_scorer()
+
+
+def test_it_trains_end_to_end(tmp_path):
+    """Twenty steps on dense advantages: the reward that the scorer pays goes up."""
+    seen = []
+
+    def watched(rollout):
+        rewards = parity(rollout)
+        flat = [s.reward for steps in rewards.steps for s in steps]
+        seen.append(sum(flat) / max(1, len(flat)))
+        return rewards
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t = trainer(
+            tmp_path,
+            scorer=watched,
+            per_device_train_batch_size=32,
+            num_generations=8,
+            max_steps=20,
+            learning_rate=1e-2,
+            loss_type="dapo",
+        )
+        t.train()
+    assert sum(seen[-5:]) / 5 > sum(seen[:5]) / 5 + 0.1, seen
+    logs = [row for row in t.state.log_history if "loss" in row]
+    assert len(logs) == 20 and json.dumps(logs)
+    assert {"entropy", "clip_ratio/region_mean", "reward"} <= logs[-1].keys()
