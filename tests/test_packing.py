@@ -1,5 +1,7 @@
 """Packed, prefix-shared batches: the numbers of separate sequences, and nothing lost or doubled."""
 
+import os
+
 import pytest
 import torch
 
@@ -133,3 +135,13 @@ def test_unsupported_attention_options_are_refused(policy):
         attention(layer, q, q, q, None, scaling=1.0)
     with pytest.raises(ValueError, match="sliding_window"):
         attention(layer, q, q, q, None, scaling=1.0, plan=object(), sliding_window=4)
+
+
+def test_compiled_products_of_many_lengths_are_bounded(monkeypatch):
+    """Every packed batch has a new length; oneDNN's own limit of 1024 grew by gigabytes a run."""
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    models.load("tiny", dtype="fp32", width=32, layers=1)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")  # the user's own word
+    models.load("tiny", dtype="fp32", width=32, layers=1)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
