@@ -22,7 +22,7 @@ _PUBLIC = {
         "dpo_loss implicit_prm_loss implicit_reward libra_reward reasonflux_reward "
         "reasonflux_score reasonflux_step_target trust_reward trust_weight"
     ),
-    "best_of_n": "best_of_n",
+    "choice": "best_of_n",
     "reward_spec": "RewardSpec",
 }
 _MODULES = "advantage algos loss ops records rewards systems tasks".split()

@@ -27,10 +27,10 @@ STAIR = [
     {"integrations"},
     {"algos"},
     {"rewards", "tasks"},
-    {"models", "rollout", "batch", "checkpoint", "log", "config"},
+    {*"models rollout batch checkpoint log config lora logprobs prm prm_train".split()},
     {
-        *("loss", "advantage", "systems", "segment", "prompts", "reward_spec", "best_of_n"),
-        *("curate", "answer", "attention", "tiny", "smollm2"),
+        *("loss", "advantage", "systems", "segment", "prompts", "reward_spec", "choice"),
+        *("curate", "answer", "rows", "stepwise", "attention", "tiny", "smollm2"),
     },
     {"ops"},
     {"checks", "compiled", "records"},
@@ -166,7 +166,7 @@ before = set(sys.modules)
 import reasonrl
 import time
 start = time.process_time()
-import reasonrl.ops, reasonrl.loss, reasonrl.advantage, reasonrl.records, reasonrl.best_of_n
+import reasonrl.ops, reasonrl.loss, reasonrl.advantage, reasonrl.records, reasonrl.choice
 print(time.process_time() - start)
 new = {m.split(".")[0] for m in set(sys.modules) - before}
 print(sorted(new & {"triton", "transformers", "datasets", "accelerate", "sympy", "pydantic"}))

@@ -14,8 +14,9 @@ from reasonrl.algos import Prime
 from reasonrl.algos.base import Start, make
 from reasonrl.algos.prime import Held
 from reasonrl.batch import cu_seqlens
+from reasonrl.lora import merged, trainable
 from reasonrl.records import InputError, Problem, Rewards, Rollout, infra, scored
-from reasonrl.rewards.implicit import ImplicitPRM, merged, trainable
+from reasonrl.rewards.implicit import ImplicitPRM
 from reasonrl.tasks import make_task
 from reasonrl.train import train
 

@@ -21,19 +21,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reasonrl import models, ops
+from reasonrl import lora, models, ops
 from reasonrl.algos.base import Algorithm, Start, outcomes
 from reasonrl.batch import cu_seqlens, lengths
 from reasonrl.logprobs import rollout_logp
 from reasonrl.ranks import gathered, summed
 from reasonrl.records import InputError, NonFiniteStop, Rewards, Rollout
-from reasonrl.rewards.implicit import (
-    ImplicitPRM,
-    restore_prm,
-    same_vocabulary,
-    save_prm,
-    trainable,
-)
+from reasonrl.rewards.implicit import ImplicitPRM, same_vocabulary
 from reasonrl.state_file import load_state, save_state
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite
@@ -100,7 +94,7 @@ class Prime(Algorithm):
             model = initial.frozen()
         else:  # nobody else needs the first weights
             model = initial
-        model = trainable(model, self.lora_rank)
+        model = lora.trainable(model, self.lora_rank)
         ref = initial if kept else None  # else the adapter switched off, or the policy
         self.held.prm = ImplicitPRM(model, ref, beta=self.beta, tokens=start.tokens)
         self.held.optimizer = torch.optim.AdamW(
@@ -157,12 +151,12 @@ class Prime(Algorithm):
 
     def save(self, folder: Path) -> None:
         assert self.held.prm is not None
-        save_prm(self.held.prm.prm, folder)
+        lora.save(self.held.prm.prm, folder)
         save_state(folder / "prm_optimizer", self.held.optimizer.state_dict())
 
     def restore(self, folder: Path) -> None:
         assert self.held.prm is not None
-        restore_prm(self.held.prm.prm, folder)
+        lora.restore(self.held.prm.prm, folder)
         self.held.optimizer.load_state_dict(load_state(folder / "prm_optimizer"))
 
     def _step_prm(self) -> dict[str, float]:
