@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reasonrl import __version__
+from reasonrl.commands import prm, score
 from reasonrl.records import InputError, NonFiniteStop, ScorerDown, Stalled
 
 STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4, Stalled: 5}
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
     if rest:  # overrides may stand on both sides of the options
         options.overrides = [*options.overrides, *rest]
+    _quiet_libraries()
     try:
         return options.run(options)
     except tuple(STATUS) as error:
@@ -62,11 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("fetch-model", help="fetch and convert a model into the cache")
     command.add_argument("name", choices=["smollm2"])
     command.set_defaults(run=_fetch_model)
+    for module in (prm, score):
+        module.add(commands)
     return parser
 
 
 def _train(options: argparse.Namespace) -> int:
-    _quiet_libraries()
     from reasonrl import config as configs
     from reasonrl.train import train
 
@@ -82,7 +85,6 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    _quiet_libraries()
     import json
 
     from reasonrl import config as configs
@@ -106,7 +108,6 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _fetch_model(options: argparse.Namespace) -> int:
-    _quiet_libraries()
     from reasonrl import smollm2
 
     print(smollm2.fetch())

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -33,6 +34,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Sample(Section):
@@ -195,12 +199,29 @@ def read(path: str | Path) -> Config:
     return _build(read_yaml(Path(path)), str(path), set())
 
 
+def section(kind: type[S], overrides: Sequence[str]) -> S:
+    """A config of one kind from `key.path=value` alone; InputError names the first bad key."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, kind.model_fields, 1, 0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"override: unknown key {key!r}{hint}")
+    raise InputError(f"override: {key}: expected {_expected(first)}, got {first['input']!r}")
+
+
 def recipes() -> list[str]:
     """Names of the built-in recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def diff(old: Config, new: Config) -> list[str]:
+def diff(old: Section, new: Section) -> list[str]:
     """Dotted keys whose values differ, in the order of the config."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     absent = object()
@@ -208,7 +229,7 @@ def diff(old: Config, new: Config) -> list[str]:
     return [k for k in keys if not _same(before.get(k, absent), after.get(k, absent))]
 
 
-def check_resume(old: Config, new: Config, where: str) -> None:
+def check_resume(old: Section, new: Section, where: str) -> None:
     """InputError naming the first key that differs and may not, both values with it."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     for key in diff(old, new):

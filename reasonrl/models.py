@@ -24,6 +24,7 @@ from reasonrl import attention, smollm2, tiny
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
+PRM_FILE = "prm.json"  # what makes a folder a process reward model
 
 
 @dataclass
@@ -172,6 +173,11 @@ def _pretrained(folder: str):
             raise InputError(f"model {folder}: expected a folder with config.json, found none")
         if not any(path.glob("*.safetensors")):
             raise InputError(f"model {folder}: expected weights (*.safetensors), found none")
+        if (path / PRM_FILE).is_file():
+            raise InputError(
+                f"model {folder}: expected a language model, got a process reward model"
+                f" ({PRM_FILE}); it scores steps and writes nothing"
+            )
     elif folder.startswith((".", "/", "~")) or folder.count("/") > 1:
         raise InputError(f"model {folder}: no such folder")
     try:

@@ -146,8 +146,11 @@ class Run:
             initial = self._initial()
         self.learner.reference = initial if self.spec.kl_coef else None
         shared, tokens = bool(self.spec.kl_coef), self.config.batch.tokens
-        self.algo.begin(Start(initial, shared, self.accelerator, tokens))
-        if self.found is not None and self.step > 0:
+        learned = self.found is not None and self.step > 0
+        draw, note = self._sampling(), self.log.note
+        start = Start(initial, shared, self.accelerator, tokens, not learned, draw, note)
+        self.algo.begin(start)
+        if self.found is not None and learned:
             self.algo.restore(self.found.path)
         self.begun = True
 

@@ -5,15 +5,17 @@ from reasonrl.algos.dpo import Dpo
 from reasonrl.algos.merf import Merf
 from reasonrl.algos.prime import Prime
 from reasonrl.algos.process import Process
+from reasonrl.algos.reasonflux import ReasonFlux
 from reasonrl.algos.sft import SFT
 
 ALGOS: dict[str, type[Algorithm]] = {
     "grpo": GRPO,
     "process": Process,
     "prime": Prime,
+    "reasonflux": ReasonFlux,
     "merf": Merf,
     "dpo": Dpo,
     "sft": SFT,
 }
 
-__all__ = ["ALGOS", "GRPO", "SFT", "Algorithm", "Dpo", "Merf", "Prime", "Process"]
+__all__ = ["ALGOS", "GRPO", "SFT", "Algorithm", "Dpo", "Merf", "Prime", "Process", "ReasonFlux"]

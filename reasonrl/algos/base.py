@@ -10,7 +10,7 @@ an algorithm. Left out: the value model; the KL term is the loss's own.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
@@ -45,6 +45,9 @@ class Start:
     shared: bool  # whether the loss uses `initial` too; if not, it may be taken over
     accelerator: Accelerator
     tokens: int  # packed tokens of one micro-batch, at most
+    fresh: bool = True  # False: a checkpoint holds what has been learned; `restore` follows
+    sampling: Sampling = Sampling(64)  # how the run draws completions
+    note: Callable[[str], None] = print  # says what takes long
 
 
 @dataclass(frozen=True)

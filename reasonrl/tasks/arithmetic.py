@@ -64,6 +64,10 @@ class Arithmetic(GeneratedTask):
         rest = "Answer:\n (left to right, mod)" if self.style == "chat" else ";#:%"
         return "".join(sorted(set("0123456789+-*=" + rest)))
 
+    @property
+    def delimiter(self) -> str:
+        return END[self.style]
+
     def candidate(self, draws: Draws, id: str) -> tuple[str, Problem]:
         operands = [draws.between(self.low, self.high) for _ in range(self.terms)]
         ops = [draws.choice(self.ops) for _ in range(self.terms - 1)]

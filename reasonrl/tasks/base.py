@@ -87,6 +87,11 @@ class Task:
     name: ClassVar[str] = "task"
 
     @property
+    def delimiter(self) -> str:
+        """What ends a step of a completion, where a model and not a rule cuts it."""
+        return "\n"
+
+    @property
     def alphabet(self) -> str:
         """Every character that prompts and worked completions use (for character-level models)."""
         return "\n" + "".join(map(chr, range(32, 127)))

@@ -1,0 +1,1 @@
+"""Commands beyond train and eval: each module's `add` puts its own under the parser."""

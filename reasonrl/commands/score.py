@@ -1,0 +1,151 @@
+"""`reasonrl score` and `reasonrl best-of-n`: a process reward model over files of completions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from reasonrl.commands.prm import unescaped
+from reasonrl.records import InputError
+
+HOWS = ("min", "mean", "last", "prod", "total")
+
+
+def add(commands) -> None:
+    command = commands.add_parser("score", help="step scores of completions, or a benchmark's")
+    _model(command)
+    command.add_argument("data", type=Path, nargs="?", help="JSONL or parquet of completions")
+    command.add_argument("--out", type=Path, help="JSONL to write (default: standard output)")
+    command.add_argument(
+        "--benchmark", nargs=2, metavar=("NAME", "FILE"), help="processbench or prmbench, and file"
+    )
+    command.set_defaults(run=_score)
+
+    command = commands.add_parser("best-of-n", help="choose among stored completions by a PRM")
+    _model(command)
+    command.add_argument("data", type=Path, nargs="+", help="completions with their outcomes")
+    command.add_argument("--how", default="min", choices=HOWS, help="what `weighted` sums")
+    command.add_argument("--out", type=Path, help="JSON to write")
+    command.add_argument("--plot", type=Path, help="picture to write (needs matplotlib)")
+    command.set_defaults(run=_best_of_n)
+
+
+def _model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prm", help="folder of a process reward model or of its training run")
+    command.add_argument("--separator", help="token behind every step (published heads)")
+    command.add_argument("--pair", nargs=2, metavar=("WRONG", "RIGHT"), help="tokens that judge")
+    command.add_argument("--delimiter", help="what ends a step of a plain completion")
+
+
+def scorer(options: argparse.Namespace):
+    """The process reward model that the options name."""
+    from reasonrl import prm_heads
+
+    delimiter = unescaped(options.delimiter or "\n")
+    pair = tuple(options.pair) if options.pair else None
+    return prm_heads.load(options.prm, separator=options.separator, pair=pair, delimiter=delimiter)
+
+
+def _cut(options: argparse.Namespace, prm) -> str:
+    return unescaped(options.delimiter) if options.delimiter else prm.reading.delimiter
+
+
+def _score(options: argparse.Namespace) -> int:
+    from reasonrl import benchmarks
+    from reasonrl.stepwise import read_traces, trace_row, write_rows
+
+    if (options.data is None) == (options.benchmark is None):
+        raise InputError("score: expected a data file or --benchmark NAME FILE, and not both")
+    prm = scorer(options)
+    if options.benchmark:
+        found = benchmarks.run(prm, *options.benchmark)
+        print(json.dumps(found, indent=1))
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+        return 0
+    traces = read_traces(options.data, labelled=False, delimiter=_cut(options, prm))
+    rows = []
+    for trace, found in zip(traces, prm.score(traces), strict=True):
+        row = trace_row(trace) | {"step_scores": found.steps or None}
+        row |= {"final_score": found.final, "reason": found.reason or None}
+        row["score"] = found.total(prm.reading.alpha) if found.steps else None
+        rows.append(row)
+    if options.out:
+        write_rows(options.out, rows)
+        known = sum(row["score"] is not None for row in rows)
+        print(f"{options.out}: {known} of {len(rows)} completions scored")
+        return 0
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+def _best_of_n(options: argparse.Namespace) -> int:
+    from reasonrl.curves import curves, difference
+
+    groups = candidates(scorer(options), options.data, options.delimiter)
+    found = curves(groups, HOWS, options.how)
+    n = found["n"][-1]
+    found |= {"n_completions": min(map(len, groups)), "how": options.how}
+    found["prm_minus_majority"] = {how: difference(groups, how, n) for how in HOWS}
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        _plot(found, options.plot)
+    print(table(found))
+    return 0
+
+
+def candidates(prm, files, delimiter: str | None):
+    """The completions of some files by problem, scored; InputError where an outcome is missing."""
+    from reasonrl.curves import candidate
+    from reasonrl.stepwise import read_traces
+
+    cut = unescaped(delimiter) if delimiter else prm.reading.delimiter
+    traces = [t for path in files for t in read_traces(path, labelled=False, delimiter=cut)]
+    groups: dict[str, list] = {}
+    for trace, found in zip(traces, prm.score(traces), strict=True):
+        outcome = trace.final if trace.final is not None else trace.extra.get("reward")
+        if isinstance(outcome, bool) or not isinstance(outcome, int | float):
+            raise InputError(f"{trace.where}: field 'final': expected the outcome, got {outcome!r}")
+        key = str(trace.extra.get("problem_id", trace.prompt))
+        total = found.total(prm.reading.alpha)
+        groups.setdefault(key, []).append(candidate(trace.text, outcome >= 0.5, found.steps, total))
+    return list(groups.values())
+
+
+def table(found: dict) -> str:
+    """The curves as Markdown, in percent with 95 % intervals."""
+    head = " | ".join(f"N = {n}" for n in found["n"])
+    lines = [f"| {found['problems']} problems | {head} |", "|---" * (len(found["n"]) + 1) + "|"]
+    for name, points in found["curves"].items():
+        cells = (
+            f"{100 * p['accuracy']:.1f} ({100 * p['low']:.1f}..{100 * p['high']:.1f})"
+            for p in points
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _plot(found: dict, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot: needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, points in found["curves"].items():
+        style = "--" if name in ("majority", "oracle") else "-"
+        line = axes.plot(found["n"], [100 * p["accuracy"] for p in points], style, label=name)
+        low, high = ([100 * p[k] for p in points] for k in ("low", "high"))
+        axes.fill_between(found["n"], low, high, alpha=0.12, color=line[0].get_color())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(found["n"], [str(n) for n in found["n"]])
+    axes.set(xlabel="completions (N)", ylabel="right (%)")
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+    pyplot.close(figure)
