@@ -75,18 +75,32 @@ def test_dense_pays_the_same_total_piece_by_piece():
     got = rollout(TEXTS, OUTCOMES)
     rewards = it.score(got)
     assert [s.value for s in rewards.outcome] == pytest.approx([0.25 + 0.3, 0.75 * 0.1])
-    steps = it.step_values(rewards)
-    assert steps == pytest.approx([0.75 * v / 2 for v in (0.9, 0.5, 0.3, 0.1)])
-    whole = algo(SCORES, mode="scalar", beta=0.75, alpha=0.5).score(got)
-    for b in range(2):
-        total = rewards.outcome[b].value + sum(steps[2 * b : 2 * b + 2])
-        assert total == pytest.approx(whole.outcome[b].value)
-    # steps are centred over the group's steps, ends over the group
-    centred = [v - sum(steps) / 4 for v in steps]
+    # scores are centred over the group's steps (mean .45), ends over the group
+    centred = [0.75 * (v - 0.45) / 2 for v in (0.9, 0.5, 0.3, 0.1)]
     end = (rewards.outcome[0].value - rewards.outcome[1].value) / 2
     expected = [end + centred[0] + centred[1]] * 2 + [end + centred[1]]
     expected += [-end + centred[2] + centred[3]] * 2 + [-end + centred[3]]
-    assert it.advantage(rewards, got).tolist() == pytest.approx(expected)
+    advantage = it.advantage(rewards, got)
+    assert advantage.tolist() == pytest.approx(expected)
+    # a completion's first token has earned what the scalar mode pays for the whole
+    scalar = algo(SCORES, mode="scalar", beta=0.75, alpha=0.5)
+    whole = scalar.advantage(scalar.score(got), got)
+    assert advantage[[0, 3]].tolist() == pytest.approx(whole[[0, 3]].tolist())
+    own = algo(SCORES, mode="dense", beta=0.75, alpha=0.5, credit="step")
+    parts = [0.75 * (v - 0.45) for v in (0.9, 0.5, 0.3, 0.1)]
+    expected = [end + parts[0]] * 2 + [end + parts[1], -end + parts[2], -end + parts[2]]
+    assert own.advantage(own.score(got), got).tolist() == pytest.approx(
+        [*expected, -end + parts[3]]
+    )
+
+
+def test_few_steps_earn_no_more_than_many():
+    """One step of .8 against four of .8: no reason to stop early."""
+    scores = [Scored([0.8], 0.5), Scored([0.8] * 4, 0.5)]
+    got = rollout(["a", "b;c;d;e"], [scored(0.0), scored(0.0)])
+    for credit in ("step", "return"):
+        it = algo(scores, credit=credit)
+        assert it.advantage(it.score(got), got).abs().max() < 1e-6
 
 
 def test_beta_0_is_the_outcome_and_what_is_unread_is_outside():

@@ -48,7 +48,7 @@ class Process(GRPO):
         if rewards.steps is None:
             _say_once(self.task.name)
             return torch.zeros(sum(lengths(rollout)))
-        value = self.step_values(rewards)
+        value = [s.reward for steps in rewards.steps for s in steps]
         counts = torch.tensor([len(steps) for steps in rewards.steps], dtype=torch.long)
         known = torch.tensor([v is not None for v in value], dtype=torch.bool)
         step_advantage = ops.group_advantage(
@@ -59,15 +59,16 @@ class Process(GRPO):
             ddof=self.ddof,
             eps=self.eps,
         )
+        step_advantage = step_advantage * self.step_scale(counts)
         at = step_ids(rewards, rollout)
         if self.credit == "step":
             return ops.step_expand(step_advantage, at, where="all")
         ends = ops.step_expand(step_advantage, at, where="last")
         return ops.returns(ends, cu_seqlens=cu_seqlens(rollout))
 
-    def step_values(self, rewards: Rewards) -> list[float | None]:
-        """What each of the S steps is paid; None where nobody knows."""
-        return [s.reward for steps in rewards.steps or () for s in steps]
+    def step_scale(self, counts: Tensor) -> Tensor | float:
+        """What multiplies the advantage of each of the S steps; counts: (B,) steps of each row."""
+        return 1.0
 
     def _peers(self, group: Tensor, counts: Tensor) -> Tensor:
         """Which steps are compared with which: an id for each of the S steps."""

@@ -2,10 +2,11 @@
 
 arXiv 2506.18896, eq. 12: r = (1 - beta) * outcome + beta * rhat, with rhat = mean of the step
 scores + alpha * the trajectory's score (eq. 11).
-`mode=scalar` pays r for the whole completion (GRPO on r). `mode=dense` pays the same total piece by
-piece: beta * score / S at the end of each of the S steps, and at the end of the completion
-(1 - beta) * outcome + beta * alpha * trajectory; steps and ends are each normalised in their group,
-and `credit`, `baseline` and the weights are those of process.py. The reward model is frozen.
+`mode=scalar` pays r for the whole completion (GRPO on r). `mode=dense` pays it piece by piece:
+each of S steps beta * A(score) / S where it ends, and the end of the completion
+(1 - beta) * outcome + beta * alpha * trajectory. Scores are centred in their group before they are
+divided by S: the other way round, a completion of one step would earn S times as much as one of S.
+`credit`, `baseline` and the weights are those of process.py. The reward model is frozen.
 
 Without `prm` the run first trains one on the policy it starts from: completions of `prm_problems`
 training problems, their steps labelled by the task's rule, `prm_steps` steps of prm_train.py.
@@ -124,13 +125,12 @@ class ReasonFlux(Process):
             return per_token(GRPO.outcome_advantage(self, rewards, rollout), rollout)
         return Process.advantage(self, rewards, rollout)
 
-    def step_values(self, rewards: Rewards) -> list[float | None]:
-        """beta * score / S for each step of a completion with S of them."""
-        return [
-            None if step.reward is None else self.beta * step.reward / len(steps)
-            for steps in rewards.steps or ()
-            for step in steps
-        ]
+    def step_scale(self, counts: Tensor) -> Tensor | float:
+        """beta / S: a completion's steps come to beta * their mean; where a token is paid by its
+        own step alone there is no sum, and beta is all."""
+        if self.credit == "step":
+            return self.beta
+        return self.beta / counts.repeat_interleave(counts)
 
     def _paid(self, outcome: Score, rhat: Score, steps: Sequence[Any]) -> Score:
         """Eq. 12; in dense mode without the steps' mean, which is paid where the steps end."""

@@ -1,9 +1,10 @@
-"""`reasonrl score` and `reasonrl best-of-n`: a process reward model over files of completions."""
+"""`reasonrl score`, `select` and `best-of-n`: a process reward model over files of completions."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from reasonrl.commands.prm import unescaped
@@ -21,6 +22,16 @@ def add(commands) -> None:
         "--benchmark", nargs=2, metavar=("NAME", "FILE"), help="processbench or prmbench, and file"
     )
     command.set_defaults(run=_score)
+
+    command = commands.add_parser("select", help="keep the best answers of a pool as training data")
+    _model(command)
+    command.add_argument("data", type=Path, nargs="+", help="the pool: JSONL or parquet")
+    command.add_argument("--keep", type=int, required=True, help="how many answers")
+    command.add_argument("--per-prompt", type=int, help="at most so many of one prompt")
+    command.add_argument("--how", default="total", choices=HOWS, help="what ranks an answer")
+    command.add_argument("--out", type=Path, required=True, help="JSONL for `train sft task=...`")
+    command.add_argument("--report", type=Path, help="JSON: histogram, duplicates, reasons")
+    command.set_defaults(run=_select)
 
     command = commands.add_parser("best-of-n", help="choose among stored completions by a PRM")
     _model(command)
@@ -78,6 +89,41 @@ def _score(options: argparse.Namespace) -> int:
         return 0
     for row in rows:
         print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+def _select(options: argparse.Namespace) -> int:
+    from reasonrl.choice import TOGETHER
+    from reasonrl.curate import select
+    from reasonrl.stepwise import read_traces, trace_row, write_rows
+
+    for name in ("keep", "per_prompt"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected >= 1, got {value}")
+    prm = scorer(options)
+    cut = _cut(options, prm)
+    traces = [t for path in options.data for t in read_traces(path, labelled=False, delimiter=cut)]
+    found = prm.score(traces)
+    values = [math.nan] * len(found)
+    for i, s in enumerate(found):
+        if s.steps and options.how == "total":
+            values[i] = s.total(prm.reading.alpha)
+        elif s.steps:
+            values[i] = TOGETHER[options.how](s.steps)
+    reasons = [s.reason for s in found]
+    chosen, report = select(traces, values, reasons, options.keep, options.per_prompt)
+    rows = []
+    for rank, i in enumerate(chosen, 1):
+        about = {"worked": traces[i].text, "score": values[i], "rank": rank}
+        rows.append(trace_row(traces[i]) | about)
+    write_rows(options.out, rows)
+    if options.report:
+        options.report.write_text(json.dumps(report, indent=1) + "\n")
+    print(
+        f"{options.out}: {report['kept']} of {report['answers']} answers, scores"
+        f" {report['lowest_kept']:.4f} and above; {len(report['duplicates'])} duplicates,"
+        f" {len(report['unscored'])} unscored"
+    )
     return 0
 
 
