@@ -1,12 +1,12 @@
 """ReasonFlux-PRM's three uses on the tiny recipe's task, over seeds, all through the commands.
 
-    python recipes/reasonflux/measure.py --seeds 1 2 3 4 5          (about 15 minutes a seed)
+    python recipes/reasonflux/measure.py --seeds 1 2 3 4 5          (about 12 minutes a seed)
     python recipes/reasonflux/measure.py --seeds 1 2 --only-run     (in several terminals, then once
                                                                      without it to gather)
 
 A seed: a cold-started policy; a reward model trained on its completions, labelled by the task's
 rule; then Best-of-16 on 500 test problems, supervised training on selected completions, and RL
-with and without the model's step scores. Finished pieces are not run again. Writes results.json
+with and without the model's scores. Finished pieces are not run again. Writes results.json
 (every seed), results.md (means with 95 % t-intervals over seeds) and best_of_n.svg.
 """
 
@@ -27,10 +27,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
 KEEP = 2000
-RL = ["cold_start_steps=0", "steps=180", "eval_problems=1000", "log.completions_every=0"]
+RL = ["cold_start_steps=0", "steps=120", "eval_problems=1000", "log.completions_every=0"]
 ARMS = {  # reinforcement learning from the same policy at equal rollouts
-    "outcome": ["tiny", "algorithm=grpo", "algo.kind=dr_grpo"],
-    "dense_prm": ["reasonflux"],
+    "outcome": ["tiny", "algorithm=grpo"],
+    "prm": ["reasonflux"],
 }
 
 
@@ -84,7 +84,7 @@ def measure(seed: int, out: Path) -> dict:
 
 def learned(out: Path, arm: str, prm: Path, common: list[str]) -> dict:
     """Test accuracy before and after RL."""
-    more = [f"algo.prm={prm}"] if arm == "dense_prm" else []
+    more = [f"algo.prm={prm}"] if arm == "prm" else []
     run(out, "train", *ARMS[arm], *RL, *common, *more, "--out", out, "--quiet")
     rows = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
     return {"before": rows[0]["eval/accuracy"], "after": rows[-1]["eval/accuracy"]}
@@ -166,7 +166,7 @@ def table(results: list[dict]) -> str:
         got = [r["selection"][name] for r in results]
         gap = [r["selection"][name] - r["selection"]["random"] for r in results]
         lines.append(f"| {name} | {interval(got)} | {interval(gap)} |")
-    lines += ["", "**RL** (180 steps from the same policy, equal rollouts; 1000 problems)", ""]
+    lines += ["", "**RL** (120 steps from the same policy, equal rollouts; 1000 problems)", ""]
     lines += ["| reward | before | after | minus outcome only |", "|---|---|---|---|"]
     for arm in ARMS:
         before, after = ([r["rl"][arm][k] for r in results] for k in ("before", "after"))
