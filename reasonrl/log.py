@@ -41,6 +41,7 @@ COLUMNS = {  # types that must not depend on what a step happens to hold
     "completion": pyarrow.string(),
     "answer": pyarrow.string(),
     "reward": pyarrow.float64(),
+    "outcome": pyarrow.float64(),
     "advantage": pyarrow.float64(),
     "steps": pyarrow.list_(pyarrow.list_(pyarrow.int64())),
     "step_rewards": pyarrow.list_(pyarrow.float64()),

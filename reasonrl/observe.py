@@ -81,6 +81,7 @@ def completion_rows(
         "reward": [s.value for s in rewards.outcome],
         "reward_kind": [s.kind for s in rewards.outcome],
         "reward_reason": [s.reason for s in rewards.outcome],
+        "outcome": [s.value for s in rewards.verdict or rewards.outcome],
         "advantage": [float(part.mean()) if len(part) else 0.0 for part in parts],
         "finished": list(rollout.finished),
         "steps": [[] if r is None else [(s.start, s.end) for s in r] for r in _steps(rewards)],

@@ -59,6 +59,7 @@ def joined(parts: Sequence[Step]) -> Step:
         outcome=flat(rewards, "outcome"),
         steps=flat(rewards, "steps"),
         token=flat(rewards, "token"),
+        verdict=flat(rewards, "verdict"),
         metrics={name: sum(values) / len(values) for name, values in metrics.items()},
     )
     return rollout, scores, torch.cat(advantages)

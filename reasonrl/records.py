@@ -105,6 +105,7 @@ class Rewards:
     steps: Sequence[Sequence[Step]] | None = None  # B x S_b, spans and step rewards
     token: Sequence[Tensor] | None = None  # B x (T_b,) fp32, token rewards (implicit PRM)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    verdict: Sequence[Score] | None = None  # B, the task's own, where `outcome` is a mix
 
 
 @dataclass(frozen=True)

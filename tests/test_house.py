@@ -23,7 +23,7 @@ NATIVE = sorted(
 # the stair, top to bottom: a module may import from its own row and from the rows beneath it
 STAIR = [
     {"cli"},
-    {"train", "serve", "plan", "doctor", "report", "commands", "benchmarks"},
+    {"train", "serve", "plan", "doctor", "report", "audit", "commands", "benchmarks"},
     {"integrations"},
     {"algos"},
     {"rewards", "tasks", "labels", "prm_train"},

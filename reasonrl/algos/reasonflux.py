@@ -118,6 +118,7 @@ class ReasonFlux(Process):
             outcome=paid,
             steps=found.steps,
             metrics={**found.metrics, **_agreement(outcome, found.outcome)},
+            verdict=outcome,
         )
 
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:

@@ -1,0 +1,74 @@
+"""`reasonrl report` and `reasonrl audit`: look at a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from reasonrl.records import InputError
+
+
+def add(commands) -> None:
+    command = commands.add_parser("report", help="one HTML page of a run, or of several")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    command.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
+    command.add_argument("--open", action="store_true", help="show it in the browser")
+    command.add_argument("--serve", action="store_true", help="follow a live run (this machine)")
+    command.add_argument("--port", type=int, default=8090)
+    command.set_defaults(run=_report)
+
+    command = commands.add_parser("audit", help="monitors for reward hacking; status 1 on an alarm")
+    command.add_argument("run_folder", type=Path, metavar="RUN")
+    command.set_defaults(run=_audit)
+
+
+def _report(options: argparse.Namespace) -> int:
+    import webbrowser
+
+    from reasonrl.report import serve, write
+
+    if options.serve:
+        if options.out:
+            raise InputError("--out: --serve writes no file")
+        server = serve(options.runs, options.port)
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        if options.open:
+            webbrowser.open(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.server_close()
+    page = write(options.runs, options.out)
+    print(page)
+    if options.open:
+        webbrowser.open(page.resolve().as_uri())
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from reasonrl.audit import audit
+
+    found = audit(options.run_folder)
+    table = Table("monitor", "verdict", "what was seen")
+    marks = {"ok": "green", "alarm": "bold red", "not measured": "dim"}
+    for finding in found:
+        seen = "\n".join([finding.text, *finding.examples])
+        table.add_row(finding.name, f"[{marks[finding.verdict]}]{finding.verdict}[/]", _plain(seen))
+    Console(file=sys.stdout).print(table)
+    alarms = [finding.name for finding in found if finding.verdict == "alarm"]
+    print(f"alarm: {', '.join(alarms)}" if alarms else "no alarm")
+    return 1 if alarms else 0
+
+
+def _plain(text: str):
+    """Text of a model, shown as it is: no markup, no terminal control."""
+    from rich.text import Text
+
+    return Text("".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text))

@@ -1,0 +1,187 @@
+"""The run page: what it holds, that nothing in it runs, and a real browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from reasonrl import InputError
+from reasonrl.cli import main
+from reasonrl.report import serve, write
+from reasonrl.report.gather import _spread, gather, parts
+from reasonrl.report.page import embedded
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+)
+
+
+def row(step, n, text="ab;cd", **more):
+    out = {"step": step, "problem_id": f"p{n}", "prompt": f"prompt {n}", "completion": text}
+    out |= {"answer": "4", "reward": 1.0, "outcome": 1.0, "reward_kind": "scored"}
+    out |= {"reward_reason": "", "advantage": 0.5, "finished": True}
+    out |= {"steps": [[0, 3], [3, 5]], "step_rewards": [1.0, 0.25], "step_advantages": [0.5, -1.0]}
+    return out | more
+
+
+def make_run(path: Path, steps=3, rows=None) -> Path:
+    (path / "completions").mkdir(parents=True)
+    (path / "config.yaml").write_text("model: tiny\n")
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append({"step": step, "reward": step / 10, "time/update": 1.0, "note": "text"})
+        table = (
+            rows(step)
+            if rows
+            else [row(step, 1), row(step, 1, reward=0.0, outcome=0.0), row(step, 2)]
+        )
+        file = path / "completions" / f"completions_{step:05d}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), file)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    evals = [{"step": 0, "eval/accuracy": 0.2, "eval/accuracy_se": 0.01}]
+    (path / "evals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in evals))
+    return path
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_it_holds_the_numbers_and_the_groups(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = write([run])
+    assert page == run / "report.html"
+    (found,) = data_of(page.read_text())["runs"]
+    assert found["metrics"][2] == {"step": 3, "reward": 0.3, "time/update": 1.0}
+    assert found["evals"][0]["eval/accuracy_se"] == 0.01 and found["notes"] == []
+    assert [s["step"] for s in found["steps"]] == [1, 2, 3]
+    first, second = found["steps"][0]["groups"]
+    assert (first["id"], len(first["rows"]), len(second["rows"])) == ("p1", 2, 1)
+    assert first["rows"][0]["parts"] == [["ab;", 1.0, 0.5], ["cd", 0.25, -1.0]]
+    text = page.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+
+
+def test_parts_cover_the_text_whatever_the_spans():
+    def joined(**more):
+        got = parts(row(1, 1, **more))
+        return "".join(p[0] for p in got), [p[1] for p in got]
+
+    assert joined() == ("ab;cd", [1.0, 0.25])
+    assert joined(steps=[]) == ("ab;cd", [None])
+    assert joined(steps=[[1, 3]]) == ("ab;cd", [None, 1.0, None])
+    assert joined(steps=[[0, 9], [2, 3]]) == ("ab;cd", [1.0])
+    assert joined(text="") == ("", [])
+    assert joined(steps=[[0, 3], "x"])[0] == "ab;cd"
+    assert joined(text="\U0001f600b;cd")[0] == "\U0001f600b;cd"  # cut in characters, not units
+
+
+def test_hostile_text_is_data_and_the_policy_names_one_script(tmp_path):
+    rows = [row(1, 1, HOSTILE, steps=[]), row(1, 1, "x" * 1_000_000, steps=[])]
+    rows += [row(1, 1, "\x00\x1b[31m\u202eright to left", steps=[])]
+    page = write([make_run(tmp_path / "run", 1, lambda step: rows)]).read_text()
+    assert page.count("</script>") == 2 and "<img" not in page
+    assert len(page) < 200_000
+    shown = data_of(page)["runs"][0]["steps"][0]["groups"][0]["rows"]
+    assert shown[0]["parts"][0][0] == HOSTILE
+    assert "980000 characters" in shown[1]["parts"][0][0]
+    assert shown[2]["parts"][0][0].startswith("\u2400\u241b[31m")
+    assert "script-src 'sha256-" in page and "default-src 'none'" in page
+    assert embedded({"a": "\u2028<&>"}) == '{"a":"\\u2028\\u003c\\u0026\\u003e"}'
+
+
+def test_a_run_in_any_state_opens(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "completions/completions_00002.parquet").write_bytes(b"PAR1 torn")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    (found,) = gather([run])["runs"]
+    assert len(found["metrics"]) == 3 and len(found["notes"]) == 1
+    assert "completions_00002.parquet: cannot be read" in found["notes"][0]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text("model: tiny\n")
+    assert gather([empty])["runs"][0]["steps"] == []
+    write([empty, run], tmp_path / "both.html")
+    older = make_run(tmp_path / "older", 1, lambda step: [{"prompt": "p", "completion": "c"}])
+    (group,) = gather([older])["runs"][0]["steps"][0]["groups"]
+    assert group["rows"][0]["parts"] == [["c", None, None]] and group["rows"][0]["outcome"] is None
+    for bad in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(InputError, match="no such folder|expected a run"):
+            gather([bad])
+
+
+def test_older_steps_are_sampled_when_the_page_is_full(tmp_path):
+    assert list(_spread([1, 2, 3, 4, 5])) == [5, 1, 3, 2, 4]
+    assert list(_spread([])) == [] and list(_spread([7])) == [7]
+    run = make_run(tmp_path / "run", 9)
+    one = len(json.dumps(gather([run])["runs"][0]["steps"][0]["groups"]))
+    (found,) = gather([run], budget=3 * one + 10)["runs"]
+    assert [s["step"] for s in found["steps"]] == [1, 5, 9]
+    assert found["notes"] == ["3 of 9 steps with completions are in this page"]
+
+
+def test_served_pages_follow_the_run(tmp_path):
+    run = make_run(tmp_path / "run", 1)
+    server = serve([run], 0)
+    assert server.server_address[0] == "127.0.0.1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        text = urllib.request.urlopen(base, timeout=30).read().decode()
+        assert data_of(text)["live"] is True and "connect-src 'self'" in text
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "reward": 0.7}\n')
+        news = json.load(urllib.request.urlopen(f"{base}/data.json", timeout=30))
+        assert news["runs"][0]["metrics"][-1] == {"step": 2, "reward": 0.7}
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{base}/../config.yaml", timeout=30)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_command(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+BROWSER = next(
+    (b for n in ("chromium", "chromium-browser", "google-chrome") if (b := shutil.which(n))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page was not opened")
+def test_a_browser_opens_it_and_nothing_hostile_runs(tmp_path):
+    rows = [
+        row(1, 1, HOSTILE + ";cd", steps=[[0, len(HOSTILE) + 1]]),
+        row(1, 1, reward=0.0, outcome=0.0, step_rewards=[1.0, 0.75]),
+    ]
+    page = write([make_run(tmp_path / "run", 2, lambda step: rows)])
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", f"--user-data-dir={tmp_path / 'b'}"]
+    for view in ("", "#credit"):
+        done = subprocess.run(
+            [*command, f"{page.as_uri()}{view}"], capture_output=True, text=True, timeout=120
+        )
+        assert "<title>run · reasonrl</title>" in done.stdout
+        assert "CONSOLE" not in done.stderr
+        if view:
+            assert done.stdout.count('class="card"') == 2
+            assert done.stdout.count(' data-n="') == 3 and "step reward: 0.75," in done.stdout
+            assert done.stdout.count('class="flag">wrong, with every step marked right') == 1
+        else:
+            assert done.stdout.count("<svg") >= 3
