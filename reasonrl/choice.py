@@ -54,7 +54,8 @@ def best_of_n(
         raise ValueError(f"vote must be one of None, majority, weighted, got {vote!r}")
     if isinstance(completions, str) or not completions:
         raise ValueError(f"completions must be a non-empty list of strings, got {completions!r}")
-    scores = _scores(scorer(_rollout(prompt, completions)), how, len(completions))
+    problem = prompt if isinstance(prompt, Problem) else Problem(id="prompt", prompt=prompt)
+    scores = score_each(scorer, [problem] * len(completions), completions, how)
     values = {i: s.value for i, s in enumerate(scores) if s.value is not None}
     if not values:
         reasons = "; ".join(sorted({f"{s.kind}: {s.reason}" for s in scores}))
@@ -95,14 +96,31 @@ def _elected(values: dict[int, float], completions: Sequence[str], vote: str) ->
     return {i: values[i] for i in answers[max(answers, key=weight)]}
 
 
-def _rollout(prompt: str | Sequence[Message] | Problem, completions: Sequence[str]) -> Rollout:
-    """One group of texts without tokens: all that a scorer of text needs."""
-    problem = prompt if isinstance(prompt, Problem) else Problem(id="prompt", prompt=prompt)
+def score_each(
+    scorer: Callable[[Rollout], Rewards],
+    problems: Sequence[Problem],
+    completions: Sequence[str],  # one for each problem; a problem may stand several times
+    how: How = "min",
+) -> list[Score]:
+    """One number for every completion, as `best_of_n` takes it; prompts may differ."""
+    if len(problems) != len(completions):
+        raise ValueError(f"completions must be {len(problems)} strings, got {len(completions)}")
+    return _scores(scorer(texts(problems, completions)), how, len(completions))
+
+
+def texts(problems: Sequence[Problem], completions: Sequence[str]) -> Rollout:
+    """Texts without tokens, all that a scorer of text needs; equal neighbours form a group."""
+    first: list[Problem] = []
+    group = []
+    for problem in problems:
+        if not first or problem != first[-1]:
+            first.append(problem)
+        group.append(len(first) - 1)
     count = len(completions)
     return Rollout(
-        problems=(problem,),
-        prompt_ids=((),),
-        group=torch.zeros(count, dtype=torch.int64),
+        problems=tuple(first),
+        prompt_ids=((),) * len(first),
+        group=torch.tensor(group, dtype=torch.int64),
         completion_ids=((),) * count,
         text=tuple(completions),
         finished=(True,) * count,

@@ -85,7 +85,11 @@ def test_imports_go_down(path):
 
 
 def test_nothing_sideways_between_algorithms_rewards_integrations():
-    shared = {"algos": {"base", "process"}, "rewards": {"verify"}, "integrations": {"verl"}}
+    shared = {
+        "algos": {"base", "process"},
+        "rewards": {"verify"},
+        "integrations": {"verl", "trl_prm", "trl_rewards"},
+    }
     for folder, allowed in shared.items():
         for path in (ROOT / "reasonrl" / folder).glob("*.py"):
             if path.name == "__init__.py" or path.stem.startswith("_"):

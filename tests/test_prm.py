@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForTokenClassification, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from reasonrl import InputError, Problem, config, models
-from reasonrl.choice import _rollout
+from reasonrl.choice import texts
 from reasonrl.labels import rows as label_rows
 from reasonrl.labels import rule_labels
 from reasonrl.prm import PRM, Reading, Scored
@@ -33,6 +33,10 @@ def task():
 
 def policy(seed=0):
     return models.load("tiny", seed=seed, dtype="fp32", **SMALL)
+
+
+def many(prompt, completions):
+    return texts([Problem("p", prompt)] * len(completions), completions)
 
 
 def traces(task, count=40, wrong=True):
@@ -157,7 +161,7 @@ def test_what_cannot_be_read_is_named_or_unscorable(task):
     long = Trace("b", "1+1%7:", ["1+1=2;", "1" * 3000], [1.0, 1.0], where="rows: row 4")
     with pytest.raises(InputError, match="rows: row 4: step 1: 30.. tokens of completion"):
         train([long], PRMConfig(held_out=0.0), None, policy=policy(), **QUIET)
-    rewards = PRMScorer(prm)(_rollout(Problem("p", "1+1%7:"), ["1+1=2;#2", f"#{mark}", " ", "é"]))
+    rewards = PRMScorer(prm)(many("1+1%7:", ["1+1=2;#2", f"#{mark}", " ", "é"]))
     kinds = [s.kind for s in rewards.outcome]
     assert kinds == ["scored", "unscorable", "unscorable", "unscorable"]
     assert rewards.outcome[2].reason == "no steps" and "no token" in rewards.outcome[3].reason
@@ -167,7 +171,7 @@ def test_what_cannot_be_read_is_named_or_unscorable(task):
 
 def test_the_scorer_gives_steps_and_the_total(task):
     prm = model()
-    rewards = PRMScorer(prm, alpha=0.5)(_rollout(Problem("p", "1+1-1%7:"), ["1+1=2;2-1=1#1", "#"]))
+    rewards = PRMScorer(prm, alpha=0.5)(many("1+1-1%7:", ["1+1=2;2-1=1#1", "#"]))
     steps = [s.reward for s in rewards.steps[0]]
     (found,) = prm.score([Trace("a", "1+1-1%7:", ["1+1=2;", "2-1=1#1"])])
     assert steps == found.steps and len(steps) == 2
@@ -178,7 +182,7 @@ def test_labels_follow_the_rule_step_by_step(task):
     problem = task.problem("train", 0)
     text = task.worked(problem)
     broken = text.replace(";", ";;", 1)[:-1] + "x"  # a stray mark, and an answer that is no number
-    rollout = _rollout(problem, [text, broken, " "])
+    rollout = texts([problem] * 3, [text, broken, " "])
     good, bad = label_rows(task, rollout, ";")
     assert good["labels"] == [True, True] and good["final"] == 1.0
     assert bad["labels"][-1] is False and bad["final"] == 0.0

@@ -24,10 +24,20 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from reasonrl import ops
+from reasonrl.integrations.trl_prm import PRMConfig, PRMTrainer
+from reasonrl.integrations.trl_rewards import code_reward, math_reward, scorer_reward
 from reasonrl.loss import LossSpec, policy_loss
 from reasonrl.records import Problem, Rewards, Rollout
 from reasonrl.segment import decode, pieces, token_steps
 
+__all__ = [
+    "GRPOTrainer",
+    "PRMConfig",
+    "PRMTrainer",
+    "code_reward",
+    "math_reward",
+    "scorer_reward",
+]
 TESTED = "1.16"
 CLIP = ("grpo", "bnpo", "dr_grpo", "dapo")
 REDUCE = {
