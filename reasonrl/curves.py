@@ -43,11 +43,11 @@ def curves(
     """{"n": sizes, "problems": P, "curves": {name: [{accuracy, low, high}, ...]}}.
 
     hows: ways of TOGETHER or "total"; weigh: the one whose numbers `weighted` sums. Sizes go up to
-    the smallest group. InputError without a group.
+    the largest group; a smaller one is decided on all it has. InputError without a group.
     """
     if not groups or not min(map(len, groups)):
         raise InputError("expected at least one problem with completions, got none")
-    sizes = [n for n in SIZES if n <= min(map(len, groups))]
+    sizes = [n for n in SIZES if n <= max(map(len, groups))]
     deciders: dict[str, Callable[[Sequence[Candidate]], bool]] = {
         f"prm_{how}": lambda lot, how=how: _best(lot, how).right for how in hows
     }
@@ -95,7 +95,7 @@ def _elected(lot: Sequence[Candidate], weight: Callable[[Candidate], float]) -> 
 
 
 def _share(group: Sequence[Candidate], n: int, decide: Callable) -> float:
-    lots = [group[i : i + n] for i in range(0, len(group) - n + 1, n)]
+    lots = [group[i : i + n] for i in range(0, len(group) - n + 1, n)] or [group]
     return sum(bool(decide(lot)) for lot in lots) / len(lots)
 
 

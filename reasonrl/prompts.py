@@ -63,6 +63,11 @@ def render_text(
     return _without_default_system(tokenizer, messages), False
 
 
+def plain(prompt: str | Sequence[Message]) -> str:
+    """A prompt as one text: of chat messages, their contents."""
+    return "\n".join(_text(message["content"]) for message in _messages(prompt))
+
+
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
     """The messages with a system text put first, or added to the system message they have."""
     if system is None:

@@ -34,6 +34,9 @@ def test_curves_by_hand():
     assert points["oracle"] == pytest.approx([0.375, 0.75, 1.0])
     for curve in found["curves"].values():
         assert all(p["low"] <= p["accuracy"] <= p["high"] for p in curve)
+    # a problem with fewer completions is decided on all it has
+    found = curves([first, second[:3]], ["min"], "min")
+    assert found["n"] == [1, 2, 4] and found["curves"]["oracle"][2]["accuracy"] == 1.0
     gap = difference([first, second], "min", 4)
     assert gap["accuracy"] == 0.5 and gap["low"] == 0.0 and gap["high"] == 1.0
     with pytest.raises(InputError, match="at least one problem"):
