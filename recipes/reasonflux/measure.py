@@ -27,9 +27,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
 KEEP = 2000
-RL = ["cold_start_steps=0", "steps=120", "eval_problems=1000", "log.completions_every=0"]
+RL = [
+    "cold_start_steps=0",
+    "steps=120",
+    "learning_rate=1.5e-4",
+    "eval_problems=1000",
+    "log.completions_every=0",
+]
 ARMS = {  # reinforcement learning from the same policy at equal rollouts
-    "outcome": ["tiny", "algorithm=grpo"],
+    "outcome": ["tiny", "algorithm=grpo", "algo.kind=dr_grpo"],
     "prm": ["reasonflux"],
 }
 
@@ -78,7 +84,7 @@ def measure(seed: int, out: Path) -> dict:
         "prm": json.loads((prm / "eval.json").read_text()),
         "best_of_n": json.loads(best.read_text()),
         "selection": selection(seed, out, pool, prm, [model, *common]),
-        "rl": {arm: learned(out / arm, arm, prm, [model, *common]) for arm in ARMS},
+        "rl": {arm: learned(out / f"rl_{arm}", arm, prm, [model, *common]) for arm in ARMS},
     }
 
 
