@@ -173,7 +173,7 @@ def test_a_browser_opens_it_and_nothing_hostile_runs(tmp_path):
     page = write([make_run(tmp_path / "run", 2, lambda step: rows)])
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += ["--virtual-time-budget=3000", "--dump-dom", f"--user-data-dir={tmp_path / 'b'}"]
-    for view in ("", "#credit"):
+    for view in ("", "#view=credit"):
         done = subprocess.run(
             [*command, f"{page.as_uri()}{view}"], capture_output=True, text=True, timeout=120
         )

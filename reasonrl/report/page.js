@@ -197,7 +197,7 @@ function view(name) {
   for (const id of ["curves", "credit", "config"]) $(id).hidden = id !== name;
   for (const b of document.querySelectorAll("[data-view]")) b.setAttribute("aria-pressed", String(b.dataset.view === name));
   if (name === "credit") credit();
-  history.replaceState(null, "", name === "curves" ? location.pathname : "#" + name);
+  history.replaceState(null, "", name === "curves" ? location.pathname : "#view=" + name);
 }
 function move(by) {
   const steps = run().steps.map((s) => s.step), at = steps.indexOf(state.step) + by;
@@ -236,7 +236,8 @@ document.addEventListener("keydown", (event) => {
 });
 if (matchMedia("(prefers-color-scheme: dark)").matches) document.documentElement.dataset.theme = "dark";
 all();
-view(["credit", "config"].includes(location.hash.slice(1)) ? location.hash.slice(1) : "curves");
+const asked = location.hash.replace("#view=", "");
+view(["credit", "config"].includes(asked) ? asked : "curves");
 if (data.live) setInterval(async () => {
   try {
     const answer = await fetch("/data.json");
