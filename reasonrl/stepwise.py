@@ -3,13 +3,15 @@
 A row is `prompt`, `completions` (the steps, in order), `labels` (bool or a number in [0, 1] each)
 and optionally `final` (the label of the whole), `id` and anything else; this is the stepwise format
 of TRL. Rows that are to be scored may bring one string `completion` in place of the steps, with its
-spans in `steps` (a run's completions table) or to be cut at a delimiter.
+spans in `steps` (a run's completions table) or to be cut at a delimiter. Rows of Math-Shepherd and
+PRM800K are read as they are published (stepwise_formats.py).
     for trace in read_traces("rows.jsonl"): trace.steps, trace.labels
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,9 @@ from typing import Any
 from reasonrl.records import InputError, Message
 from reasonrl.rows import Refused, brief, clean, field_of, prompt_of, read_rows
 from reasonrl.segment import split_steps
+from reasonrl.stepwise_formats import stepwise
 
+logger = logging.getLogger("reasonrl")
 OWN = ("id", "prompt", "completions", "completion", "steps", "labels", "final")
 
 
@@ -49,10 +53,15 @@ def read_traces(path: str | Path, *, labelled: bool = True, delimiter: str = "\n
     path = Path(path)
     seen: dict[str, int] = {}
     traces = []
+    empty: list[int] = []
     for number, row in read_rows(path):
         where = f"{path}: row {number}"
         try:
-            trace = trace_of(row, f"{path.stem}-{number}", labelled, delimiter, where)
+            known = stepwise(row)
+            if known is None:
+                empty.append(number)
+                continue
+            trace = trace_of(known, f"{path.stem}-{number}", labelled, delimiter, where)
         except Refused as error:
             raise InputError(f"{where}: {error}") from None
         if trace.id in seen:
@@ -62,6 +71,8 @@ def read_traces(path: str | Path, *, labelled: bool = True, delimiter: str = "\n
             )
         seen[trace.id] = number
         traces.append(trace)
+    if empty:
+        logger.warning("%s: %d rows hold no rated step (row %d ...)", path, len(empty), empty[0])
     return traces
 
 

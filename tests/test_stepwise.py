@@ -82,3 +82,62 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_rows(path, broken())
     assert path.read_text() == '{"a": 1}\n'
+
+
+KI = "\u043a\u0438"
+SHEPHERD = {
+    "input": f"Ann has 2. How many? Step 1: She has 2. {KI}\nStep 2: So 3. {KI}",
+    "label": "Ann has 2. How many? Step 1: She has 2. +\nStep 2: So 3. -",
+    "task": "GSM8K",
+}
+
+
+def rated(*ratings, chosen=0):
+    return {
+        "completions": [{"text": f"s{r}", "rating": r} for r in ratings],
+        "chosen_completion": chosen,
+    }
+
+
+PRM800K = {
+    "labeler": "x",
+    "question": {"problem": "1+1", "ground_truth_answer": "2"},
+    "label": {
+        "steps": [
+            rated(1),
+            rated(-1, 0, chosen=1),
+            {"completions": None, "human_completion": {"text": "by hand", "rating": None}},
+            rated(1),
+        ]
+    },
+}
+
+
+def test_published_rows_are_read(tmp_path):
+    wrong = json.loads(json.dumps(PRM800K))
+    wrong["label"]["steps"][1] = rated(-1, chosen=None)
+    empty = {"question": {"problem": "p"}, "label": {"steps": []}}
+    path = rows(tmp_path, SHEPHERD, PRM800K, wrong, empty)
+    one, two, three = read_traces(path)
+    assert one.prompt == "Ann has 2. How many?" and one.boolean
+    assert one.steps == ["Step 1: She has 2.\n", "Step 2: So 3.\n"] and one.labels == [1.0, 0.0]
+    assert one.extra == {"task": "GSM8K"}
+    assert two.steps == ["s1\n", "s0\n", "by hand\n", "s1\n"] and two.labels == [1.0] * 4
+    assert two.extra["answer"] == "2" and three.labels == [1.0, 0.0]  # it ends at the wrong step
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (SHEPHERD | {"label": SHEPHERD["label"].replace("+", "?")}, "'label': step 0: expected"),
+        (SHEPHERD | {"label": SHEPHERD["label"].replace("So 3", "So 4")}, "'label': step 1"),
+        (SHEPHERD | {"label": SHEPHERD["label"] + "more"}, "ends otherwise"),
+        ({"input": "Step 1: a", "label": "Step 1: a"}, "'input': expected a mark"),
+        (PRM800K | {"label": {"steps": [rated(3)]}}, "step 0: expected a rating -1, 0 or 1, got 3"),
+        (PRM800K | {"label": {"steps": [rated(1, chosen=4)]}}, "chosen_completion 4 of 1"),
+        (PRM800K | {"question": {}}, "'question': expected problem"),
+    ],
+)
+def test_faults_in_published_rows(tmp_path, row, says):
+    with pytest.raises(InputError, match=f"row 1: .*{says}"):
+        read_traces(rows(tmp_path, row))
