@@ -218,7 +218,7 @@ def backward_only(head: Head, target: Tensor, stats: Tensor, c: Tensor, eta: Ten
     """The gradients for given coefficients; rows without one are dropped before the logits."""
     live = c != 0 if eta is None else (c != 0) | (eta != 0)
     rows = live.nonzero()[:, 0]
-    for part in rows.split(head.size):
+    for part in rows.split(head.size) if len(rows) else ():
         whole = part.numel() == int(part[-1]) - int(part[0]) + 1
         pick = slice(int(part[0]), int(part[-1]) + 1) if whole else part
         x = head.inputs(pick)

@@ -176,3 +176,15 @@ def test_empty_batches(linear):
         mask, cu = torch.zeros(N, dtype=torch.bool), torch.tensor([0, N])
         loss, _, grads = run(linear.linear_policy_loss, head, target, tokens, cu, spec, mask)
         assert loss == 0 and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_gradient_of_nothing_but_zeros(linear, entropy):
+    """A batch without any advantage: no row is live, and the gradients are exactly zero."""
+    head, target, _, _ = drawn()
+    leaves = [x.clone().requires_grad_() for x in head]
+    logp, ent = linear.linear_logp(*leaves[:2], target, leaves[2], 0.8, None, entropy)
+    total = (logp * 0).sum() if ent is None else (logp * 0).sum() + (ent * 0).sum()
+    total.backward()
+    for x in leaves:
+        assert x.grad is not None and x.grad.shape == x.shape and not x.grad.any()
