@@ -1,4 +1,4 @@
-"""`reasonrl report` and `reasonrl audit`: look at a run."""
+"""`reasonrl report`, `audit` and `doctor`: look at a run, and at the machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def add(commands) -> None:
     command = commands.add_parser("audit", help="monitors for reward hacking; status 1 on an alarm")
     command.add_argument("run_folder", type=Path, metavar="RUN")
     command.set_defaults(run=_audit)
+
+    command = commands.add_parser("doctor", help="what is installed, tried; status 1 if broken")
+    command.set_defaults(run=_doctor)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -47,6 +50,17 @@ def _report(options: argparse.Namespace) -> int:
     if options.open:
         webbrowser.open(page.resolve().as_uri())
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from reasonrl.doctor import examine, verdict
+
+    lines = examine()
+    width = max(len(line.name) for line in lines)
+    for line in lines:
+        print(f"{line.name:{width}}  {line.state:7}  {line.text}")
+    print(verdict(lines))
+    return int(any(line.state == "broken" for line in lines))
 
 
 def _audit(options: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from reasonrl.records import Problem, Rewards, Rollout
 from reasonrl.segment import decode, pieces, token_steps
 
 __all__ = [
+    "GRPOConfig",
     "GRPOTrainer",
     "PRMConfig",
     "PRMTrainer",
@@ -38,6 +39,7 @@ __all__ = [
     "math_reward",
     "scorer_reward",
 ]
+GRPOConfig = trl.GRPOConfig  # type: ignore  # TRL's own, so that one import is enough
 TESTED = "1.16"
 CLIP = ("grpo", "bnpo", "dr_grpo", "dapo")
 REDUCE = {
