@@ -171,11 +171,18 @@ class PRM:
 
     @torch.no_grad()
     def score(self, traces: Sequence[Trace], tokens: int = 8192) -> list[Scored]:
-        """Scores of every trace in order; one that cannot be read has a reason in their place."""
+        """Scores of every trace in order; one that cannot be read has a reason in their place.
+
+        Equal traces are scored once: samples of one prompt often repeat.
+        """
         out: list[Scored] = [Scored([], None, "no steps")] * len(traces)
         known, encoded = [], []
+        first: dict[tuple[str, ...], int] = {}
+        same = [first.setdefault((repr(t.prompt), *t.steps), i) for i, t in enumerate(traces)]
         for i, trace in enumerate(traces):
             try:
+                if same[i] != i:
+                    continue
                 if trace.steps:
                     encoded.append(self.encode(trace))
                     known.append(i)
@@ -191,7 +198,7 @@ class PRM:
             for row, part, value in zip(batch.rows.tolist(), parts, whole, strict=True):
                 out[known[row]] = Scored(part.tolist(), value if self.final is not None else None)
         self.body.model.train(was_training)
-        return out
+        return [out[i] for i in same]
 
     def probability(self, logits: Tensor) -> Tensor:
         """(S, K) head outputs -> (S,) step scores."""

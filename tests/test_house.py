@@ -37,7 +37,7 @@ STAIR = [
     {"integrations"},
     {"algos"},
     {"rewards", "tasks", "labels", "prm_train"},
-    {*"models rollout batch checkpoint log config lora logprobs prm prm_heads".split()},
+    {*"models rollout batch checkpoint log config lora logprobs prm prm_heads asking".split()},
     {
         *(
             "loss",

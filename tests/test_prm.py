@@ -10,7 +10,9 @@ from torch import nn
 from transformers import AutoModelForTokenClassification, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from reasonrl import InputError, Problem, config, models
+from reasonrl.asking import answered, questions
 from reasonrl.choice import texts
+from reasonrl.cli import main
 from reasonrl.labels import rows as label_rows
 from reasonrl.labels import rule_labels
 from reasonrl.prm import PRM, Reading, Scored
@@ -19,7 +21,7 @@ from reasonrl.prm_train import PRMConfig, _loss, train
 from reasonrl.rewards.prm import PRMScorer
 from reasonrl.rows import Refused
 from reasonrl.segment import split_steps
-from reasonrl.stepwise import Trace, trace_of
+from reasonrl.stepwise import Trace, read_traces, trace_of, trace_row, write_rows
 from reasonrl.tasks import make_task
 
 SMALL = {"layers": 2, "width": 32, "heads": 2}
@@ -305,3 +307,71 @@ def test_a_scalar_head_is_read_at_the_last_token_of_a_step(folder):
         with torch.no_grad():
             expected.append(float(published(ids).logits))
     assert load(path, dtype="fp32").score([TRACE])[0].steps == pytest.approx(expected, abs=1e-5)
+
+
+# people, and repeats -----------------------------------------------------------------------------
+
+
+def test_equal_traces_are_scored_once(task, monkeypatch):
+    prm, chosen = model(), traces(task, 6)
+    alone = prm.score(chosen)
+    packed, real = [], prm.batches
+
+    def counted(some, encoded, tokens):
+        packed.append(len(some))
+        return real(some, encoded, tokens)
+
+    monkeypatch.setattr(prm, "batches", counted)
+    assert prm.score([*chosen, *chosen[::-1]]) == [*alone, *alone[::-1]]
+    assert packed == [6]
+
+
+def test_people_are_asked_about_the_least_sure_steps(tmp_path):
+    def trace(name, steps, labels=None):
+        return Trace(name, "p", steps, labels, where=name)
+
+    pool = [trace("a", ["x", "y"], [1.0, 1.0]), trace("b", ["z"]), trace("c", ["w"])]
+    scores = [Scored([0.9, 0.52], None), Scored([0.4], None), Scored([], None, "too long")]
+    asked = questions(pool, scores, 2)
+    assert [(q["id"], q["step"], q["text"]) for q in asked] == [("a", 1, "y"), ("b", 0, "z")]
+    assert asked[0]["before"] == ["x"] and asked[0]["answer"] is None
+    path = tmp_path / "asked.jsonl"
+
+    def answer(*values, **change):
+        rows = [q | {"answer": v} | change for q, v in zip(asked, values, strict=True)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return path
+
+    (first,), left = answered(pool, scores, answer(False, None))
+    assert (first.id, first.labels, first.boolean, left) == ("a", [1.0, 0.0], True, 1)
+    done, left = answered(pool, scores, answer(0.25, True))
+    assert [t.labels for t in done] == [[1.0, 0.25], [1.0]] and left == 0
+    for change, says in [
+        ({"id": "q"}, "row 1: field 'id': no such trace"),
+        ({"step": 5}, "row 1: field 'step': expected 0..1, got 5"),
+        ({"text": "other"}, "row 1: field 'text': expected 'y', got 'other'"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            answered(pool, scores, answer(True, True, **change))
+    with pytest.raises(InputError, match="row 1: field 'answer': expected true, false"):
+        answered(pool, scores, answer("yes", None))
+
+
+def test_asking_by_command(task, tmp_path, capsys):
+    model().save(tmp_path / "prm")
+    data, out = tmp_path / "rows.jsonl", tmp_path / "asked.jsonl"
+    write_rows(data, map(trace_row, traces(task, 4)))
+    own = ["--prm", str(tmp_path / "prm"), "--data", str(data)]
+    assert main(["prm", "label", "--ask", "3", *own, "--out", str(out)]) == 0
+    rows = [json.loads(s) for s in out.read_text().splitlines()]
+    assert len(rows) == 3 and all(r["answer"] is None for r in rows)
+    back = ["prm", "label", "--answers", str(out), *own, "--out", str(tmp_path / "labelled.jsonl")]
+    assert main(back) == 2
+    assert "no question is answered (3 open)" in capsys.readouterr().err
+    write_rows(out, [rows[0] | {"answer": True}, *rows[1:]])
+    assert main(back) == 0
+    assert "1 traces labelled; 2 questions still open" in capsys.readouterr().out
+    (done,) = read_traces(tmp_path / "labelled.jsonl")
+    assert done.labels[rows[0]["step"]] == 1.0
+    for bad in (["--ask", "0", *own], ["--ask", "3"], [], ["tiny", "--ask", "2", *own]):
+        assert main(["prm", "label", *bad, "--out", "x"]) == 2

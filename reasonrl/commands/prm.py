@@ -15,9 +15,13 @@ def add(commands) -> None:
     command = kinds.add_parser(
         "label", help="sample completions of a recipe's model and label their steps by the task"
     )
-    command.add_argument("recipe", help="names model, task and sampling; overrides as in train")
+    command.add_argument("recipe", nargs="?", help="names model, task and sampling, as in train")
     command.add_argument("overrides", nargs="*", metavar="key.path=value")
     command.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    command.add_argument("--ask", type=int, metavar="K", help="questions to people instead")
+    command.add_argument("--answers", type=Path, help="questions that people have answered")
+    command.add_argument("--prm", help="for --ask, --answers: the model that scores")
+    command.add_argument("--data", type=Path, help="for --ask, --answers: the traces")
     command.add_argument("--split", default="train", choices=["sft", "train", "dev", "test"])
     command.add_argument("--first", type=int, default=0, help="number of the first problem")
     command.add_argument("--problems", type=int, default=500)
@@ -43,6 +47,10 @@ def _label(options: argparse.Namespace) -> int:
     from reasonrl.stepwise import write_rows
     from reasonrl.tasks import make_task
 
+    if options.ask is not None or options.answers is not None:
+        return _people(options)
+    if options.recipe is None:
+        raise InputError("prm label: expected a recipe, or --ask K, or --answers FILE")
     for name, least in (("problems", 1), ("first", 0)):
         if getattr(options, name) < least:
             raise InputError(f"--{name}: expected >= {least}, got {getattr(options, name)}")
@@ -71,6 +79,35 @@ def _label(options: argparse.Namespace) -> int:
     print(
         f"{options.out}: {count} completions ({count - wrong} right), {steps} steps ({right} right)"
     )
+    return 0
+
+
+def _people(options: argparse.Namespace) -> int:
+    """--ask: the least sure steps as questions; --answers: their labels back."""
+    from reasonrl import prm_heads
+    from reasonrl.asking import answered, questions
+    from reasonrl.records import InputError
+    from reasonrl.stepwise import read_traces, trace_row, write_rows
+
+    if options.recipe or (options.ask is None) == (options.answers is None):
+        raise InputError("prm label: expected a recipe, --ask K or --answers FILE, and only one")
+    if not options.prm or not options.data:
+        raise InputError("prm label: --ask and --answers need --prm FOLDER and --data FILE")
+    if options.ask is not None and options.ask < 1:
+        raise InputError(f"--ask: expected >= 1, got {options.ask}")
+    prm = prm_heads.load(options.prm)
+    cut = unescaped(options.delimiter) if options.delimiter else prm.reading.delimiter
+    traces = read_traces(options.data, labelled=False, delimiter=cut)
+    scores = prm.score(traces)
+    if options.ask is not None:
+        count = write_rows(options.out, questions(traces, scores, options.ask))
+        print(f"{options.out}: {count} questions; write true or false into `answer`")
+        return 0
+    labelled, left = answered(traces, scores, options.answers)
+    if not labelled:
+        raise InputError(f"{options.answers}: no question is answered ({left} open)")
+    write_rows(options.out, map(trace_row, labelled))
+    print(f"{options.out}: {len(labelled)} traces labelled; {left} questions still open")
     return 0
 
 
