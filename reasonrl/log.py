@@ -101,7 +101,8 @@ class RunLog:
         """End step `step` of `total`: its row in metrics.jsonl, the backends, the terminal."""
         row = {"step": step, **metrics, **self._phase_times()}
         self._write("metrics.jsonl", row)
-        self.view.step("RL", step, total, row, sample)
+        part = {"sft": "SFT", "dpo": "DPO"}.get(self.config.algorithm, "RL")
+        self.view.step(part, step, total, row, sample)
 
     def cold_step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """The same for a step of the cold start, in a file of its own."""

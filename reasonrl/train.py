@@ -252,7 +252,7 @@ class Run:
             )
             count, split = known[-1]["eval/problems"], self.config.eval.split
             self.log.note(
-                f"accuracy on {count} {split} problems, before and after RL: {first}, {last}"
+                f"accuracy on {count} {split} problems, before and after: {first}, {last}"
             )
 
     def _save(self) -> None:

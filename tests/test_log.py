@@ -287,3 +287,11 @@ def test_words_for_time_and_text():
     assert printable("a\tb\r\n\x1b[0m\u202e") == "a\u00b7b\u00b7\n\u00b7[0m\u00b7"
     eta = Eta()
     assert eta.left("RL", 1, 5) == "" and eta.left("cold start", 1, 5) == ""
+
+
+def test_steps_are_called_what_they_are(tmp_path):
+    for algorithm, name in (("sft", "SFT"), ("dpo", "DPO"), ("prime", "RL")):
+        stream = io.StringIO()
+        log = RunLog(tmp_path / algorithm, Config(algorithm=algorithm), stream=stream)
+        log.step(1, 2, {"loss": 0.5})
+        assert stream.getvalue().startswith(f"{name} 1/2  loss 0.5")
