@@ -150,7 +150,6 @@ def test_from_a_policy_to_curves_by_commands(tmp_path, capsys):
     found = json.loads(out.read_text())
     assert found["n"] == [1, 2, 4] and set(found["curves"]) >= {"prm_min", "majority", "oracle"}
     assert "| majority |" in capsys.readouterr().out
-    pytest.importorskip("matplotlib")
     assert main([*command, "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
