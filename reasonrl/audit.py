@@ -197,13 +197,12 @@ def _unknown(first: Third, last: Third, evals: Sequence[dict[str, Any]]) -> Find
     rows = [*first.metrics, *last.metrics]
     lost = sum((r.get("rewards/infra") or 0) + (r.get("rewards/unscorable") or 0) for r in rows)
     infinite = sum(r.get("nonfinite") or 0 for r in rows)
-    share = lost / max(1, len(last.rows) or 1)
-    if last.rows:
-        known = [r.get("reward") is not None for r in last.rows]
-        share = 1 - sum(known) / len(known)
+    known = [r.get("reward") is not None for r in last.rows]
+    share = 1 - sum(known) / len(known) if known else 0.0
+    stored = f"{100 * share:.1f} % of the last third's" if known else "no completions are stored"
     bad = share > 0.05 or infinite > 0
     text = (
-        f"{lost:.0f} rewards unknown, {100 * share:.1f} % of the last third's stored completions;"
+        f"{lost:.0f} rewards unknown ({stored});"
         f" {infinite:.0f} tokens with numbers that are not finite"
     )
     return Finding("unknown", "alarm" if bad else "ok", text)

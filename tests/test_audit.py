@@ -132,6 +132,15 @@ def test_growth_with_a_gain_is_no_alarm(tmp_path):
     assert verdicts(run(tmp_path / "a", **longer))["length"] == "ok"
 
 
+def test_without_completions_the_numbers_are_still_read(tmp_path):
+    path = run(tmp_path / "a", metrics=lambda s, late: {"rewards/infra": 1.0})
+    for file in (path / "completions").iterdir():
+        file.unlink()
+    found = verdicts(path)
+    assert found["accuracy"] == "ok" and found["unknown"] == "ok"
+    assert {found[n] for n in ("fooled", "segments", "addressed", "agreement")} == {"not measured"}
+
+
 def test_bad_input(tmp_path, capsys):
     with pytest.raises(InputError, match="no such folder"):
         audit(tmp_path / "none")

@@ -179,7 +179,7 @@ def _plot(found: dict, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("--plot: needs matplotlib; pip install matplotlib") from None
+        raise InputError("--plot: needs matplotlib; pip install 'reasonrl[report]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
