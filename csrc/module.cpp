@@ -55,6 +55,7 @@ PolicyInput policy_input(int64_t tokens, int64_t batch, uintptr_t logp, uintptr_
             at<const float>(ref_logp),
             at<const float>(entropy),
             at<const float>(weight),
+            nullptr,
             at<const uint8_t>(mask),
             at<const int64_t>(cu),
             at<const int64_t>(counts),
@@ -63,11 +64,51 @@ PolicyInput policy_input(int64_t tokens, int64_t batch, uintptr_t logp, uintptr_
             entropy_divisor};
 }
 
+CreditInput credit_input(int64_t tokens, int64_t batch, int64_t steps, uintptr_t outcome,
+                         uintptr_t group, uintptr_t cu, uintptr_t mask, uintptr_t scored,
+                         uintptr_t token_reward, uintptr_t step_reward, uintptr_t step_scored,
+                         uintptr_t step, uintptr_t step_cu, bool tokens_paid, int kind, int pay,
+                         bool by_place, bool divide, bool verl_baseline, double gamma, double ddof,
+                         double eps, double outcome_weight, double process_weight) {
+    static const float none = 0.0f;  // no token at all still means token rewards
+    const float* reward = at<const float>(token_reward);
+    return {tokens,
+            batch,
+            steps,
+            at<const float>(outcome),
+            at<const int64_t>(group),
+            at<const int64_t>(cu),
+            at<const uint8_t>(mask),
+            at<const uint8_t>(scored),
+            tokens_paid && !reward ? &none : reward,
+            at<const float>(step_reward),
+            at<const uint8_t>(step_scored),
+            at<const int64_t>(step),
+            at<const int64_t>(step_cu),
+            kind,
+            pay,
+            by_place,
+            divide,
+            verl_baseline,
+            gamma,
+            ddof,
+            eps,
+            outcome_weight,
+            process_weight};
+}
+
 void policy_loss(const Loss& loss, const PolicyInput& in, uintptr_t grad_logp,
                  uintptr_t grad_entropy, uintptr_t sums, int threads) {
     py::gil_scoped_release release;
     ops().policy_loss(loss, in, {at<float>(grad_logp), at<float>(grad_entropy), at<double>(sums)},
                       threads);
+}
+
+void fused_loss(const Loss& loss, const PolicyInput& in, const CreditInput& credit,
+                uintptr_t grad_logp, uintptr_t grad_entropy, uintptr_t sums, int threads) {
+    py::gil_scoped_release release;
+    credit_loss(loss, in, credit,
+                {at<float>(grad_logp), at<float>(grad_entropy), at<double>(sums)}, threads);
 }
 
 void bind_logp(py::module_& m) {
@@ -98,6 +139,16 @@ void bind_policy(py::module_& m) {
         .def(py::init(&policy_input));
     m.def("policy_loss", &policy_loss, "Adds to the sums; writes dL/dlogp and dL/dentropy.");
     m.attr("SUM_COUNT") = (int)SUM_COUNT;
+    py::class_<CreditInput>(m, "CreditInput", "Rewards in place of advantages; see ops.h.")
+        .def(py::init(&credit_input));
+    m.def("credit_loss", &fused_loss, "policy_loss from rewards, without advantages in memory.");
+    m.def(
+        "credit_advantage",
+        [](const CreditInput& in, uintptr_t out, int threads) {
+            py::gil_scoped_release release;
+            credit_advantage(in, at<float>(out), threads);
+        },
+        "The advantages (N,) that follow from the rewards.");
 }
 
 void bind_segments(py::module_& m) {
@@ -110,28 +161,6 @@ void bind_segments(py::module_& m) {
                    threads);
         },
         "(x - mean) / sqrt(unbiased var + eps) over unmasked values.");
-    m.def(
-        "prime_advantage",
-        [](int64_t tokens, int64_t batch, uintptr_t reward, uintptr_t outcome, uintptr_t group,
-           uintptr_t cu, uintptr_t mask, uintptr_t scored, int form, double gamma, double ddof,
-           bool whiten, bool verl_baseline, uintptr_t out, int threads) {
-            py::gil_scoped_release release;
-            const PrimeInput in = {tokens,
-                                   batch,
-                                   at<const float>(reward),
-                                   at<const float>(outcome),
-                                   at<const int64_t>(group),
-                                   at<const int64_t>(cu),
-                                   at<const uint8_t>(mask),
-                                   at<const uint8_t>(scored),
-                                   form,
-                                   gamma,
-                                   ddof,
-                                   whiten,
-                                   verl_baseline};
-            prime_advantage(in, at<float>(out), threads);
-        },
-        "Process returns plus outcome part, both against the group.");
     m.def(
         "count_tokens",
         [](uintptr_t mask, uintptr_t cu, int64_t batch, uintptr_t counts) {

@@ -14,6 +14,7 @@ enum DType { F32, BF16, F16 };
 enum How { STEP_SUM, STEP_MEAN, STEP_MIN, STEP_MAX, STEP_LAST, STEP_PROD };
 enum GroupKind { GROUP_GRPO, GROUP_DR_GRPO, GROUP_RLOO };
 enum PrimeForm { PRIME_RLOO, PRIME_GRPO, PRIME_REINFORCE };
+enum Pay { PAY_RETURN, PAY_STEP };
 
 // (rows, V) logits as they come, and how they become scores: s = softcap tanh(u / softcap) / tau.
 struct Logits {
@@ -38,10 +39,43 @@ struct LogpGrad {
     void* out;  // (out_rows, V) in the logits' dtype; may be the logits themselves
 };
 
+// Rewards from which advantages follow: a group's outcomes and either token rewards (PRIME) or step
+// rewards. A step is one run of neighbouring tokens; completion b has [step_cu[b], step_cu[b + 1]).
+struct CreditInput {
+    int64_t tokens, batch, steps;
+    const float* outcome;           // (B,)
+    const int64_t *group, *cu;      // (B,), (B+1,)
+    const uint8_t *mask, *scored;   // (N,), (B,)
+    const float* token_reward;      // (N,), null: steps
+    const float* step_reward;       // (S,)
+    const uint8_t* step_scored;     // (S,)
+    const int64_t *step, *step_cu;  // (N,) -1 = in none, (B+1,)
+    int kind;                       // GroupKind of steps, PrimeForm of tokens
+    int pay;                        // a step's worth: to itself, or to all before it as well
+    bool by_place;                  // steps are compared with those at the same place only
+    bool divide;                    // a step's worth is divided by its completion's steps
+    bool verl_baseline;
+    double gamma, ddof, eps, outcome_weight, process_weight;
+};
+
+// The rewards of one completion, measured against its group: a token's own worth is
+// scale * reward + shift (token rewards) or value[step]; every token gets `outcome` as well.
+struct Relative {
+    double outcome, scale, shift;
+    bool known;
+};
+
+struct Credit {
+    const CreditInput* in;
+    const Relative* relative;  // (B,)
+    const double* value;       // (S,)
+};
+
 struct PolicyInput {
     int64_t tokens, batch;
     const float *logp, *old_logp, *advantage, *ref_logp, *entropy, *weight;  // (N,)
-    const uint8_t* mask;                                                     // (N,)
+    const Credit* credit;    // in place of `advantage`, or null
+    const uint8_t* mask;     // (N,)
     const int64_t* cu;       // (B+1,) into these tokens
     const int64_t* counts;   // (B,) unmasked tokens of each whole completion
     bool per_completion;     // seq_mean: every completion is divided by its count
@@ -53,16 +87,6 @@ struct PolicyOutput {
     float* grad_logp;     // (N,)
     float* grad_entropy;  // (N,) or null
     double* sums;         // (SUM_COUNT,) added to
-};
-
-struct PrimeInput {
-    int64_t tokens, batch;
-    const float *reward, *outcome;  // (N,), (B,)
-    const int64_t *group, *cu;      // (B,), (B+1,)
-    const uint8_t *mask, *scored;   // (N,), (B,)
-    int form;
-    double gamma, ddof;
-    bool whiten, verl_baseline;
 };
 
 #define REASONRL_DECLARE(isa)                                                            \
@@ -98,7 +122,9 @@ void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_
                  float* out, int64_t* index);
 void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, int64_t steps,
                       int how, const int64_t* index, const float* grad, float* out);
-void prime_advantage(const PrimeInput&, float* out, int threads);
+void credit_advantage(const CreditInput&, float* out, int threads);
+// the fused core: rewards to the loss and its gradient, without advantages in memory
+void credit_loss(const Loss&, PolicyInput, const CreditInput&, const PolicyOutput&, int threads);
 void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out,
             int threads);
 void step_expand(const float* value, const int64_t* step, int64_t tokens, int64_t steps, bool last,

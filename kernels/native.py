@@ -3,8 +3,8 @@
 Values come packed, contiguous, float32 and validated: values (N,), `cu` (B+1,) int64, `mask` (N,)
 bool or None. Only pointers and sizes cross over. The loss and its gradients come from one call;
 backward scales them. Sums are double, in an order fixed by the sizes alone: the same bits for any
-number of threads. The ops with a head (`linear_logp`, `linear_policy_loss`) stand in
-native_linear.py. Legend: B completions, N packed tokens, S steps, V vocabulary.
+number of threads. The ops with a head stand in native_linear.py, rewards to advantages in
+native_credit.py. Legend: B completions, N packed tokens, S steps, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RATIOS = {"token": 0, "sequence": 1, "sequence_token": 2}
 SURROGATES = {"clip": 0, "cispo": 1, "sapo": 2, "gmpo": 3, "reinforce": 4}
 KLS = {"k1": 0, "k2": 1, "k3": 2}
-FORMS = {"rloo": 0, "grpo": 1, "reinforce": 2}
 KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
 HOWS = {"sum": 0, "mean": 1, "min": 2, "max": 3, "last": 4, "prod": 5}
 METRICS = (
     "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "clip_ratio/dual_mean",
     "kl", "ratio/mean", "ratio/max", "tokens", "nonfinite", "rows/active",
 )  # fmt: skip
+
+
+ELSEWHERE = {
+    "native_linear": ("linear_logp", "linear_policy_loss"),
+    "native_credit": ("credit_advantage", "prime_advantage"),
+}
 
 
 def available() -> str | None:
@@ -154,18 +159,24 @@ class Policy:
         self.sums = torch.zeros(core().SUM_COUNT, dtype=torch.float64)
 
     def add(self, logp, old_logp, advantage, ref_logp, entropy, is_weight, mask, cu):
-        """dL/dlogp and dL/dentropy of these tokens; `cu` (B+1,) are their completions' offsets."""
+        """dL/dlogp and dL/dentropy of these tokens; `cu` (B+1,) are their completions' offsets.
+
+        advantage: (N,), or the CreditInput of rewards from which it follows (whole completions).
+        """
         c = torch.empty_like(logp)
         eta = None if entropy is None else torch.empty_like(logp)
+        dense = isinstance(advantage, Tensor)
         tokens = core().PolicyInput(
             logp.numel(), self.counts.numel(), pointer(logp), pointer(old_logp),
-            pointer(advantage), pointer(ref_logp), pointer(entropy), pointer(is_weight),
-            pointer(mask), pointer(cu), pointer(self.counts),
+            pointer(advantage) if dense else 0, pointer(ref_logp), pointer(entropy),
+            pointer(is_weight), pointer(mask), pointer(cu), pointer(self.counts),
             self.spec.reduce == "seq_mean", *self.divisor,
         )  # fmt: skip
-        core().policy_loss(
-            self.numbers, tokens, pointer(c), pointer(eta), pointer(self.sums), threads()
-        )
+        out = (pointer(c), pointer(eta), pointer(self.sums), threads())
+        if dense:
+            core().policy_loss(self.numbers, tokens, *out)
+        else:
+            core().credit_loss(self.numbers, tokens, advantage, *out)
         return c, eta
 
     def result(self) -> tuple[Tensor, Tensor]:  # loss 0-d, metrics (10,)
@@ -190,7 +201,7 @@ def named_metrics(values: Tensor) -> dict[str, Tensor]:
 def policy_loss(
     logp: Tensor,  # (N,)
     old_logp: Tensor | None,
-    advantage: Tensor,
+    advantage: Any,  # (N,), or a credit: rewards from which it follows
     spec: Any,  # a LossSpec
     cu: Tensor,
     mask: Tensor | None,
@@ -200,7 +211,11 @@ def policy_loss(
     denominator: float | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, dL/dlogp, dL/dentropy and metrics in one call; every option of LossSpec is honoured."""
-    known = [detached(x) for x in (old_logp, advantage, ref_logp, is_weight, mask, cu)]
+    if isinstance(advantage, Tensor):
+        given = advantage.detach()
+    else:
+        given = importlib.import_module("reasonrl.kernels.native_credit").given(advantage, cu, mask)
+    known = [detached(old_logp), given, *map(detached, (ref_logp, is_weight, mask, cu))]
     loss, values = _Policy.apply(logp, entropy, spec, known, denominator)
     return loss, named_metrics(values)
 
@@ -259,30 +274,6 @@ class _Returns(torch.autograd.Function):
     def backward(ctx, grad):
         cu, mask, gamma, ahead = ctx.args
         return _Returns.apply(grad.contiguous(), cu, mask, gamma, not ahead), None, None, None, None
-
-
-def prime_advantage(
-    token_reward: Tensor,  # (N,)
-    outcome: Tensor,  # (B,)
-    group: Tensor,  # (B,) int64
-    cu: Tensor,
-    mask: Tensor | None,
-    form: str,
-    gamma: float,
-    ddof: int,
-    scored: Tensor | None,  # (B,) bool
-    whiten_result: bool,
-    verl_baseline: bool,
-) -> Tensor:  # (N,)
-    """Process returns plus outcome part against the group, whitened if asked, in one call."""
-    reward, outcome = token_reward.detach().contiguous(), outcome.detach().contiguous()
-    out = torch.empty_like(reward)
-    core().prime_advantage(
-        reward.numel(), outcome.numel(), pointer(reward), pointer(outcome), pointer(group),
-        pointer(cu), pointer(mask), pointer(scored), FORMS[form], gamma, ddof, whiten_result,
-        verl_baseline, pointer(out), threads(),
-    )  # fmt: skip
-    return out
 
 
 def whiten(value: Tensor, mask: Tensor | None, eps: float) -> Tensor:  # (N,)
@@ -368,6 +359,7 @@ class _StepExpand(torch.autograd.Function):
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("linear_logp", "linear_policy_loss"):
-        return getattr(importlib.import_module("reasonrl.kernels.native_linear"), name)
+    for module, names in ELSEWHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"reasonrl.kernels.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

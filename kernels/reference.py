@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from reasonrl.kernels.reference_credit import credit_advantage
 from reasonrl.kernels.reference_segments import (  # noqa: F401, the other half of the specification
     group_advantage,
     prime_advantage,
@@ -87,7 +88,7 @@ def linear_logp(
 def policy_loss(
     logp: Tensor,  # (N,)
     old_logp: Tensor | None,  # (N,), None = on policy
-    advantage: Tensor,  # (N,)
+    advantage: Any,  # (N,), or a credit: rewards from which it follows
     spec: Any,  # a LossSpec
     cu: Tensor,  # (B+1,)
     mask: Tensor | None,  # (N,) bool
@@ -100,6 +101,8 @@ def policy_loss(
 
     A token with a non-finite input gets coefficient 0 and stays in the divisor.
     """
+    if not isinstance(advantage, Tensor):
+        advantage = credit_advantage(advantage, cu, mask)
     keep = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     good = keep
     for x in (logp, old_logp, advantage, ref_logp, entropy, is_weight):

@@ -77,7 +77,7 @@ def layout(
     elif cu_seqlens is None:
         cu = torch.tensor([0, shape[0]], device=device)
     else:
-        cu = _offsets(cu_seqlens, shape[0], device)
+        cu = offsets("cu_seqlens", cu_seqlens, shape[0], device)
     made = Layout(shape, cu, None)
     if mask is None:
         return made
@@ -85,23 +85,24 @@ def layout(
     return Layout(shape, cu, kept)
 
 
-def _offsets(cu: Tensor, n: int, device: torch.device) -> Tensor:
-    _is_tensor("cu_seqlens", cu)
+def offsets(name: str, cu: Tensor, n: int, device: torch.device, total: str = "N") -> Tensor:
+    """Offsets (B+1,) as int64: from 0 to n without falling."""
+    _is_tensor(name, cu)
     if cu.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be int32 or int64, got {_dtype(cu.dtype)}")
+        raise ValueError(f"{name} must be int32 or int64, got {_dtype(cu.dtype)}")
     if cu.dim() != 1 or cu.numel() < 1:
-        raise ValueError(f"cu_seqlens must be (B+1,), got {_tuple(cu.shape)}")
-    _on("cu_seqlens", cu, device)
+        raise ValueError(f"{name} must be (B+1,), got {_tuple(cu.shape)}")
+    _on(name, cu, device)
     cu = cu.long().contiguous()
     if values_checked(cu):
         if int(cu[0]) != 0 or int(cu[-1]) != n:
             raise ValueError(
-                f"cu_seqlens must run from 0 to N = {n}, got {int(cu[0])} to {int(cu[-1])}"
+                f"{name} must run from 0 to {total} = {n}, got {int(cu[0])} to {int(cu[-1])}"
             )
         if bool((cu.diff() < 0).any()):
             at = int((cu.diff() < 0).nonzero()[0, 0])
             raise ValueError(
-                f"cu_seqlens must not fall, got {int(cu[at])} then {int(cu[at + 1])} at {at}"
+                f"{name} must not fall, got {int(cu[at])} then {int(cu[at + 1])} at {at}"
             )
     return cu
 
@@ -152,6 +153,12 @@ def positive(name: str, value: float) -> float:
     return float(value)
 
 
+def number(name: str, value: float) -> float:
+    if not _real(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
 def nonnegative(name: str, value: float) -> float:
     if not _real(value) or not value >= 0:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
@@ -182,11 +189,12 @@ def divisor(value: float | Tensor | None) -> float | Tensor | None:
 def loss_inputs(
     lay: Layout,
     old_logp: Tensor | None,
-    advantage: Tensor,
+    advantage: Any,  # a tensor, or a credit (reasonrl.credit) in its place
     spec: Any,
     ref_logp: Tensor | None,
     is_weight: Tensor | None,
     denominator: float | Tensor | None,
+    dtype: torch.dtype = torch.float32,  # of a credit's numbers
 ) -> dict[str, Any]:
     if spec.kl_coef and ref_logp is None:
         raise ValueError(f"ref_logp must be given where kl_coef = {spec.kl_coef}, got None")
@@ -194,9 +202,13 @@ def loss_inputs(
         raise ValueError(
             "max_length or denominator must be given where reduce = 'fixed', got neither"
         )
+    if hasattr(advantage, "packed"):
+        worth = advantage.packed(lay, dtype)
+    else:
+        worth = lay.spread("advantage", advantage).detach()
     return {
         "old": None if old_logp is None else lay.token("old_logp", old_logp).detach(),
-        "advantage": lay.spread("advantage", advantage).detach(),
+        "advantage": worth,
         "ref": None if ref_logp is None else lay.token("ref_logp", ref_logp).detach(),
         "weight": None if is_weight is None else lay.spread("is_weight", is_weight).detach(),
         "divisor": divisor(denominator),

@@ -33,6 +33,10 @@ SPEC = (
     "ratio surrogate reduce clip_low clip_high dual_clip delta kl_coef kl entropy_coef "
     "entropy_reduce sapo_pos sapo_neg max_length"
 ).split()
+CREDIT = (
+    "outcome group scored token_reward step_reward step_scored step step_cu kind pay by_place "
+    "divide verl_baseline gamma ddof eps outcome_weight process_weight"
+).split()
 METRICS = (
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
@@ -45,6 +49,7 @@ METRICS = (
     "nonfinite",
     "rows/active",
 )
+INSIDE = {"spec": SPEC, "credit": CREDIT}
 Eager = Callable[[str, str, tuple], Any]
 
 
@@ -138,8 +143,10 @@ def write(args: Sequence[Any]) -> tuple[str, list[Tensor], list[float], list[int
             words.append("float")
             floats.append(x)
         else:
-            inner = write([getattr(x, name) for name in SPEC])
-            words += ["spec", inner[0]]
+            word = "credit" if hasattr(x, "token_reward") else "spec"
+            inner = write([getattr(x, name) for name in INSIDE[word]])
+            words += [word, inner[0]]
+            tensors += inner[1]
             floats += inner[2]
             ints += inner[3]
     return ",".join(words), tensors, floats, ints
@@ -151,8 +158,8 @@ def read(form: str, tensors: Sequence[Any], floats: Sequence[float], ints: Seque
     def one(word: str) -> Any:
         if word.startswith("="):
             return word[1:]
-        if word == "spec":
-            return SimpleNamespace(**{name: one(next(words)) for name in SPEC})
+        if word in INSIDE:
+            return SimpleNamespace(**{name: one(next(words)) for name in INSIDE[word]})
         if word in ("tensor", "float", "int"):
             return next({"tensor": t, "float": f, "int": i}[word])
         return {"none": None, "true": True, "false": False}[word]
@@ -192,6 +199,9 @@ def shapes(op, impl, form, tensors, floats, ints) -> list[Tensor]:
         return made + [torch.empty_like(x) for x in movable(op, args)]
     if op in ("logp", "linear_logp"):
         return [first.new_empty(first.shape[:1], dtype=full) for _ in range(1 + bool(args[-1]))]
+    if op == "credit_advantage":
+        tokens = first.step if first.token_reward is None else first.token_reward
+        return [first.outcome.new_empty(tokens.shape)]
     if op == "step_reduce":
         return [first.new_empty((args[2],))]
     if op == "step_expand":

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from reasonrl import ops
+from reasonrl.credit import StepCredit, TokenCredit
 from reasonrl.records import LossOut
 
 Ratio = Literal["token", "sequence", "sequence_token"]
@@ -141,7 +142,7 @@ class LossSpec:
 def policy_loss(
     logp: Tensor,  # (B, T) or (N,)
     old_logp: Tensor | None,  # same; None = on policy, ratio 1 in value, gradient kept
-    advantage: Tensor,  # same, or (B,)
+    advantage: Tensor | StepCredit | TokenCredit,  # same, or (B,), or the rewards it follows from
     spec: LossSpec,
     *,
     mask: Tensor | None = None,
@@ -155,10 +156,11 @@ def policy_loss(
     """sum_t a_t (w_t policy_t + kl_coef k_t - entropy_coef H_t), minimised, with a_t from the
     reduction.
 
-    `is_weight` (layout of logp or (B,), no gradient) is w. `denominator` replaces the divisor of
-    the reduction: the number of completions (seq_mean), of tokens (token_mean), or B * max_length
-    (fixed). Tokens with a non-finite input get coefficient 0, stay in the divisor and are counted
-    in metrics["nonfinite"].
+    A credit in place of advantages (`reasonrl.credit`) goes from rewards to loss and gradient in
+    one launch. `is_weight` (layout of logp or (B,), no gradient) is w. `denominator` replaces the
+    divisor of the reduction: the number of completions (seq_mean), of tokens (token_mean), or
+    B * max_length (fixed). Tokens with a non-finite input get coefficient 0, stay in the divisor
+    and are counted in metrics["nonfinite"].
     """
     loss, metrics = ops.policy_loss(
         logp,
@@ -181,7 +183,7 @@ def linear_policy_loss(
     weight: Tensor,  # (V, D)
     target: Tensor,  # (B, T) or (N,) int
     old_logp: Tensor | None,
-    advantage: Tensor,
+    advantage: Tensor | StepCredit | TokenCredit,
     spec: LossSpec,
     *,
     mask: Tensor | None = None,

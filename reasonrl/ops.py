@@ -1,36 +1,21 @@
-"""The one door to the kernels: validates, brings both layouts into one packed form, picks an
-implementation.
+"""The one door to the kernels: validates and brings both layouts into one packed form.
 
-`impl="auto"` takes native on the CPU and cuda, then triton, on a GPU, and the reference for float64
-or where nothing else can run (said once in the log "reasonrl"). An implementation asked for by name
-runs or raises KernelUnavailable. No formula stands here: `kernels/reference.py` is the
-specification. Kernels are imported on first use. Legend: B completions, T tokens, N packed tokens,
+`implementations.run` then picks who computes. No formula stands here: `kernels/reference.py` is the
+specification. Legend: B completions, T tokens, N packed tokens,
 S steps, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reasonrl import checks, compiled
-from reasonrl.records import KernelUnavailable
+from reasonrl import checks
+from reasonrl.implementations import run as _run
 
-IMPLS = ("auto", "native", "triton", "cuda", "reference")
 HOW = ("sum", "mean", "min", "max", "last", "prod")
-TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss")  # kernels/<name>.py
-
-log = logging.getLogger("reasonrl")
-
-
-class DtypeUnavailable(KernelUnavailable, ValueError):
-    """A fast implementation was asked for with float64 tensors."""
 
 
 def logp(
@@ -87,7 +72,7 @@ def linear_logp(
 def policy_loss(
     logp: Tensor,  # (B, T) or (N,)
     old_logp: Tensor | None,
-    advantage: Tensor,  # per token, or (B,)
+    advantage: Any,  # per token, (B,), or a credit (reasonrl.credit)
     spec: Any,  # a LossSpec
     *,
     mask: Tensor | None = None,
@@ -105,7 +90,8 @@ def policy_loss(
         raise ValueError(
             f"entropy must be given where entropy_coef = {spec.entropy_coef}, got None"
         )
-    known = checks.loss_inputs(lay, old_logp, advantage, spec, ref_logp, is_weight, denominator)
+    given = (old_logp, advantage, spec, ref_logp, is_weight, denominator)
+    known = checks.loss_inputs(lay, *given, dtype=logp.dtype)
     ent = None if entropy is None else lay.token("entropy", entropy)
     flat = lay.token("logp", logp)
     return _run(
@@ -129,7 +115,7 @@ def linear_policy_loss(
     weight: Tensor,  # (V, D)
     target: Tensor,  # (B, T) or (N,) int
     old_logp: Tensor | None,
-    advantage: Tensor,
+    advantage: Any,
     spec: Any,  # a LossSpec
     *,
     mask: Tensor | None = None,
@@ -153,6 +139,9 @@ def linear_policy_loss(
     ids = ids if lay.mask is None else torch.where(lay.mask, ids, 0)
     ids = checks.integers("target", ids, 0, max(weight.shape[0], int(lay.mask is not None)))
     temperature, softcap = checks.scale(temperature, softcap)
+    if hasattr(advantage, "packed"):
+        known = {"mask": mask, "cu_seqlens": cu_seqlens, "impl": _dense(impl)}
+        advantage = credit_advantage(advantage, **known)
     known = checks.loss_inputs(lay, old_logp, advantage, spec, ref_logp, is_weight, denominator)
     rows = hidden.reshape(ids.numel(), hidden.shape[-1])
     return _run(
@@ -260,6 +249,21 @@ def prime_advantage(
     return out.reshape(lay.shape)
 
 
+def credit_advantage(
+    credit: Any,  # a StepCredit or TokenCredit of reasonrl.credit
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:  # layout of its tokens
+    """The advantages that follow from a credit's rewards, in one call; see `reasonrl.credit`."""
+    tokens = credit.tokens
+    lay = checks.layout("step or token_reward", tokens.shape, tokens.device, mask, cu_seqlens)
+    full = torch.float64 if credit.outcome.dtype == torch.float64 else torch.float32
+    found = _run("credit_advantage", impl, credit.packed(lay, full), lay.cu, lay.mask)
+    return found.reshape(lay.shape)
+
+
 def returns(
     token_reward: Tensor,  # (B, T) or (N,)
     *,
@@ -325,63 +329,6 @@ def whiten(
     return _run("whiten", impl, value.reshape(-1), mask, eps).reshape(value.shape)
 
 
-def _run(op: str, impl: str, *args: Any) -> Any:
-    checks.choice("impl", impl, IMPLS)
-    args = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-    return _compiled(op, impl, args) if torch.compiler.is_compiling() else _eager(op, impl, args)
-
-
-def _eager(op: str, impl: str, args: tuple) -> Any:
-    """Call `op` of the implementation; "auto" goes on to the next where one cannot run."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if impl != "auto":
-        return _function(op, impl, tensors)(*args)
-    order = _order(tensors)
-    for candidate, following in zip(order, order[1:], strict=False):
-        try:
-            return _function(op, candidate, tensors)(*args)
-        except KernelUnavailable as why:
-            _say_once(op, candidate, following, str(why))
-    return _function(op, order[-1], tensors)(*args)
-
-
-_compiled = compiled.bind(_eager)
-
-
-def _order(tensors: Sequence[Tensor]) -> list[str]:
-    if any(x.dtype == torch.float64 for x in tensors):
-        return ["reference"]
-    fast = {"cpu": ["native"], "cuda": ["cuda", "triton"]}
-    return [*fast.get(tensors[0].device.type, []), "reference"]
-
-
-def _function(op: str, impl: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    device = tensors[0].device.type
-    if impl != "reference" and any(x.dtype == torch.float64 for x in tensors):
-        raise DtypeUnavailable(
-            f"impl={impl!r} has no float64: {op} in float64 runs on impl='reference'"
-        )
-    if (impl == "native" and device != "cpu") or (impl == "cuda" and device != "cuda"):
-        raise KernelUnavailable(f"impl={impl!r} cannot run {op} on {device} tensors")
-    if impl == "triton" and op not in TRITON:
-        raise KernelUnavailable(f"impl='triton' has no {op}; it has {', '.join(TRITON)}")
-    module = f"reasonrl.kernels.{op if impl == 'triton' else impl}"
-    try:
-        found = importlib.import_module(module)
-        reason = found.available()
-        call = getattr(found, op, None) if reason is None else None
-    except ModuleNotFoundError as missing:
-        need = f"no module {missing.name}{_hint(missing.name)}"
-        raise KernelUnavailable(f"impl={impl!r} cannot run {op}: {need}") from missing
-    if call is None:
-        raise KernelUnavailable(f"impl={impl!r} cannot run {op}: {reason or 'it has no such op'}")
-    return call
-
-
-def _hint(module: str | None) -> str:
-    return "; pip install triton" if module == "triton" else ""
-
-
-@cache
-def _say_once(op: str, missed: str, taken: str, why: str) -> None:
-    log.warning("%s: impl='auto' takes %s instead of %s: %s", op, taken, missed, why)
+def _dense(impl: str) -> str:
+    """Where a credit becomes a tensor for an op that Triton has: Triton has no credits."""
+    return "reference" if impl == "triton" else impl

@@ -41,6 +41,7 @@ STAIR = [
     {
         *(
             "loss",
+            "credit",
             "advantage",
             "systems",
             "segment",
@@ -63,6 +64,7 @@ STAIR = [
         ),
     },
     {"ops"},
+    {"implementations"},
     {"checks", "compiled", "records"},
 ]
 LEVEL = {name: level for level, row in enumerate(STAIR) for name in row}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonrl import LossSpec, ops, policy_loss
+from reasonrl import LossSpec, implementations, ops, policy_loss
 from reasonrl import systems as sy
 from reasonrl.loss import NAMED
 from reasonrl.records import KernelUnavailable
@@ -263,13 +263,13 @@ def test_an_implementation_that_cannot_run_says_so():
 
 
 def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
-    def missing(op, impl, tensors, real=ops._function):
+    def missing(op, impl, *given, real=implementations._function):
         if impl == "native":
             raise KernelUnavailable("native is not built here")
-        return real(op, impl, tensors)
+        return real(op, impl, *given)
 
-    monkeypatch.setattr(ops, "_function", missing)
-    ops._say_once.cache_clear()
+    monkeypatch.setattr(implementations, "_function", missing)
+    implementations._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="reasonrl"):
         for _ in range(3):
             assert ops.returns(torch.ones(3)).tolist() == [3, 2, 1]
@@ -280,6 +280,6 @@ def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
 
 
 def test_float64_takes_the_reference_without_a_word(caplog):
-    ops._say_once.cache_clear()
+    implementations._say_once.cache_clear()
     assert ops.returns(torch.ones(3, dtype=torch.float64)).dtype == torch.float64
     assert not caplog.records

@@ -1,9 +1,10 @@
 // The policy loss: per-token terms, KL, entropy, reduction and metrics, with dL/dlogp and
-// dL/dentropy.
+// dL/dentropy. Advantages are read, or made from rewards a block at a time (credit.h).
 //
 // Token ratios: one pass over blocks of 1024 tokens. Sequence ratios: one completion at a time, its
 // mean log-ratio first. Sums are double, in an order fixed by the sizes alone.
 #include "block.h"
+#include "credit.h"
 
 namespace reasonrl {
 namespace ISA {
@@ -30,7 +31,7 @@ Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill,
     Span s;
     s.logp = in.logp + at;
     s.old_logp = in.old_logp ? in.old_logp + at : s.logp;
-    s.advantage = in.advantage + at;
+    s.advantage = in.advantage ? in.advantage + at : nullptr;  // else made by `each_block`
     s.ref_logp = in.ref_logp ? in.ref_logp + at : s.logp;
     s.entropy = in.entropy ? in.entropy + at : fill.zero;
     s.weight = in.weight ? in.weight + at : fill.one;
@@ -39,6 +40,34 @@ Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill,
     s.grad_entropy = out.grad_entropy ? out.grad_entropy + at : nullptr;
     s.n = n;
     return s;
+}
+
+// One item of work: a completion (sequence ratios, credit) or a block of one.
+struct Item {
+    int64_t start, end, completion;
+};
+
+// Visits the item's blocks in a fixed order: forward, or from the end where rewards become returns.
+template <typename Visit>
+void each_block(const PolicyInput& in, const PolicyOutput& out, const Filler& fill,
+                const Item& item, Visit visit) {
+    const int64_t blocks = (item.end - item.start + BLOCK - 1) / BLOCK;
+    if (!in.credit) {
+        for (int64_t k = 0; k < blocks; k++) {
+            const int64_t at = item.start + k * BLOCK, left = item.end - at;
+            visit(span_of(in, out, fill, at, (int)(left < BLOCK ? left : BLOCK)));
+        }
+        return;
+    }
+    float advantage[BLOCK];
+    CreditWalk walk(*in.credit, item.completion);
+    for (int64_t k = blocks - 1; k >= 0; k--) {
+        const int64_t at = item.start + k * BLOCK, left = item.end - at;
+        Span s = span_of(in, out, fill, at, (int)(left < BLOCK ? left : BLOCK));
+        walk.back(at, s.n, advantage);
+        s.advantage = advantage;
+        visit(s);
+    }
 }
 
 // What a completion knows of itself before its tokens are visited.
@@ -150,12 +179,11 @@ double block_of(const Loss& loss, const Span& s, const Whole& whole, double* sum
     return block<SURROGATE, MODE, K3>(loss, s, whole, sums);
 }
 
-// Means over the unmasked tokens of completion [start, end): d, and for gmpo l, A and w.
+// Means over the unmasked tokens of a completion: d, and for gmpo l, A and w.
 void look_ahead(const Loss& loss, const PolicyInput& in, const PolicyOutput& out,
-                const Filler& fill, int64_t start, int64_t end, double count, Whole* whole) {
+                const Filler& fill, const Item& item, double count, Whole* whole) {
     double d_sum = 0, l_sum = 0, a_sum = 0, w_sum = 0, used = 0;
-    for (int64_t at = start; at < end; at += BLOCK) {
-        const Span s = span_of(in, out, fill, at, (int)(end - at < BLOCK ? end - at : BLOCK));
+    each_block(in, out, fill, item, [&](const Span& s) {
         double d = 0, l = 0, a = 0, w = 0, n = 0, ignored[SUM_COUNT] = {};
         Clean x;
         clean(s, x, ignored);
@@ -169,7 +197,7 @@ void look_ahead(const Loss& loss, const PolicyInput& in, const PolicyOutput& out
             n += x.good[j];
         }
         d_sum += d, l_sum += l, a_sum += a, w_sum += w, used += n;
-    }
+    });
     whole->d = (float)(d_sum / count);
     const float l = (float)(l_sum / count), x = clamp_to(l, -EXPONENT_LIMIT, EXPONENT_LIMIT);
     const double v = -(double)exp_of(x) * (a_sum / count) * (w_sum / count);
@@ -179,19 +207,16 @@ void look_ahead(const Loss& loss, const PolicyInput& in, const PolicyOutput& out
 
 template <int SURROGATE, int MODE>
 void completion(const Loss& loss, const PolicyInput& in, const PolicyOutput& out,
-                const Filler& fill, int64_t start, int64_t end, Whole whole, double count,
-                double* sums) {
-    if (MODE != OWN) look_ahead(loss, in, out, fill, start, end, count, &whole);
+                const Filler& fill, const Item& item, Whole whole, double count, double* sums) {
+    if (MODE != OWN) look_ahead(loss, in, out, fill, item, count, &whole);
     double shared = 0;
-    for (int64_t at = start; at < end; at += BLOCK) {
-        const Span s = span_of(in, out, fill, at, (int)(end - at < BLOCK ? end - at : BLOCK));
+    each_block(in, out, fill, item, [&](const Span& s) {
         shared += block_of<SURROGATE, MODE>(loss, s, whole, sums);
-    }
+    });
     if (SURROGATE == GMPO || MODE != SHARED) return;
     const float part = (float)(shared / count * whole.scale);
     const float always = loss.entropy_coef * whole.entropy_scale != 0.0 ? 1.0f : 0.0f;
-    for (int64_t at = start; at < end; at += BLOCK) {
-        const Span s = span_of(in, out, fill, at, (int)(end - at < BLOCK ? end - at : BLOCK));
+    each_block(in, out, fill, item, [&](const Span& s) {
         double ignored[SUM_COUNT] = {};
         Clean x;
         clean(s, x, ignored);
@@ -203,13 +228,8 @@ void completion(const Loss& loss, const PolicyInput& in, const PolicyOutput& out
             active += good * (c != 0.0f ? 1.0f : always);
         }
         sums[SUM_ACTIVE] += active;
-    }
+    });
 }
-
-// One item of work: a completion (sequence ratios) or a block of one.
-struct Item {
-    int64_t start, end, completion;
-};
 
 int64_t list_items(const PolicyInput& in, bool whole, bool plain, Item* items) {
     int64_t n = 0;
@@ -228,11 +248,12 @@ template <int SURROGATE, int MODE>
 void run(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int threads) {
     const Filler fill;
     // a token ratio with one divisor for all tokens does not see completions at all
-    const bool plain = MODE == OWN && !in.per_completion;
-    const int64_t n = list_items(in, MODE != OWN, plain, nullptr);
+    const bool plain = MODE == OWN && !in.per_completion && !in.credit;
+    const bool together = MODE != OWN || in.credit;
+    const int64_t n = list_items(in, together, plain, nullptr);
     Item* items = new Item[n + 1];
     double* sums = new double[(n + 1) * SUM_COUNT]();
-    list_items(in, MODE != OWN, plain, items);
+    list_items(in, together, plain, items);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int64_t i = 0; i < n; i++) {
         const Item& item = items[i];
@@ -241,8 +262,8 @@ void run(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int t
         whole.scale = 1.0 / (in.per_completion ? in.divisor * count : in.divisor);
         whole.entropy_scale = in.entropy_divisor != 0.0 ? 1.0 / in.entropy_divisor : whole.scale;
         if (count == 0.0) whole.scale = whole.entropy_scale = 0.0;
-        completion<SURROGATE, MODE>(loss, in, out, fill, item.start, item.end, whole,
-                                    count > 0.0 ? count : 1.0, sums + i * SUM_COUNT);
+        completion<SURROGATE, MODE>(loss, in, out, fill, item, whole, count > 0.0 ? count : 1.0,
+                                    sums + i * SUM_COUNT);
     }
     for (int64_t i = 0; i < n; i++) {
         const double* part = sums + i * SUM_COUNT;

@@ -9,6 +9,7 @@ which is right where each step is judged on the value written before it. The out
 
     advantage_t = outcome_weight * A(outcome) + step_weight * credit_t
 
+All of it is one `StepCredit`, one call from rewards to advantages.
 Step rewards come from the task's rules here; learned scorers replace `score`. Where a task has no
 rule for its steps the outcome is all the credit there is, which the log says once.
 """
@@ -18,14 +19,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reasonrl import ops
-from reasonrl.algos.base import GRPO, cu_seqlens, per_token
-from reasonrl.batch import lengths
+from reasonrl.algos.base import GRPO, cu_seqlens, outcomes, per_token
+from reasonrl.credit import StepCredit
 from reasonrl.records import Rewards, Rollout
 from reasonrl.segment import token_steps
 
@@ -40,43 +42,41 @@ class Process(GRPO):
     step_weight: float = 1.0
 
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
-        outcome = per_token(self.outcome_advantage(rewards, rollout), rollout)
-        return self.outcome_weight * outcome + self.step_weight * self._process(rewards, rollout)
-
-    def _process(self, rewards: Rewards, rollout: Rollout) -> Tensor:
-        """(N,): the credit of the step each token stands in, 0 outside all steps."""
         if rewards.steps is None:
             _say_once(self.task.name)
-            return torch.zeros(sum(lengths(rollout)))
-        value = [s.reward for steps in rewards.steps for s in steps]
-        counts = torch.tensor([len(steps) for steps in rewards.steps], dtype=torch.long)
-        known = torch.tensor([v is not None for v in value], dtype=torch.bool)
-        step_advantage = ops.group_advantage(
+            return self.outcome_weight * per_token(
+                self.outcome_advantage(rewards, rollout), rollout
+            )
+        credit = self.step_credit(rewards, rollout)
+        return ops.credit_advantage(credit, cu_seqlens=cu_seqlens(rollout))
+
+    def step_credit(self, rewards: Rewards, rollout: Rollout) -> StepCredit:
+        """Outcomes and step rewards as the kernels take them; unknown ones stay out of groups."""
+        outcome, known = outcomes(rewards)
+        steps = rewards.steps or ()
+        value = [s.reward for row in steps for s in row]
+        factor, divide = self.step_scale()
+        return StepCredit(
+            outcome,
+            rollout.group,
             torch.tensor([v or 0.0 for v in value], dtype=torch.float32),
-            self._peers(rollout.group, counts),
-            kind=self.kind,
+            step_ids(rewards, rollout),
+            torch.tensor([0, *accumulate(map(len, steps))], dtype=torch.long),
             scored=known,
+            step_scored=torch.tensor([v is not None for v in value], dtype=torch.bool),
+            kind=self.kind,
             ddof=self.ddof,
             eps=self.eps,
+            pay=self.credit,
+            baseline=self.baseline,
+            outcome_weight=self.outcome_weight,
+            process_weight=self.step_weight * factor,
+            divide=divide,
         )
-        step_advantage = step_advantage * self.step_scale(counts)
-        at = step_ids(rewards, rollout)
-        if self.credit == "step":
-            return ops.step_expand(step_advantage, at, where="all")
-        ends = ops.step_expand(step_advantage, at, where="last")
-        return ops.returns(ends, cu_seqlens=cu_seqlens(rollout))
 
-    def step_scale(self, counts: Tensor) -> Tensor | float:
-        """What multiplies the advantage of each of the S steps; counts: (B,) steps of each row."""
-        return 1.0
-
-    def _peers(self, group: Tensor, counts: Tensor) -> Tensor:
-        """Which steps are compared with which: an id for each of the S steps."""
-        owner = group.repeat_interleave(counts)
-        if self.baseline == "group" or not len(owner):
-            return owner
-        place = torch.cat([torch.arange(n) for n in counts.tolist()])
-        return owner * (int(place.max()) + 1) + place
+    def step_scale(self) -> tuple[float, bool]:
+        """What multiplies every step's advantage, and whether a completion's steps share it."""
+        return 1.0, False
 
 
 @lru_cache

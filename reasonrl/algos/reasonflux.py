@@ -126,12 +126,10 @@ class ReasonFlux(Process):
             return per_token(GRPO.outcome_advantage(self, rewards, rollout), rollout)
         return Process.advantage(self, rewards, rollout)
 
-    def step_scale(self, counts: Tensor) -> Tensor | float:
+    def step_scale(self) -> tuple[float, bool]:
         """beta / S: a completion's steps come to beta * their mean; where a token is paid by its
         own step alone there is no sum, and beta is all."""
-        if self.credit == "step":
-            return self.beta
-        return self.beta / counts.repeat_interleave(counts)
+        return self.beta, self.credit != "step"
 
     def _paid(self, outcome: Score, rhat: Score, steps: Sequence[Any]) -> Score:
         """Eq. 12; in dense mode without the steps' mean, which is paid where the steps end."""

@@ -1,0 +1,153 @@
+// Rewards measured against their group, and the advantages that follow; the fused core.
+//
+// Steps: (r - mean) / (std + eps), r - mean or r minus the mean of the others, over the group's
+// scored steps. Tokens: PRIME (arXiv 2502.01456, eq. 5, 7, 8); the group's mean token rewards are
+// the baselines. Both are then scale * r + shift. Sums are double, in an order fixed by the sizes.
+#include "credit.h"
+
+#include <math.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace reasonrl {
+namespace {
+
+struct Prepared {
+    std::vector<Relative> relative;
+    std::vector<double> value;
+};
+
+// What takes a reward to its place in its group: scale * x + shift.
+struct Against {
+    double scale = 0.0, shift = 0.0;
+};
+
+// PRIME's part of one group: x against the others' means. Parts with nothing to compare are 0.
+void prime_group(const std::vector<double>& x, const int64_t* member, int64_t n,
+                 const CreditInput& in, bool tokens, Against* out) {
+    double sum = 0.0, square = 0.0;
+    bool equal = true;
+    for (int64_t k = 0; k < n; k++) {
+        sum += x[member[k]];
+        equal = equal && x[member[k]] == x[member[0]];
+    }
+    const double mean = sum / (double)n, others = std::max((double)n - 1.0, 1.0);
+    for (int64_t k = 0; k < n; k++) square += (x[member[k]] - mean) * (x[member[k]] - mean);
+    const double spread = sqrt(square / std::max((double)n - in.ddof, 1.0));
+    for (int64_t k = 0; k < n; k++) {
+        const double own = x[member[k]];
+        Against& a = out[member[k]];
+        a = {0.0, 0.0};
+        if (in.kind == PRIME_REINFORCE) a = {1.0, 0.0};
+        if (in.kind == PRIME_RLOO && n > 1) a = {1.0, -(sum - own) / others};
+        if (in.kind == PRIME_GRPO && n > 1 && !equal) a = {1.0 / spread, -mean / spread};
+        if (tokens && in.verl_baseline && n > 1) {
+            a.scale += 1.0 / others;
+            a.shift -= own / others;
+        }
+    }
+}
+
+void prepare_tokens(const CreditInput& in, int threads, Prepared& out) {
+    std::vector<double> process(in.batch, 0.0), outcome(in.batch, 0.0);
+    std::vector<int64_t> member;
+    for (int64_t b = 0; b < in.batch; b++) {
+        if (out.relative[b].known) member.push_back(b);
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (int64_t k = 0; k < (int64_t)member.size(); k++) {
+        const int64_t b = member[k];
+        double sum = 0.0, count = 0.0;
+        for (int64_t i = in.cu[b]; i < in.cu[b + 1]; i++) {
+            if (in.mask && !in.mask[i]) continue;
+            sum += in.token_reward[i];
+            count += 1.0;
+        }
+        process[b] = sum / std::max(count, 1.0);
+        outcome[b] = in.outcome[b];
+    }
+    std::vector<Against> part(in.batch), whole(in.batch);
+    std::stable_sort(member.begin(), member.end(),
+                     [&](int64_t a, int64_t b) { return in.group[a] < in.group[b]; });
+    const int64_t n = (int64_t)member.size();
+    for (int64_t at = 0, end; at < n; at = end) {
+        for (end = at + 1; end < n && in.group[member[end]] == in.group[member[at]]; end++) {
+        }
+        prime_group(process, member.data() + at, end - at, in, true, part.data());
+        prime_group(outcome, member.data() + at, end - at, in, false, whole.data());
+    }
+    for (const int64_t b : member) {
+        Relative& r = out.relative[b];
+        r.outcome = in.outcome_weight * (whole[b].scale * outcome[b] + whole[b].shift);
+        r.scale = in.process_weight * part[b].scale;
+        r.shift = in.process_weight * part[b].shift;
+    }
+}
+
+// Which steps are compared with which: the group's number, or one for each place in it.
+std::vector<int64_t> peers(const CreditInput& in) {
+    std::vector<int64_t> id(in.batch), order(in.batch), out(in.steps);
+    for (int64_t b = 0; b < in.batch; b++) order[b] = b;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return in.group[a] < in.group[b]; });
+    int64_t groups = 0, places = 1;
+    for (int64_t k = 0; k < in.batch; k++) {
+        if (k > 0 && in.group[order[k]] != in.group[order[k - 1]]) groups++;
+        id[order[k]] = groups;
+        places = std::max(places, in.step_cu[k + 1] - in.step_cu[k]);
+    }
+    for (int64_t b = 0; b < in.batch; b++) {
+        for (int64_t s = in.step_cu[b]; s < in.step_cu[b + 1]; s++) {
+            out[s] = in.by_place ? id[b] * places + (s - in.step_cu[b]) : id[b];
+        }
+    }
+    return out;
+}
+
+void prepare_steps(const CreditInput& in, Prepared& out) {
+    std::vector<float> outcome(in.batch), worth(in.steps);
+    group_advantage(in.outcome, in.group, in.scored, in.batch, in.kind, in.ddof, in.eps,
+                    outcome.data());
+    const std::vector<int64_t> peer = peers(in);
+    group_advantage(in.step_reward, peer.data(), in.step_scored, in.steps, in.kind, in.ddof, in.eps,
+                    worth.data());
+    out.value.resize(in.steps);
+    for (int64_t b = 0; b < in.batch; b++) {
+        const int64_t first = in.step_cu[b], last = in.step_cu[b + 1];
+        const double share = in.divide && last > first ? (double)(last - first) : 1.0;
+        for (int64_t s = first; s < last; s++) out.value[s] = in.process_weight * worth[s] / share;
+        out.relative[b] = {in.outcome_weight * outcome[b], 0.0, 0.0, true};
+    }
+}
+
+Prepared prepare(const CreditInput& in, int threads) {
+    Prepared out;
+    out.relative.resize(in.batch);
+    for (int64_t b = 0; b < in.batch; b++) {
+        out.relative[b] = {0.0, 0.0, 0.0, !in.scored || in.scored[b] != 0};
+    }
+    in.token_reward ? prepare_tokens(in, threads, out) : prepare_steps(in, out);
+    return out;
+}
+
+}  // namespace
+
+void credit_advantage(const CreditInput& in, float* out, int threads) {
+    const Prepared ready = prepare(in, threads);
+    const Credit credit = {&in, ready.relative.data(), ready.value.data()};
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (int64_t b = 0; b < in.batch; b++) {
+        CreditWalk(credit, b).back(in.cu[b], in.cu[b + 1] - in.cu[b], out + in.cu[b]);
+    }
+}
+
+void credit_loss(const Loss& loss, PolicyInput policy, const CreditInput& in,
+                 const PolicyOutput& out, int threads) {
+    const Prepared ready = prepare(in, threads);
+    const Credit credit = {&in, ready.relative.data(), ready.value.data()};
+    policy.credit = &credit;
+    ops().policy_loss(loss, policy, out, threads);
+}
+
+}  // namespace reasonrl

@@ -1,0 +1,109 @@
+"""Which implementation of an op runs: native, triton, cuda, reference.
+
+`impl="auto"` takes native on the CPU and cuda, then triton, on a GPU, and the reference for float64
+or where nothing else can run (said once in the log "reasonrl"). An implementation asked for by name
+runs or raises KernelUnavailable. Kernels are imported on first use. Under torch.compile the op
+becomes one operator (`compiled`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reasonrl import checks, compiled
+from reasonrl.records import KernelUnavailable
+
+IMPLS = ("auto", "native", "triton", "cuda", "reference")
+TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss")  # kernels/<name>.py
+
+log = logging.getLogger("reasonrl")
+
+
+class DtypeUnavailable(KernelUnavailable, ValueError):
+    """A fast implementation was asked for with float64 tensors."""
+
+
+def run(op: str, impl: str, *args: Any) -> Any:
+    """`op` of the implementation, on arguments in packed form."""
+    checks.choice("impl", impl, IMPLS)
+    args = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+    return _compiled(op, impl, args) if torch.compiler.is_compiling() else eager(op, impl, args)
+
+
+def eager(op: str, impl: str, args: tuple) -> Any:
+    """Call `op` of the implementation; "auto" goes on to the next where one cannot run."""
+    tensors = _tensors(args)
+    if impl != "auto":
+        return _function(op, impl, tensors, args)(*args)
+    order = _order(tensors)
+    for candidate, following in zip(order, order[1:], strict=False):
+        try:
+            return _function(op, candidate, tensors, args)(*args)
+        except KernelUnavailable as why:
+            _say_once(op, candidate, following, str(why))
+    return _function(op, order[-1], tensors, args)(*args)
+
+
+_compiled = compiled.bind(eager)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """All tensors among the arguments, those of a credit with them."""
+    inner = [list(vars(x).values()) if _is_credit(x) else [x] for x in args]
+    return [x for part in inner for x in part if isinstance(x, Tensor)]
+
+
+def _is_credit(x: Any) -> bool:
+    return hasattr(x, "token_reward")
+
+
+def _order(tensors: Sequence[Tensor]) -> list[str]:
+    if any(x.dtype == torch.float64 for x in tensors):
+        return ["reference"]
+    fast = {"cpu": ["native"], "cuda": ["cuda", "triton"]}
+    return [*fast.get(tensors[0].device.type, []), "reference"]
+
+
+def _function(
+    op: str, impl: str, tensors: Sequence[Tensor], args: Sequence[Any]
+) -> Callable[..., Any]:
+    device = tensors[0].device.type
+    if impl != "reference" and any(x.dtype == torch.float64 for x in tensors):
+        raise DtypeUnavailable(
+            f"impl={impl!r} has no float64: {op} in float64 runs on impl='reference'"
+        )
+    if (impl == "native" and device != "cpu") or (impl == "cuda" and device != "cuda"):
+        raise KernelUnavailable(f"impl={impl!r} cannot run {op} on {device} tensors")
+    if impl == "triton" and op not in TRITON:
+        raise KernelUnavailable(f"impl='triton' has no {op}; it has {', '.join(TRITON)}")
+    if impl == "triton" and any(map(_is_credit, args)):
+        raise KernelUnavailable(
+            f"impl='triton' has no {op} of a credit; credit_advantage(credit) makes a tensor of it"
+        )
+    module = f"reasonrl.kernels.{op if impl == 'triton' else impl}"
+    try:
+        found = importlib.import_module(module)
+        reason = found.available()
+        call = getattr(found, op, None) if reason is None else None
+    except ModuleNotFoundError as missing:
+        need = f"no module {missing.name}{_hint(missing.name)}"
+        raise KernelUnavailable(f"impl={impl!r} cannot run {op}: {need}") from missing
+    if call is None:
+        raise KernelUnavailable(f"impl={impl!r} cannot run {op}: {reason or 'it has no such op'}")
+    return call
+
+
+def _hint(module: str | None) -> str:
+    return "; pip install triton" if module == "triton" else ""
+
+
+@cache
+def _say_once(op: str, missed: str, taken: str, why: str) -> None:
+    log.warning("%s: impl='auto' takes %s instead of %s: %s", op, taken, missed, why)
