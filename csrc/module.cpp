@@ -107,8 +107,8 @@ void policy_loss(const Loss& loss, const PolicyInput& in, uintptr_t grad_logp,
 void fused_loss(const Loss& loss, const PolicyInput& in, const CreditInput& credit,
                 uintptr_t grad_logp, uintptr_t grad_entropy, uintptr_t sums, int threads) {
     py::gil_scoped_release release;
-    credit_loss(loss, in, credit,
-                {at<float>(grad_logp), at<float>(grad_entropy), at<double>(sums)}, threads);
+    credit_loss(loss, in, credit, {at<float>(grad_logp), at<float>(grad_entropy), at<double>(sums)},
+                threads);
 }
 
 void bind_logp(py::module_& m) {
@@ -217,9 +217,10 @@ void bind_segments(py::module_& m) {
 #ifdef WITH_CUDA
 PolicyTask policy_task(uintptr_t logp, uintptr_t old_logp, uintptr_t advantage, uintptr_t ref_logp,
                        uintptr_t entropy, uintptr_t weight, uintptr_t mask, uintptr_t cu,
-                       uintptr_t counts, uintptr_t divisors, uintptr_t grad_logp,
-                       uintptr_t grad_entropy, uintptr_t sums, uintptr_t result, int64_t tokens,
-                       int64_t batch, bool per_completion) {
+                       uintptr_t divisors, uintptr_t grad_logp, uintptr_t grad_entropy,
+                       uintptr_t sums, uintptr_t loss, uintptr_t metrics, uintptr_t arrived,
+                       int64_t tokens, int64_t batch, bool per_completion, double divisor,
+                       double entropy_divisor) {
     return {at<const float>(logp),
             at<const float>(old_logp),
             at<const float>(advantage),
@@ -228,15 +229,48 @@ PolicyTask policy_task(uintptr_t logp, uintptr_t old_logp, uintptr_t advantage, 
             at<const float>(weight),
             at<const uint8_t>(mask),
             at<const int64_t>(cu),
-            at<const int64_t>(counts),
             at<const double>(divisors),
             at<float>(grad_logp),
             at<float>(grad_entropy),
             at<double>(sums),
-            at<float>(result),
+            at<float>(loss),
+            at<float>(metrics),
+            at<int>(arrived),
             tokens,
             batch,
-            per_completion};
+            per_completion,
+            divisor,
+            entropy_divisor};
+}
+
+CreditTask credit_task(uintptr_t outcome, uintptr_t group, uintptr_t scored, uintptr_t token_reward,
+                       uintptr_t step_reward, uintptr_t step_scored, uintptr_t step,
+                       uintptr_t step_cu, bool tokens_paid, int kind, int pay, bool by_place,
+                       bool divide, bool verl_baseline, double gamma, double ddof, double eps,
+                       double outcome_weight, double process_weight, uintptr_t relative,
+                       uintptr_t mean, uintptr_t value) {
+    return {at<const float>(outcome),
+            at<const int64_t>(group),
+            at<const uint8_t>(scored),
+            at<const float>(token_reward),
+            at<const float>(step_reward),
+            at<const uint8_t>(step_scored),
+            at<const int64_t>(step),
+            at<const int64_t>(step_cu),
+            tokens_paid,
+            kind,
+            pay,
+            by_place,
+            divide,
+            verl_baseline,
+            gamma,
+            ddof,
+            eps,
+            outcome_weight,
+            process_weight,
+            at<double>(relative),
+            at<double>(mean),
+            at<double>(value)};
 }
 
 void bind_cuda(py::module_& m) {
@@ -246,8 +280,8 @@ void bind_cuda(py::module_& m) {
         .def(py::init(&policy_task));
     m.def(
         "cuda_policy_items",
-        [](const Loss& loss, int64_t tokens, int64_t batch, bool per_completion) {
-            return reasonrl_policy_items(&loss, tokens, batch, per_completion);
+        [](const Loss& loss, int64_t tokens, int64_t batch, bool per_completion, bool credited) {
+            return reasonrl_policy_items(&loss, tokens, batch, per_completion, credited);
         },
         "Rows of PolicyTask.sums.");
     m.def(
@@ -256,6 +290,22 @@ void bind_cuda(py::module_& m) {
             cuda_run("policy", at<void>(stream), reasonrl_policy, &loss, &task);
         },
         "Loss, metrics, dL/dlogp and dL/dentropy.");
+    py::class_<CreditTask>(m, "CreditTask", "Device pointers of a credit; see launch.h.")
+        .def(py::init(&credit_task));
+    m.def(
+        "cuda_core",
+        [](const Loss& loss, const PolicyTask& task, const CreditTask& credit, uintptr_t stream) {
+            cuda_run("core", at<void>(stream), reasonrl_core, &loss, &task, &credit);
+        },
+        "The same from rewards: the fused core.");
+    m.def(
+        "cuda_credit_advantage",
+        [](const CreditTask& credit, uintptr_t cu, uintptr_t mask, int64_t batch, uintptr_t out,
+           uintptr_t stream) {
+            cuda_run("credit_advantage", at<void>(stream), reasonrl_credit_advantage, &credit,
+                     at<const int64_t>(cu), at<const uint8_t>(mask), batch, at<float>(out));
+        },
+        "The advantages (N,) that follow from the rewards.");
     m.def(
         "cuda_count_tokens",
         [](uintptr_t mask, uintptr_t cu, int64_t batch, uintptr_t counts, uintptr_t stream) {

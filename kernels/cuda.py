@@ -2,21 +2,24 @@
 
 What is known of them: the sources are compiled by nvcc for four architectures and executed line by
 line on a CPU, under a SIMT model with sanitizers and a race detector (tests/test_cuda_on_cpu.py).
-They have not been run or timed on a GPU. No atomics: the same bits in every run. Nothing here waits
-for the device. Arguments as in native.py: packed, contiguous, validated.
+They have not been run or timed on a GPU. No float atomics: the same bits in every run. Nothing here
+waits for the device. Arguments as in native.py: packed, contiguous, validated.
 Legend: B completions, N packed tokens, S steps.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reasonrl.kernels.native import (
+    FORMS,
     HOWS,
     KINDS,
+    PAYS,
     core,
     detached,
     loss_numbers,
@@ -50,23 +53,36 @@ def count_tokens(mask: Tensor | None, cu: Tensor) -> Tensor:  # (B,) int64
     return counts
 
 
-def divisors(spec: Any, counts: Tensor, denominator: Any) -> Tensor:  # (2,) float64
-    """Divisor of the loss; of the entropy part, 0 where it is the same. Stays on the device."""
-    tokens = counts.sum().clamp(min=1).double()
-    divisor = tokens
-    if spec.reduce != "token_mean":
-        rows = counts.numel() * (spec.max_length or 0 if spec.reduce == "fixed" else 1)
-        divisor = torch.full_like(tokens, max(rows, 1))
-    if denominator is not None:
-        divisor = torch.as_tensor(denominator, dtype=torch.float64).to(tokens.device).reshape(())
+def divisors(
+    spec: Any, cu: Tensor, n: int, mask: Tensor | None, denominator: Any
+) -> tuple[Tensor | None, float, float]:
+    """Divisor of the loss and of the entropy part (0 = the same): on the device where only it can
+    know them (a count of unmasked tokens, a tensor), else as numbers, which cost no launch."""
     apart = spec.entropy_reduce == "token_mean" and spec.reduce != "token_mean"
-    return torch.stack([divisor, tokens if apart else torch.zeros_like(tokens)])
+    counted = apart or (spec.reduce == "token_mean" and denominator is None)
+    foreign = isinstance(denominator, Tensor) and denominator.is_cuda
+    rows = max(1, (cu.numel() - 1) * ((spec.max_length or 0) if spec.reduce == "fixed" else 1))
+    if not (foreign or (counted and mask is not None)):
+        tokens = float(max(n, 1))
+        own = tokens if spec.reduce == "token_mean" else float(rows)
+        return None, own if denominator is None else float(denominator), tokens if apart else 0.0
+    tokens = count_tokens(mask, cu).sum().clamp(min=1).double()
+    if denominator is not None:
+        own = torch.as_tensor(denominator, dtype=torch.float64).to(cu.device).reshape(())
+    else:
+        own = tokens if spec.reduce == "token_mean" else torch.full_like(tokens, rows)
+    return torch.stack([own, tokens if apart else torch.zeros_like(tokens)]), 0.0, 0.0
+
+
+@cache
+def ticket(device: torch.device, stream: int) -> Tensor:  # (1,) int32, 0 between launches
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 def policy_loss(
     logp: Tensor,  # (N,)
     old_logp: Tensor | None,
-    advantage: Tensor,
+    advantage: Any,  # (N,), or a credit: rewards from which it follows
     spec: Any,  # a LossSpec
     cu: Tensor,
     mask: Tensor | None,
@@ -75,8 +91,12 @@ def policy_loss(
     is_weight: Tensor | None,
     denominator: float | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss, dL/dlogp, dL/dentropy and metrics in two launches (three with a mask)."""
-    known = [detached(x) for x in (old_logp, advantage, ref_logp, is_weight, mask)]
+    """Loss, dL/dlogp, dL/dentropy and metrics in one launch, from advantages or from rewards.
+
+    A divisor that only the device can count (unmasked tokens, no `denominator`) costs a few more.
+    """
+    given = advantage.detach() if isinstance(advantage, Tensor) else advantage
+    known = [detached(old_logp), given, *map(detached, (ref_logp, is_weight, mask))]
     cu = cu.to(logp.device)
     loss, values = _Policy.apply(logp, entropy, spec, known, cu, denominator)
     return loss, named_metrics(values)
@@ -86,23 +106,27 @@ class _Policy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, entropy, spec, known, cu, denominator):
         old, advantage, ref, weight, mask = known
-        counts = count_tokens(mask, cu)
-        divisor = divisors(spec, counts, denominator)
+        dense = isinstance(advantage, Tensor)
+        device, numbers = logp.device, core().Loss(*loss_numbers(spec))
+        *apart, own, bonus = divisors(spec, cu, logp.numel(), mask, denominator)
+        sizes = (logp.numel(), cu.numel() - 1, spec.reduce == "seq_mean")
         c = torch.empty_like(logp)
         eta = None if entropy is None else torch.empty_like(logp)
-        numbers = core().Loss(*loss_numbers(spec))
-        sizes = (logp.numel(), counts.numel(), spec.reduce == "seq_mean")
-        rows = core().cuda_policy_items(numbers, *sizes)
-        sums = torch.empty(rows, core().SUM_COUNT, dtype=torch.float64, device=logp.device)
-        result = torch.empty(11, dtype=torch.float32, device=logp.device)
+        loss, values = (torch.zeros(k, device=device) for k in ((), (10,)))
+        items = core().cuda_policy_items(numbers, *sizes, not dense)
+        sums = torch.empty(items, core().SUM_COUNT, dtype=torch.float64, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if logp.is_cuda else 0
         tensors = (
-            logp, old, advantage, ref, entropy, weight, mask, cu, counts, divisor, c, eta, sums,
-            result,
+            logp, old, advantage if dense else None, ref, entropy, weight, mask, cu, *apart, c, eta,
+            sums, loss, values, ticket(device, stream),
         )  # fmt: skip
-        task = core().PolicyTask(*(pointer(x) for x in tensors), *sizes)
-        call("policy", logp, numbers, task)
+        task = core().PolicyTask(*(pointer(x) for x in tensors), *sizes, own, bonus)
+        if dense:
+            call("policy", logp, numbers, task)
+        else:
+            scratch = credit_scratch(advantage)
+            call("core", logp, numbers, task, credit_task(advantage, scratch))
         ctx.save_for_backward(c, eta)
-        loss, values = result[0].clone(), result[1:]
         ctx.mark_non_differentiable(values)
         return loss, values
 
@@ -110,6 +134,39 @@ class _Policy(torch.autograd.Function):
     def backward(ctx, grad, _):
         c, eta = ctx.saved_tensors
         return c * grad, None if eta is None else eta * grad, None, None, None, None
+
+
+def credit_scratch(credit: Any) -> list[Tensor]:
+    """What the kernel notes of completions (B, 3), (B,) and steps (S,), one after another."""
+    rows = credit.outcome.numel()
+    steps = 0 if credit.step_reward is None else credit.step_reward.numel()
+    like = {"dtype": torch.float64, "device": credit.outcome.device}
+    return [torch.empty(k, **like) for k in (3 * rows, rows, steps)]
+
+
+def credit_task(credit: Any, scratch: list[Tensor]) -> Any:
+    c, paid = credit, credit.token_reward is not None
+    tensors = (
+        c.outcome, c.group, c.scored, c.token_reward, c.step_reward, c.step_scored, c.step,
+        c.step_cu,
+    )  # fmt: skip
+    return core().CreditTask(
+        *(pointer(x) for x in tensors), paid, (FORMS if paid else KINDS)[c.kind], PAYS[c.pay],
+        c.by_place, c.divide, c.verl_baseline, c.gamma, c.ddof, c.eps, c.outcome_weight,
+        c.process_weight, *(pointer(x) for x in scratch),
+    )  # fmt: skip
+
+
+def credit_advantage(credit: Any, cu: Tensor, mask: Tensor | None) -> Tensor:  # (N,)
+    """Outcome against its group, and the worth of steps or tokens against theirs, one launch."""
+    tokens = credit.step if credit.token_reward is None else credit.token_reward
+    out = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    scratch, cu = credit_scratch(credit), cu.to(tokens.device)
+    call(
+        "credit_advantage", out, credit_task(credit, scratch), pointer(cu), pointer(mask),
+        cu.numel() - 1, pointer(out),
+    )  # fmt: skip
+    return out
 
 
 def group_advantage(

@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl.kernels.native import KINDS, core, pointer, threads, whiten
-
-FORMS = {"rloo": 0, "grpo": 1, "reinforce": 2}
-PAYS = {"return": 0, "step": 1}
+from reasonrl.kernels.native import FORMS, KINDS, PAYS, core, pointer, threads, whiten
 
 
 def given(credit: Any, cu: Tensor, mask: Tensor | None) -> Any:

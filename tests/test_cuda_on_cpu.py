@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reasonrl import LossSpec
+from reasonrl import LossSpec, TokenCredit, checks
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -104,23 +104,24 @@ def test_no_race_on_any_schedule(built):
 def test_every_line_runs(built):
     library = built("cover")
     in_a_process(library, "first")
+    ran: dict[str, bool] = {}
     for source in core.KERNELS:
         report = subprocess.check_output(
             ["gcov", "--stdout", "-o", str(library.parent), str(library.parent / source.stem)],
             text=True, cwd=library.parent, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        current, ran = "", {}
+        current = ""
         for line in report.splitlines():
             count, number, text = [*line.split(":", 2), "", ""][:3]
             if text.startswith("Source:"):
                 current = Path(text.removeprefix("Source:")).name
-            elif current.endswith((".cu", "device.h")) and number.strip().isdigit():
-                # a template's line stands once for each instance: it ran if any of them ran
+            elif current.endswith((".cu", "device.h", "credit.h")) and number.strip().isdigit():
+                # a template's or a header's line stands once for each use: any of them counts
                 if count.strip() not in ("-", ""):
                     key = f"{current}:{number.strip()}"
                     ran[key] = ran.get(key, False) or not count.strip().startswith(("#", "="))
-        missed = [key for key, done in ran.items() if not done]
-        assert len(ran) > 100 and not missed, missed
+    missed = [key for key, done in ran.items() if not done]
+    assert len(ran) > 300 and not missed, missed
 
 
 def test_bytes_equal_the_formula(built):
@@ -148,44 +149,78 @@ def test_bytes_equal_the_formula(built):
     shim.lib.simt_count_nothing()
 
 
+def two_completions(n: int = 300):
+    """A token credit of two completions, and the (N,) values of a loss."""
+    x, cu = torch.randn(n), torch.tensor([0, n - 40, n])
+    credit = TokenCredit(torch.randn(n), torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.long))
+    return x, cu, credit.packed(checks.Layout((n,), cu, None), torch.float32)
+
+
 def test_launches_per_op(built):
+    """From advantages or from rewards, loss, gradient and metrics are one launch."""
     shim = core.Core(built("plain"))
     cuda = cases.attach(shim)
-    x, cu, mask = torch.randn(40), torch.tensor([0, 40]), torch.ones(40, dtype=torch.bool)
-    cuda.policy_loss(x, x, x, LossSpec.named("gspo"), cu, None, x, None, None, None)
-    assert shim.launches == 1  # of two kernels
-    cuda.policy_loss(x, x, x, LossSpec.named("gspo"), cu, mask, x, None, None, None)
-    assert shim.launches == 3
+    x, cu, credit = two_completions()
+    mask = torch.ones(len(x), dtype=torch.bool)
+    for advantage in (x, credit):
+        for name in ("dapo", "gspo", "gmpo"):
+            for kept, divisor, wanted in ((None, None, 1), (mask, 7.0, 1), (mask, None, 2)):
+                if name != "dapo" and wanted == 2:
+                    continue  # a mean over completions needs no count of all tokens
+                shim.launches = 0
+                spec = LossSpec.named(name)
+                cuda.policy_loss(x, x, advantage, spec, cu, kept, x, None, None, divisor)
+                assert shim.launches == wanted, (name, kept is None, divisor)
+    shim.launches = 0
+    cuda.credit_advantage(credit, cu, None)
+    assert shim.launches == 1
 
 
-def barriers() -> list[tuple[str, int]]:
+def test_the_core_reads_what_the_loss_and_the_rewards_hold(built):
+    """Bytes of the fused core: each input once, token rewards again for their means."""
+    shim = core.Core(built("race"))
+    cuda = cases.attach(shim)
+    x, cu, credit = two_completions()
+    n, old, ref = len(x), torch.randn(300), torch.randn(300)
+    shim.lib.simt_count_nothing()
+    for tensor in (x, old, ref, credit.token_reward):
+        shim.count(tensor)
+    cuda.policy_loss(x, old, credit, LossSpec.named("dapo"), cu, None, ref, None, None, None)
+    assert [shim.counted(t) for t in (x, old, ref)] == [(4 * n, 0)] * 3
+    assert shim.counted(credit.token_reward) == (8 * n, 0)
+    shim.lib.simt_count_nothing()
+
+
+def barriers() -> list[tuple[str, int, str]]:
     found = []
     for path in sorted(CUDA.iterdir()):
         for number, line in enumerate(path.read_text().splitlines()):
-            if "__syncthreads();" in line:
-                found.append((path.name, number))
+            for what in ("__syncthreads();", "__threadfence();"):
+                if what in line:
+                    found.append((path.name, number, what))
     return found
 
 
 @pytest.mark.parametrize("place", barriers(), ids=lambda p: f"{p[0]}:{p[1] + 1}")
 def test_every_barrier_is_needed(built, tmp_path, place):
-    """With this barrier blanked out, the race detector speaks, on the kindest schedule."""
+    """With this barrier or fence blanked out, the race detector speaks, on the kindest schedule."""
     built("plain")
+    file, number, what = place
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cuda" / place[0]
+    path = tmp_path / "csrc" / "cuda" / file
     lines = path.read_text().splitlines()
-    lines[place[1]] = lines[place[1]].replace("__syncthreads();", "")
+    lines[number] = lines[number].replace(what, "")
     path.write_text("\n".join(lines) + "\n")
     sources = tuple(path.parent / source.name for source in core.KERNELS)
     shim = core.Core(core.build("race", tmp_path / "race", sources), "last")
     cuda = cases.attach(shim)
-    x = torch.randn(300)
+    x, cu, credit = two_completions()
+    gspo, gmpo = LossSpec.named("gspo"), LossSpec.named("gmpo")
     with pytest.raises(core.SimtError, match="race"):
-        if place[0] == "segments.cu":
-            cuda.returns(x, torch.tensor([0, 300]), None, 0.9)
-        else:
-            spec = LossSpec.named("gspo")
-            cuda.policy_loss(x, x, x, spec, torch.tensor([0, 300]), None, x, None, None, None)
+        cuda.returns(x, torch.tensor([0, len(x)]), None, 0.9)
+        cuda.policy_loss(x, x, x, gspo, torch.tensor([0, 300]), None, x, None, None, None)
+        cuda.policy_loss(x, x, x, gspo, cu, None, x, None, None, None)
+        cuda.policy_loss(x, x, credit, gmpo, cu, None, x, None, None, None)
 
 
 def plant(library: Path, name: str, schedule: str = "first", n: int = 256):
@@ -256,6 +291,7 @@ def test_one_place_knows_the_shim():
         assert text.index('#include "device.h"') == text.index("#include"), path
         for banned in ("<<<", "asm(", "__shared__", "atomicAdd", "cooperative", "cub::"):
             assert banned not in text, (path, banned)
+    assert (CUDA / "device.h").read_text().count("atomicAdd(") == 1  # the ticket, an integer
 
 
 @pytest.fixture(scope="session")

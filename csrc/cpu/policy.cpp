@@ -210,9 +210,8 @@ void completion(const Loss& loss, const PolicyInput& in, const PolicyOutput& out
                 const Filler& fill, const Item& item, Whole whole, double count, double* sums) {
     if (MODE != OWN) look_ahead(loss, in, out, fill, item, count, &whole);
     double shared = 0;
-    each_block(in, out, fill, item, [&](const Span& s) {
-        shared += block_of<SURROGATE, MODE>(loss, s, whole, sums);
-    });
+    each_block(in, out, fill, item,
+               [&](const Span& s) { shared += block_of<SURROGATE, MODE>(loss, s, whole, sums); });
     if (SURROGATE == GMPO || MODE != SHARED) return;
     const float part = (float)(shared / count * whole.scale);
     const float always = loss.entropy_coef * whole.entropy_scale != 0.0 ? 1.0f : 0.0f;

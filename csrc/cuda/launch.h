@@ -9,26 +9,49 @@
 
 namespace reasonrl {
 
+// Rewards in place of advantages; see CreditInput in ops.h. The last three are scratch.
+struct CreditTask {
+    const float* outcome;           // (B,)
+    const int64_t* group;           // (B,)
+    const uint8_t* scored;          // (B,)
+    const float* token_reward;      // (N,)
+    const float* step_reward;       // (S,)
+    const uint8_t* step_scored;     // (S,)
+    const int64_t *step, *step_cu;  // (N,), (B+1,)
+    int tokens_paid, kind, pay, by_place, divide, verl_baseline;
+    double gamma, ddof, eps, outcome_weight, process_weight;
+    double* relative;  // (B, 3) outcome, scale, shift
+    double* mean;      // (B,) of token rewards
+    double* value;     // (S,)
+};
+
 // Inputs and outputs of the policy loss; see PolicyInput in ops.h.
 struct PolicyTask {
     const float *logp, *old_logp, *advantage, *ref_logp, *entropy, *weight;  // (N,)
     const uint8_t* mask;                                                     // (N,)
     const int64_t* cu;                                                       // (B+1,)
-    const int64_t* counts;            // (B,) unmasked tokens of each completion
-    const double* divisors;           // (2,) of the loss; of the entropy part, 0 = the same
+    const double* divisors;           // (2,) where only the device knows them, else null
     float *grad_logp, *grad_entropy;  // (N,)
     double* sums;                     // (items, SUM_COUNT), see reasonrl_policy_items
-    float* result;                    // (1 + 10,) loss, metrics
+    float *loss, *metrics;            // (), (10,)
+    int* arrived;                     // 0, and 0 again afterwards
     int64_t tokens, batch;
     int per_completion;
+    double divisor, entropy_divisor;  // of the loss; of the entropy part, 0 = the same
 };
 
 }  // namespace reasonrl
 
 // blocks of the policy kernel: rows of `sums`
 REASONRL_API int64_t reasonrl_policy_items(const reasonrl::Loss*, int64_t tokens, int64_t batch,
-                                           int per_completion);
+                                           int per_completion, int credited);
 REASONRL_API int reasonrl_policy(const reasonrl::Loss*, const reasonrl::PolicyTask*, void* stream);
+// the fused core: `advantage` is ignored, the credit takes its place
+REASONRL_API int reasonrl_core(const reasonrl::Loss*, const reasonrl::PolicyTask*,
+                               const reasonrl::CreditTask*, void* stream);
+REASONRL_API int reasonrl_credit_advantage(const reasonrl::CreditTask*, const int64_t* cu,
+                                           const uint8_t* mask, int64_t batch, float* out,
+                                           void* stream);
 REASONRL_API int reasonrl_count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch,
                                        int64_t* counts, void* stream);
 REASONRL_API int reasonrl_group_advantage(const float* reward, const int64_t* group,

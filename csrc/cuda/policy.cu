@@ -1,18 +1,19 @@
-// The policy loss on a GPU: a block per completion, or per 4096 tokens where no completion matters.
+// The policy loss on a GPU in one launch: a block per completion, per 4096 tokens where no
+// completion matters, or, from rewards instead of advantages (the fused core), per group.
 //
 // Sequence ratios read their completion twice (its mean first), token ratios once. Per-block sums
-// go to memory and a last block adds them in a fixed order: the same bits in every run.
+// go to memory and the last block to end adds them in a fixed order: the same bits in every run.
 #include "device.h"
 
-#include "launch.h"
+#include "credit.h"
 
 namespace reasonrl {
 namespace {
 
 constexpr int64_t CHUNK = 4096;
 
-__host__ __device__ bool ignores_completions(const Loss& loss, int per_completion) {
-    return loss.ratio == TOKEN && !per_completion;
+bool ignores_completions(const Loss& loss, int per_completion, int credited) {
+    return loss.ratio == TOKEN && !per_completion && !credited;
 }
 
 struct Token {
@@ -26,8 +27,9 @@ __device__ bool take(const float* x, int64_t i, float absent, float* out) {
     return is_finite(*out);
 }
 
-// Masked and non-finite tokens hold zeros: selected away, never multiplied.
-__device__ Token load(const PolicyTask& task, int64_t i) {
+// Masked and non-finite tokens hold zeros: selected away, never multiplied. `made`: an advantage
+// that does not lie in memory.
+__device__ Token load(const PolicyTask& task, int64_t i, const float* made) {
     Token t = {};
     t.on = task.mask == nullptr || task.mask[i] != 0;
     if (!t.on) return t;
@@ -35,7 +37,8 @@ __device__ Token load(const PolicyTask& task, int64_t i) {
     float old, ref;
     bool good = take(task.logp, i, 0.0f, &read.logp);
     good &= take(task.old_logp, i, read.logp, &old);
-    good &= take(task.advantage, i, 0.0f, &read.advantage);
+    good &= made ? take(made, 0, 0.0f, &read.advantage)
+                 : take(task.advantage, i, 0.0f, &read.advantage);
     good &= take(task.ref_logp, i, read.logp, &ref);
     good &= take(task.weight, i, 1.0f, &read.weight);
     good &= take(task.entropy, i, 0.0f, &read.entropy);
@@ -44,23 +47,41 @@ __device__ Token load(const PolicyTask& task, int64_t i) {
     return good ? read : t;
 }
 
+// Where the tokens come from: a stretch of memory, or completion j walked with its credit.
+struct Stretch {
+    int64_t start, end, j;
+    const CreditTask* credit;
+    Affine* totals;
+};
+
+template <typename Visit>
+__device__ void each_token(const PolicyTask& task, const Stretch& s, Visit visit) {
+    if (s.credit) {
+        walk(*s.credit, task.mask, s.j, s.start, s.end, s.totals,
+             [&](int64_t i, float advantage) { visit(i, load(task, i, &advantage)); });
+        return;
+    }
+    for (int64_t i = s.start + threadIdx.x; i < s.end; i += THREADS) {
+        visit(i, load(task, i, nullptr));
+    }
+}
+
 // A completion's own numbers: mean d; gmpo: v = -exp(mean l) mean(A) mean(w), d(sum over
 // tokens)/dl_t.
 struct Whole {
     float d, v, share;
 };
 
-__device__ Whole look_ahead(const Loss& loss, const PolicyTask& task, int64_t start, int64_t end,
+__device__ Whole look_ahead(const Loss& loss, const PolicyTask& task, const Stretch& s,
                             double count, double* slots) {
     double x[5] = {};
-    for (int64_t i = start + threadIdx.x; i < end; i += THREADS) {
-        const Token t = load(task, i);
+    each_token(task, s, [&](int64_t, const Token& t) {
         x[0] += t.d;
         x[1] += gmpo_term(loss, t.d, t.advantage).loss;
         x[2] += t.advantage;
         x[3] += t.weight;
         x[4] += t.good ? 1.0 : 0.0;
-    }
+    });
     block_sums<5>(x, slots);
     const float l = (float)(x[1] / count), capped = clamp_to(l, -EXPONENT_LIMIT, EXPONENT_LIMIT);
     const double v = -(double)exp_of(capped) * (x[2] / count) * (x[3] / count);
@@ -86,79 +107,138 @@ __device__ Term term_of(const Loss& loss, const Whole& whole, const Token& t) {
     return term;
 }
 
-__global__ void policy_kernel(Loss loss, PolicyTask task) {
-    SHARED(double, slots, WARPS*(SUM_COUNT + 1));
-    const bool plain = ignores_completions(loss, task.per_completion);
-    const int64_t b = blockIdx.x;
-    const int64_t start = plain ? b * CHUNK : task.cu[b];
-    const int64_t last = start + CHUNK < task.tokens ? start + CHUNK : task.tokens;
-    const int64_t end = plain ? last : task.cu[b + 1];
-    const double count = plain || task.counts[b] == 0 ? 1.0 : (double)task.counts[b];
-    const double scale = 1.0 / (task.per_completion ? task.divisors[0] * count : task.divisors[0]);
-    const double entropy_scale = task.divisors[1] != 0.0 ? 1.0 / task.divisors[1] : scale;
+__device__ double unmasked(const PolicyTask& task, const Stretch& s, double* slots) {
+    if (task.mask == nullptr) return (double)(s.end - s.start);
+    double n[1] = {};
+    for (int64_t i = s.start + threadIdx.x; i < s.end; i += THREADS) {
+        n[0] += task.mask[i] != 0 ? 1.0 : 0.0;
+    }
+    block_sums<1>(n, slots);
+    return n[0];
+}
+
+// Loss and gradients of one stretch; its sums are added to this block's in memory.
+__device__ void stretch(const Loss& loss, const PolicyTask& task, const Stretch& s, bool plain,
+                        double* slots) {
+    const double length = plain ? 1.0 : unmasked(task, s, slots);
+    const double count = length > 0.0 ? length : 1.0;
+    const double divisor = task.divisors ? task.divisors[0] : task.divisor;
+    const double apart = task.divisors ? task.divisors[1] : task.entropy_divisor;
+    const double scale = 1.0 / (task.per_completion ? divisor * count : divisor);
+    const double entropy_scale = apart != 0.0 ? 1.0 / apart : scale;
     const float eta = -loss.entropy_coef * (float)entropy_scale;
     const bool shared = loss.ratio == SEQUENCE && loss.surrogate == CLIP;
     Whole whole = {};
-    if (loss.ratio != TOKEN) whole = look_ahead(loss, task, start, end, count, slots);
+    if (loss.ratio != TOKEN) whole = look_ahead(loss, task, s, count, slots);
 
-    double x[SUM_COUNT + 1] = {};  // the last one: the gradient that a completion shares evenly
-    for (int64_t i = start + threadIdx.x; i < end; i += THREADS) {
-        const Token t = load(task, i);
-        x[SUM_TOKENS] += t.on ? 1.0 : 0.0;
-        x[SUM_NONFINITE] += t.on && !t.good ? 1.0 : 0.0;
+    double policy = 0.0, kl = 0.0, ratio = 0.0, even = 0.0;
+    float top = 0.0f;
+    unsigned tokens = 0, lost = 0, low = 0, high = 0, cut = 0, active = 0;
+    each_token(task, s, [&](int64_t i, const Token& t) {
+        tokens += t.on;
+        lost += t.on && !t.good;
         float c = 0.0f, slope;
         if (t.good) {
             const Term term = term_of(loss, whole, t);
             const float k = kl_term(loss.kl_coef != 0.0f ? loss.kl : (int)K3, t.r, &slope);
             c = ((shared ? 0.0f : term.grad) + loss.kl_coef * slope) * (float)scale;
-            x[SUM_LOSS] += (term.loss + loss.kl_coef * k) * scale + (double)eta * t.entropy;
-            x[SUM_LOW] += term.low;
-            x[SUM_HIGH] += term.high;
-            x[SUM_CUT] += term.cut;
-            x[SUM_KL] += k;
-            x[SUM_RATIO] += term.ratio;
-            x[SUM_RATIO_MAX] = term.ratio > x[SUM_RATIO_MAX] ? term.ratio : x[SUM_RATIO_MAX];
-            x[SUM_ACTIVE] += !shared && (c != 0.0f || eta != 0.0f) ? 1.0 : 0.0;
-            x[SUM_COUNT] += term.grad;
+            policy += (term.loss + loss.kl_coef * k) * scale + (double)eta * t.entropy;
+            low += term.low != 0.0f;
+            high += term.high != 0.0f;
+            cut += term.cut != 0.0f;
+            kl += k;
+            ratio += term.ratio;
+            top = max_of(top, term.ratio);
+            active += !shared && (c != 0.0f || eta != 0.0f);
+            even += term.grad;
         }
         task.grad_logp[i] = c;
         if (task.grad_entropy) task.grad_entropy[i] = t.good ? eta : 0.0f;
-    }
-    block_sums<SUM_COUNT + 1>(x, slots, SUM_RATIO_MAX);
+    });
+    // in the order of Sum; the last one is the gradient that a completion shares evenly
+    double x[SUM_COUNT + 1] = {policy, (double)low,    (double)high, (double)cut,    kl,  ratio,
+                               top,    (double)tokens, (double)lost, (double)active, even};
+    block_sums<SUM_COUNT + 1>(x, slots, 1u << SUM_RATIO_MAX);
     if (shared) {
         const float part = (float)(x[SUM_COUNT] / count * scale);
-        double active[1] = {};
-        for (int64_t i = start + threadIdx.x; i < end; i += THREADS) {
-            if (!load(task, i).good) continue;
+        double moved[1] = {};
+        each_token(task, s, [&](int64_t i, const Token& t) {
+            if (!t.good) return;
             const float c = task.grad_logp[i] + part;
             task.grad_logp[i] = c;
-            active[0] += c != 0.0f || eta != 0.0f ? 1.0 : 0.0;
-        }
-        block_sums<1>(active, slots);
-        x[SUM_ACTIVE] = active[0];
+            moved[0] += c != 0.0f || eta != 0.0f ? 1.0 : 0.0;
+        });
+        block_sums<1>(moved, slots);
+        x[SUM_ACTIVE] = moved[0];
     }
-    if (threadIdx.x == 0) {
-        for (int k = 0; k < SUM_COUNT; k++) task.sums[b * SUM_COUNT + k] = x[k];
-    }
+    if (threadIdx.x != 0) return;
+    double* sums = task.sums + blockIdx.x * SUM_COUNT;
+    for (int k = 0; k < SUM_COUNT; k++) sums[k] = fold(sums[k], x[k], k == SUM_RATIO_MAX);
 }
 
-__global__ void finish_kernel(PolicyTask task, int64_t items) {
-    SHARED(double, slots, WARPS* SUM_COUNT);
+__device__ void begin(const PolicyTask& task) {
+    if (threadIdx.x != 0) return;
+    for (int k = 0; k < SUM_COUNT; k++) task.sums[blockIdx.x * SUM_COUNT + k] = 0.0;
+}
+
+// The last block adds all blocks' sums and writes loss and metrics.
+__device__ void finish(const PolicyTask& task, double* slots) {
+    if (!comes_last(task.arrived)) return;
     double x[SUM_COUNT] = {};
-    for (int64_t i = threadIdx.x; i < items; i += THREADS) {
+    for (int64_t i = threadIdx.x; i < gridDim.x; i += THREADS) {
         for (int k = 0; k < SUM_COUNT; k++) {
-            const double y = task.sums[i * SUM_COUNT + k];
-            x[k] = k == SUM_RATIO_MAX ? (y > x[k] ? y : x[k]) : x[k] + y;
+            x[k] = fold(x[k], task.sums[i * SUM_COUNT + k], k == SUM_RATIO_MAX);
         }
     }
-    block_sums<SUM_COUNT>(x, slots, SUM_RATIO_MAX);
+    block_sums<SUM_COUNT>(x, slots, 1u << SUM_RATIO_MAX);
     if (threadIdx.x != 0) return;
     const double n = x[SUM_TOKENS] > 0.0 ? x[SUM_TOKENS] : 1.0;
-    const double metrics[11] = {
-        x[SUM_LOSS],    x[SUM_LOW] / n,   x[SUM_HIGH] / n,  (x[SUM_LOW] + x[SUM_HIGH]) / n,
-        x[SUM_CUT] / n, x[SUM_KL] / n,    x[SUM_RATIO] / n, x[SUM_RATIO_MAX],
-        x[SUM_TOKENS],  x[SUM_NONFINITE], x[SUM_ACTIVE] / n};
-    for (int k = 0; k < 11; k++) task.result[k] = (float)metrics[k];
+    const double metrics[10] = {x[SUM_LOW] / n,   x[SUM_HIGH] / n, (x[SUM_LOW] + x[SUM_HIGH]) / n,
+                                x[SUM_CUT] / n,   x[SUM_KL] / n,   x[SUM_RATIO] / n,
+                                x[SUM_RATIO_MAX], x[SUM_TOKENS],   x[SUM_NONFINITE],
+                                x[SUM_ACTIVE] / n};
+    *task.loss = (float)x[SUM_LOSS];
+    for (int k = 0; k < 10; k++) task.metrics[k] = (float)metrics[k];
+}
+
+__global__ void policy_kernel(Loss loss, PolicyTask task, bool plain) {
+    SHARED(double, slots, WARPS*(SUM_COUNT + 1));
+    const int64_t b = blockIdx.x, start = plain ? b * CHUNK : task.cu[b];
+    const int64_t last = start + CHUNK < task.tokens ? start + CHUNK : task.tokens;
+    begin(task);
+    stretch(loss, task, {start, plain ? last : task.cu[b + 1], b, nullptr, nullptr}, plain, slots);
+    finish(task, slots);
+}
+
+// two blocks a processor: the registers of one would leave half of its threads idle
+__global__ void __launch_bounds__(THREADS, 2)
+    core_kernel(Loss loss, PolicyTask task, CreditTask credit) {
+    SHARED(double, slots, WARPS*(SUM_COUNT + 1));
+    SHARED(Affine, totals, WARPS);
+    const int64_t b = blockIdx.x;
+    begin(task);
+    if (leads(credit, b, slots)) {
+        measure(credit, task.cu, task.mask, task.batch, b, slots);
+        for (int64_t j = b; j < task.batch; j++) {
+            if (credit.group[j] != credit.group[b]) continue;
+            stretch(loss, task, {task.cu[j], task.cu[j + 1], j, &credit, totals}, false, slots);
+        }
+    }
+    finish(task, slots);
+}
+
+__global__ void credit_kernel(CreditTask credit, const int64_t* cu, const uint8_t* mask,
+                              int64_t batch, float* out) {
+    SHARED(double, slots, WARPS * 4);
+    SHARED(Affine, totals, WARPS);
+    const int64_t b = blockIdx.x;
+    if (!leads(credit, b, slots)) return;
+    measure(credit, cu, mask, batch, b, slots);
+    for (int64_t j = b; j < batch; j++) {
+        if (credit.group[j] != credit.group[b]) continue;
+        walk(credit, mask, j, cu[j], cu[j + 1], totals,
+             [&](int64_t i, float advantage) { out[i] = advantage; });
+    }
 }
 
 }  // namespace
@@ -166,13 +246,25 @@ __global__ void finish_kernel(PolicyTask task, int64_t items) {
 
 using namespace reasonrl;
 
-int64_t reasonrl_policy_items(const Loss* loss, int64_t tokens, int64_t batch, int per_completion) {
-    return ignores_completions(*loss, per_completion) ? (tokens + CHUNK - 1) / CHUNK : batch;
+int64_t reasonrl_policy_items(const Loss* loss, int64_t tokens, int64_t batch, int per_completion,
+                              int credited) {
+    const bool plain = ignores_completions(*loss, per_completion, credited);
+    return plain ? (tokens + CHUNK - 1) / CHUNK : batch;
 }
 
 int reasonrl_policy(const Loss* loss, const PolicyTask* task, void* stream) {
     const int64_t items =
-        reasonrl_policy_items(loss, task->tokens, task->batch, task->per_completion);
-    const int error = launch(items, stream, policy_kernel, *loss, *task);
-    return error ? error : launch(1, stream, finish_kernel, *task, items);
+        reasonrl_policy_items(loss, task->tokens, task->batch, task->per_completion, 0);
+    const bool plain = ignores_completions(*loss, task->per_completion, 0);
+    return launch(items, stream, policy_kernel, *loss, *task, plain);
+}
+
+int reasonrl_core(const Loss* loss, const PolicyTask* task, const CreditTask* credit,
+                  void* stream) {
+    return launch(task->batch, stream, core_kernel, *loss, *task, *credit);
+}
+
+int reasonrl_credit_advantage(const CreditTask* credit, const int64_t* cu, const uint8_t* mask,
+                              int64_t batch, float* out, void* stream) {
+    return launch(batch, stream, credit_kernel, *credit, cu, mask, batch, out);
 }

@@ -48,21 +48,11 @@ __global__ void group_kernel(const float* reward, const int64_t* group, const ui
     out[b] = dead ? 0.0f : (float)((own - base) / scale);
 }
 
-// R -> a R + b, what a run of tokens does to the return that enters it
-struct Affine {
-    double a, b;
-};
-
-__device__ Affine after(Affine first, Affine second) {
-    return {second.a * first.a, second.a * first.b + second.b};
-}
-
 // A block per completion walks it in tiles of 256 tokens, from the end (or, forward, from the
 // start).
 __global__ void returns_kernel(const float* reward, const int64_t* cu, const uint8_t* mask,
                                double gamma, int forward, float* out) {
     SHARED(Affine, totals, WARPS);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t start = cu[blockIdx.x], end = cu[blockIdx.x + 1];
     double carry = 0.0;
     for (int64_t tile = 0; tile < end - start; tile += THREADS) {
@@ -70,20 +60,8 @@ __global__ void returns_kernel(const float* reward, const int64_t* cu, const uin
         const bool on = k < end - start && (mask == nullptr || mask[i] != 0);
         Affine run = {1.0, 0.0};
         if (on) run = {gamma, (double)reward[i]};
-        for (int step = 1; step < 32; step *= 2) {
-            const double a = __shfl_up_sync(ALL_LANES, run.a, step);
-            const double b = __shfl_up_sync(ALL_LANES, run.b, step);
-            if (lane >= step) run = after({a, b}, run);
-        }
-        if (lane == 31) totals[warp] = run;
-        __syncthreads();
-        double entering = carry;
-        for (int w = 0; w < WARPS; w++) {
-            if (w == warp) entering = carry;
-            carry = totals[w].a * carry + totals[w].b;
-        }
-        if (k < end - start) out[i] = on ? (float)(run.a * entering + run.b) : 0.0f;
-        __syncthreads();  // the next tile writes the totals again
+        const double found = scan_tile(run, &carry, totals);
+        if (k < end - start) out[i] = on ? (float)found : 0.0f;
     }
 }
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from simt.core import Core, attach
 
-from reasonrl import LossSpec
+from reasonrl import LossSpec, StepCredit, TokenCredit, checks
 from reasonrl.kernels import reference
 from reasonrl.loss import NAMED
 
@@ -125,6 +126,83 @@ def group_cases(cuda, g):
     assert cuda.group_advantage(reward[:0], group[:0], "grpo", None, 1, 0.0).numel() == 0
 
 
+def credit_cases(cuda, g):
+    """Rewards to advantages and to losses: steps and tokens, ragged, one group beside another."""
+    cu, group = torch.tensor([0, 5, 5, 300, 301, 590, 600]), torch.tensor([4, -1, 4, 4, -1, 9])
+    n, counts = 600, torch.tensor([2, 0, 40, 1, 21, 0])
+    step = torch.full((n,), -1)
+    first = 0
+    for start, end, count in zip(cu[:-1].tolist(), cu[1:].tolist(), counts.tolist(), strict=True):
+        for k in range(count):
+            width = max(1, (end - start) // count - 1)
+            at = start + k * (end - start) // count
+            step[at : min(at + width, end)] = first + k
+        first += count
+    mask = torch.rand(n, generator=g) > 0.3
+    known = torch.rand(first, generator=g) > 0.2
+    reward = torch.where(known, torch.rand(first, generator=g), math.nan)
+    outcome = torch.tensor([1.0, 0.5, 0.0, math.nan, 0.5, 1.0])
+    scored = torch.tensor([True, True, True, False, True, True])
+    token = torch.where(mask, torch.randn(n, generator=g), math.nan)
+    cu_steps = torch.tensor([0, *counts.cumsum(0).tolist()])
+    steps = StepCredit(outcome, group, reward, step, cu_steps, scored, known)
+    made = [
+        replace(steps, kind=kind, pay=pay, baseline=base, gamma=gamma, divide=divide, ddof=ddof)
+        for kind, pay, base, gamma, divide, ddof in (
+            ("grpo", "return", "group", 1.0, False, 1),
+            ("rloo", "return", "position", 0.9, True, 1),
+            ("dr_grpo", "step", "group", 1.0, True, 1),
+            ("grpo", "step", "position", 0.5, False, 0),
+        )
+    ]
+    tokens = TokenCredit(token, outcome, group, scored)
+    for form, gamma, base in (("rloo", 1.0, True), ("grpo", 0.9, False), ("reinforce", 1.0, False)):
+        made.append(replace(tokens, form=form, gamma=gamma, verl_baseline=base))
+    made.append(replace(tokens, outcome_weight=0.5, process_weight=2.0))
+    logp, x, _ = compared(cu, g, mask)
+    for k, credit in enumerate(made):
+        lay = checks.Layout((n,), cu, mask)
+        fast, true = credit.packed(lay, torch.float32), credit.packed(lay, torch.float64)
+        dense = reference.credit_advantage(true, cu, mask)
+        out = cuda.credit_advantage(fast, cu, mask)
+        close(out, dense, 16 * EPS)
+        yield out
+        name = ("dapo", "gspo", "gmpo", "grpo")[k % 4]
+        spec = LossSpec.named(name, kl_coef=0.1, clip_low=0.2, clip_high=0.3)
+        results = []
+        for op, kind, worth in (
+            (cuda.policy_loss, torch.float32, fast),
+            (reference.policy_loss, torch.float64, true),
+        ):
+            leaf = logp.to(kind).clone().requires_grad_()
+            old, ref = x["old"].to(kind), x["ref"].to(kind)
+            loss, metrics = op(leaf, old, worth, spec, cu, mask, ref, None, None, 77.0)
+            loss.backward()
+            results.append((loss, leaf.grad, metrics))
+        (loss, grad, metrics), (true_loss, true_grad, true_metrics) = results
+        close(loss, true_loss, 16 * EPS, float(true_grad.abs().sum()) * 3 + 1)
+        close(grad, true_grad, 64 * EPS)
+        for key, value in true_metrics.items():
+            close(metrics[key], value, 1e-6, 1e-3)
+        yield from (loss, grad, *metrics.values())
+    nothing, none = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    no_rows = torch.zeros(1, dtype=torch.int64)
+    lay = checks.Layout((0,), no_rows, None)
+    empty = TokenCredit(nothing, nothing, none).packed(lay, torch.float32)
+    loss, _ = cuda.policy_loss(
+        nothing, None, empty, LossSpec.named("dapo"), no_rows, None, None, None, None, None
+    )
+    assert float(loss) == 0.0
+
+
+def compared(cu, g, mask):
+    logp, x, _ = tokens(cu, g)
+    logp, x["old"], x["ref"] = (
+        torch.where(mask, v.nan_to_num(-1.0), math.nan) for v in (logp, x["old"], x["ref"])
+    )
+    return logp, x, mask
+
+
 def returns_cases(cuda, g):
     cu = torch.tensor([0, 1, 1, 300, 820])
     mask = torch.rand(820, generator=g) > 0.4
@@ -181,7 +259,7 @@ def step_cases(cuda, g):
 def run(core: Core, only: str = "") -> str:
     """All cases on the core's schedule; the hash of every number that came out."""
     cuda, digest = attach(core), hashlib.sha256()
-    for cases in (policy_cases, group_cases, returns_cases, step_cases):
+    for cases in (policy_cases, credit_cases, group_cases, returns_cases, step_cases):
         if only in cases.__name__:
             for out in cases(cuda, torch.Generator().manual_seed(1)):
                 digest.update(out.detach().numpy().tobytes())

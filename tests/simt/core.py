@@ -44,15 +44,34 @@ class PolicyTask(c.Structure):
     _fields_ = [
         (name, P)
         for name in (
-            "logp old_logp advantage ref_logp entropy weight mask cu counts divisors grad_logp "
-            "grad_entropy sums result"
+            "logp old_logp advantage ref_logp entropy weight mask cu divisors grad_logp "
+            "grad_entropy sums loss metrics arrived"
         ).split()
     ]
     _fields_ += [("tokens", I64), ("batch", I64), ("per_completion", INT)]
+    _fields_ += [("divisor", F64), ("entropy_divisor", F64)]
+
+
+class CreditTask(c.Structure):
+    """The struct CreditTask of launch.h."""
+
+    _fields_ = [
+        (name, P)
+        for name in (
+            "outcome group scored token_reward step_reward step_scored step step_cu"
+        ).split()
+    ]
+    _fields_ += [
+        (name, INT) for name in "tokens_paid kind pay by_place divide verl_baseline".split()
+    ]
+    _fields_ += [(name, F64) for name in "gamma ddof eps outcome_weight process_weight".split()]
+    _fields_ += [(name, P) for name in ("relative", "mean", "value")]
 
 
 SIGNATURES = {
     "policy": (c.POINTER(Loss), c.POINTER(PolicyTask), P),
+    "core": (c.POINTER(Loss), c.POINTER(PolicyTask), c.POINTER(CreditTask), P),
+    "credit_advantage": (c.POINTER(CreditTask), P, P, I64, P, P),
     "count_tokens": (P, P, I64, P, P),
     "group_advantage": (P, P, P, I64, INT, F64, F64, P, P),
     "returns": (P, P, P, I64, F64, INT, P, P),
@@ -85,14 +104,15 @@ class SimtError(RuntimeError):
 
 
 class Core:
-    """Stands for reasonrl._C in kernels/cuda.py; `launches` counts the calls."""
+    """Stands for reasonrl._C in kernels/cuda.py; `launches` counts the kernels run."""
 
-    Loss, PolicyTask, SUM_COUNT = Loss, PolicyTask, 10
+    Loss, PolicyTask, CreditTask, SUM_COUNT = Loss, PolicyTask, CreditTask, 10
 
     def __init__(self, library: Path, schedule: str = "first"):
         self.lib, self.launches = c.CDLL(str(library)), 0
         self.lib.simt_error.restype = c.c_char_p
-        self.lib.reasonrl_policy_items.argtypes = (c.POINTER(Loss), I64, I64, INT)
+        self.lib.reasonrl_policy_items.argtypes = (c.POINTER(Loss), I64, I64, INT, INT)
+        self.lib.simt_launches.restype = c.c_uint
         self.lib.reasonrl_policy_items.restype = I64
         for name, signature in SIGNATURES.items():
             getattr(self.lib, f"reasonrl_{name}").argtypes = signature
@@ -101,13 +121,14 @@ class Core:
     def schedule(self, name: str) -> None:
         self.lib.simt_schedule(name.encode())
 
-    def cuda_policy_items(self, loss, tokens, batch, per_completion):
-        return self.lib.reasonrl_policy_items(loss, tokens, batch, per_completion)
+    def cuda_policy_items(self, *sizes):
+        return self.lib.reasonrl_policy_items(*sizes)
 
     def call(self, op: str, like, *args) -> None:
         """In the place of kernels.cuda.call."""
-        self.launches += 1
+        self.lib.simt_launches()
         code = getattr(self.lib, f"reasonrl_{op}")(*args, None)
+        self.launches += self.lib.simt_launches()
         if code:
             raise SimtError(f"{op}: {code}: {self.lib.simt_error().decode()}")
 

@@ -21,7 +21,7 @@ namespace simt {
 namespace {
 
 struct Access {
-    bool given = false, write = false;
+    bool given = false, write = false, atomic = false;
     Who by;
     void* pc = nullptr;
 };
@@ -41,8 +41,11 @@ std::set<std::pair<void*, void*>> reported;
 std::string report;
 
 bool conflict(const Access& a, const Access& b) {
-    if (!a.given) return false;
-    if (a.by.block != b.by.block) return true;
+    if (!a.given || (a.atomic && b.atomic)) return false;
+    // blocks run one after another here, a's first: it must have told, and b have listened
+    if (a.by.block != b.by.block) {
+        return a.by.released || !has_released(a.by.block) || !b.by.acquired;
+    }
     if (a.by.thread == b.by.thread || a.by.block_epoch != b.by.block_epoch) return false;
     return a.by.thread / 32 != b.by.thread / 32 || a.by.warp_epoch == b.by.warp_epoch;
 }
@@ -70,9 +73,10 @@ bool own(uintptr_t p) {
     return false;
 }
 
-void access(void* address, size_t size, bool write, void* pc) {
+void access(void* address, size_t size, bool write, void* pc, bool atomic = false) {
     Access now;
     now.by = who();
+    now.atomic = atomic;
     const uintptr_t start = (uintptr_t)address;
     if (!now.by.running || own(start)) return;
     if (start >= now.by.stack_low && start < now.by.stack_high) return;
@@ -110,6 +114,10 @@ void races_begin() {
 
 void races_forget(const void* start, size_t bytes) {
     for (uintptr_t p = (uintptr_t)start; p < (uintptr_t)start + bytes; p++) memory.erase(p);
+}
+
+void races_atomic(void* place, size_t bytes) {
+    access(place, bytes, true, __builtin_return_address(0), true);
 }
 
 const char* races_report() {

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <map>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -64,6 +65,7 @@ struct Fiber {
     void* at = nullptr;
     void* asan = nullptr;
     Site site = {};
+    bool fenced = false;
     enum { READY, BARRIER, WARP, DONE } state = DONE;
 };
 
@@ -85,7 +87,9 @@ std::map<const void*, Buffer> buffers;
 const std::function<void()>* body;
 void* scheduler;
 int current = -1, threads, waiting, finished;
-unsigned epoch, block_number;
+unsigned epoch, block_number, launches;
+std::set<unsigned> releasers;
+bool told, released, acquired;  // an atomic was made; after a fence; a fence was made after it
 Site barrier_site;
 std::string error;
 std::string schedule = "first";
@@ -134,6 +138,7 @@ void prepare(Fiber& fiber) {
     *--top = (void*)entry;
     for (int k = 0; k < 6; k++) *--top = nullptr;
     fiber.at = top;
+    fiber.fenced = false;
     fiber.state = Fiber::READY;
 }
 
@@ -161,6 +166,7 @@ void run_block() {
     fibers.resize(std::max<size_t>(fibers.size(), threads));
     warps.assign((threads + 31) / 32, Warp());
     epoch = waiting = finished = 0;
+    told = released = acquired = false;
     for (int t = 0; t < threads; t++) prepare(fibers[t]);
     while (error.empty()) {
         ready.clear();
@@ -200,9 +206,29 @@ Who who() {
     if (!w.running) return w;
     w.block = block_number, w.thread = (unsigned)current;
     w.block_epoch = epoch, w.warp_epoch = warps[current / 32].epoch;
+    w.released = released, w.acquired = acquired;
     w.stack_low = (uintptr_t)fibers[current].stack;
     w.stack_high = w.stack_low + STACK + PAGE;
     return w;
+}
+
+void fence() {
+    fibers[current].fenced = true;
+    acquired = acquired || told;
+}
+
+int add(int* place, int value) {
+    if (races_atomic) races_atomic(place, sizeof(int));
+    const int before = *place;
+    *place = before + value;
+    told = true;
+    released = released || fibers[current].fenced;
+    if (released) releasers.insert(block_number);
+    return before;
+}
+
+bool has_released(unsigned block) {
+    return releasers.count(block) != 0;
 }
 
 void barrier(Site site) {
@@ -262,6 +288,8 @@ void* shared(const void* key, size_t bytes) {
 int run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
     const dim3 g = config.gridDim, b = config.blockDim;
     error.clear();
+    launches++;
+    releasers.clear();
     if (g.x == 0 || g.y != 1 || g.z != 1 || b.x == 0 || b.x > 1024 || b.y != 1 || b.z != 1)
         return 9;
     if (config.dynamicSmemBytes != 0) return 1;
@@ -286,6 +314,13 @@ int run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
 extern "C" void simt_schedule(const char* name) {
     simt::schedule = name;
     simt::generator.seed((unsigned)atoi(name));
+}
+
+// kernels launched since the last call
+extern "C" unsigned simt_launches() {
+    const unsigned n = simt::launches;
+    simt::launches = 0;
+    return n;
 }
 
 extern "C" const char* simt_error() {

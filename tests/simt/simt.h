@@ -18,6 +18,8 @@
 #define __global__
 #define __device__
 #define __host__
+#define __launch_bounds__(...)
+#define ROLLED
 
 struct dim3 {
     unsigned x, y, z;
@@ -48,6 +50,8 @@ const uint64_t* exchange(Site site, unsigned mask, uint64_t value);  // the valu
 void* shared(const void* key, size_t bytes);
 void fail(const char* text);
 int lane();
+void fence();
+int add(int* place, int value);  // atomic
 
 template <typename T>
 T shuffle(Site site, unsigned mask, T value, int source) {
@@ -83,6 +87,8 @@ T shuffle_to(Site site, unsigned mask, T value, int source) {
         __FILE__, __LINE__, __COUNTER__ \
     }
 #define __syncthreads() simt::barrier(SIMT_SITE)
+#define __threadfence() simt::fence()
+#define atomicAdd(place, value) simt::add(place, value)
 #define __shfl_down_sync(...) simt::shuffle_down(SIMT_SITE, __VA_ARGS__)
 #define __shfl_up_sync(...) simt::shuffle_up(SIMT_SITE, __VA_ARGS__)
 #define __shfl_sync(...) simt::shuffle_to(SIMT_SITE, __VA_ARGS__)
