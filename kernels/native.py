@@ -24,6 +24,7 @@ FORMS = {"rloo": 0, "grpo": 1, "reinforce": 2}
 PAYS = {"return": 0, "step": 1}
 KINDS = {"grpo": 0, "dr_grpo": 1, "rloo": 2}
 HOWS = {"sum": 0, "mean": 1, "min": 2, "max": 3, "last": 4, "prod": 5}
+RATIO_SUMS = (5, 6, 7)  # SUM_RATIO, SUM_RATIO_MAX, SUM_TOKENS of math.h
 METRICS = (
     "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "clip_ratio/dual_mean",
     "kl", "ratio/mean", "ratio/max", "tokens", "nonfinite", "rows/active",
@@ -180,6 +181,14 @@ class Policy:
         else:
             core().credit_loss(self.numbers, tokens, advantage, *out)
         return c, eta
+
+    def left_out(self, tokens: int) -> None:
+        """Count unmasked tokens whose only trace is their ratio, 1."""
+        if tokens:
+            ratio, top, count = RATIO_SUMS
+            self.sums[ratio] += tokens
+            self.sums[top] = max(1.0, float(self.sums[top]))
+            self.sums[count] += tokens
 
     def result(self) -> tuple[Tensor, Tensor]:  # loss 0-d, metrics (10,)
         loss, low, high, cut, kl, ratio, top, tokens, bad, active = self.sums.tolist()

@@ -4,9 +4,11 @@ u = hidden @ weight.T + bias is made for some rows at a time; the C++ epilogue t
 log p, then, in place, into dL/du, from which dX = dU W and dW += dU^T X. With a token ratio
 `linear_policy_loss` does this in one pass (6 N D V FLOP); its backward only scales. Sequence ratios
 take chunks that end where completions end; one longer than a chunk makes it two passes (8 N D V).
-Skipped exactly: masked rows before the forward (all others are needed for the metrics); rows whose
-coefficients are 0, non-finite ones among them, before the two gradient products. dW is summed in
-fp32; extra memory is one chunk. Half-precision logits are rounded to their type, as torch rounds.
+Skipped exactly: before the forward masked rows, and on policy without a reference (so that no
+metric needs their log p) rows without advantage; before the two gradient products all rows whose
+coefficients are 0. dW is summed in fp32; extra memory is one chunk. Where the CPU multiplies half
+precision fast, logits are rounded to it, as torch rounds; elsewhere tiles of the weight are widened
+and the products are fp32.
 Legend: N tokens, K rows in use, D hidden, V vocabulary.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,8 +36,17 @@ from reasonrl.kernels.native import (
 
 CHUNK_BYTES = 1 << 27  # of logits alive at one time
 CHUNK_ROWS = 0  # rows of a chunk where not 0: overrides CHUNK_BYTES
+WIDEN: bool | None = None  # half precision as fp32 products; None: where this CPU is slow at it
 _kept = threading.local()
-TILE = 4096  # rows of weight whose half-precision dW is alive at one time
+TILE = 4096  # rows of weight whose half-precision dW, or fp32 copy, is alive at one time
+
+
+@cache
+def slow(dtype: torch.dtype) -> bool:
+    """Whether torch's products of this half precision crawl here (10 times slower than fp32)."""
+    if dtype == torch.bfloat16:
+        return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported()
 
 
 @dataclass
@@ -49,7 +61,11 @@ class Head:
 
     def __post_init__(self):
         self.dtype = torch.promote_types(self.hidden.dtype, self.weight.dtype)
-        self.matrix = self.weight.to(self.dtype)
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        self.widened = half and (slow(self.dtype) if WIDEN is None else WIDEN)
+        if self.widened:
+            self.dtype = torch.float32
+        self.matrix = self.weight if self.widened else self.weight.to(self.dtype)
         self.addend = None if self.bias is None else self.bias.to(self.dtype)
         self.count = self.hidden.shape[0] if self.rows is None else self.rows.numel()
         vocab = self.weight.shape[0]
@@ -76,12 +92,31 @@ class Head:
         index = rows if self.rows is None else self.rows[rows]
         return self.hidden[index].to(self.dtype)
 
+    def tiles(self):
+        """(columns of the logits, their rows of the weight), widened ones one at a time."""
+        if not self.widened:
+            yield slice(None), self.matrix
+            return
+        for start in range(0, self.weight.shape[0], TILE):
+            yield slice(start, start + TILE), self.matrix[start : start + TILE].to(self.dtype)
+
     def logits(self, x: Tensor) -> Tensor:  # (R, D) -> (R, V), a view of the scratch
         out = scratch(self.size * self.weight.shape[0], self.dtype)
         out = out[: x.shape[0] * self.weight.shape[0]].view(x.shape[0], self.weight.shape[0])
-        if self.addend is None:
-            return torch.mm(x, self.matrix.t(), out=out)
-        return torch.addmm(self.addend, x, self.matrix.t(), out=out)
+        for columns, w in self.tiles():
+            if self.addend is None:
+                torch.mm(x, w.t(), out=out[:, columns])
+            else:
+                torch.addmm(self.addend[columns], x, w.t(), out=out[:, columns])
+        return out
+
+    def back(self, du: Tensor) -> Tensor:  # (K, V) -> (K, D)
+        if not self.widened:
+            return torch.mm(du, self.matrix)
+        total = torch.zeros(du.shape[0], self.weight.shape[1])
+        for columns, w in self.tiles():
+            total.addmm_(du[:, columns], w)
+        return total
 
     def grow(self, u: Tensor, x: Tensor, target, stats, c, eta, at: int | Tensor) -> None:
         """Add what the rows of u contribute to dX, dW and db; u becomes dL/du of the live rows.
@@ -104,13 +139,12 @@ class Head:
         if self.dx is None:
             return
         if source is None and self.rows is None and isinstance(at, int):
-            product = torch.mm(du, self.matrix)
-            self.dx[at : at + count].copy_(product)
+            self.dx[at : at + count].copy_(self.back(du))
             return
         place = torch.arange(u.shape[0]) + at if isinstance(at, int) else at
         place = place if source is None else place[source]
         place = place if self.rows is None else self.rows[place]
-        self.dx.index_copy_(0, place, torch.mm(du, self.matrix).to(self.dx.dtype))
+        self.dx.index_copy_(0, place, self.back(du).to(self.dx.dtype))
 
     def grads(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         dw = self.dw
@@ -255,13 +289,20 @@ class _LinearPolicy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, known, spec, cu, mask, scale, denominator):
         counts = count_tokens(mask, cu)
-        rows = None if mask is None or bool(mask.all()) else mask.nonzero()[:, 0]
+        keep = None if mask is None or bool(mask.all()) else mask
+        idle = without_effect(hidden, weight, bias, known, spec, cu, keep)
+        rows = keep
+        if idle is not None:
+            rows = ~idle if keep is None else keep & ~idle
         if rows is not None:
+            left = count_tokens(rows, cu)
+            rows = rows.nonzero()[:, 0]
             target, known = target[rows], [None if x is None else x[rows] for x in known]
-            cu = torch.cat([cu[:1] * 0, counts.cumsum(0)])
+            cu = torch.cat([cu[:1] * 0, left.cumsum(0)])
         head = Head(hidden, weight, bias, scale, rows)
         head.want(*ctx.needs_input_grad[:3])
         policy = Policy(spec, counts, denominator)
+        policy.left_out(0 if idle is None else int(idle.sum()))
         spans = head.spans() if spec.ratio == "token" else whole_spans(head, cu)
         if spans is None:
             two_passes(head, policy, target, known, cu)
@@ -279,6 +320,33 @@ class _LinearPolicy(torch.autograd.Function):
             None if g is None else g if unit else g * grad.to(g.dtype) for g in ctx.saved_tensors
         ]
         return *grads, None, None, None, None, None, None, None
+
+
+def without_effect(hidden, weight, bias, known, spec, cu, keep) -> Tensor | None:  # (N,) bool
+    """Unmasked rows whose part in loss, gradients and metrics is known before their log p.
+
+    Those with advantage 0 (with a sequence ratio: of completions without any other) where nothing
+    else acts: their ratio is 1, they have no KL and no entropy bonus. None where there are none. A
+    row or weight that is not finite is left to be found; products that overflow are not foreseen.
+    """
+    old, advantage, ref, _ = known
+    if old is not None or ref is not None or spec.entropy_coef:
+        return None
+    idle = advantage == 0
+    if spec.ratio != "token":
+        mine = idle if keep is None else idle | ~keep
+        busy = count_tokens(~mine, cu)
+        idle &= (busy == 0).repeat_interleave(cu.diff(), output_size=len(idle))
+    if keep is not None:
+        idle &= keep
+    if not bool(idle.any()):
+        return None
+    whole = [weight.sum(dtype=torch.float32)] + ([] if bias is None else [bias.sum()])
+    if not all(bool(torch.isfinite(x)) for x in whole):
+        return None
+    at = idle.nonzero()[:, 0]
+    idle[at] = torch.isfinite(hidden[at]).all(-1)
+    return idle
 
 
 def whole_spans(head: Head, cu: Tensor) -> list[tuple[int, int]] | None:
