@@ -16,8 +16,6 @@ import gc
 import importlib
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,19 +24,18 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.machine import high_water, machine
 from bench.step_ours import Ours, Settings
 
 SIDES = ("ours", "trl")
 COSINE = {"fp32": 0.9999, "bf16": 0.99}  # of the two gradients, at least
 PHASES = ("rollout", "score", "update")
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "reasonrl")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,9 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.alone:
         if options.alone == "trl":
             importlib.import_module("bench.step_trl")
-        start = _high_water()  # the interpreter and its libraries
+        start = high_water()  # the interpreter and its libraries
         run_pair(settings, dtypes[0], (options.alone,), time.monotonic() + options.limit)
-        print(json.dumps({"peak_mib": _high_water(), "start_mib": start}))
+        print(json.dumps({"peak_mib": high_water(), "start_mib": start}))
         return 0
     report = measure(settings, dtypes, options.sides, options.limit, options.memory)
     print(table(report))
@@ -76,7 +73,7 @@ def measure(
 ) -> dict[str, Any]:
     """All rows and what they were measured on; no further repeat starts after `limit` seconds."""
     deadline = time.monotonic() + limit
-    machine = _machine()
+    facts = machine()
     rows = []
     for dtype in dtypes:
         rows += run_pair(settings, dtype, sides, deadline)
@@ -84,8 +81,8 @@ def measure(
     if memory:
         for row in rows:
             row |= _peak(settings, row, deadline)
-    machine["load_after"] = os.getloadavg()
-    return {"bench": "step", "settings": asdict(settings), "machine": machine, "rows": rows}
+    facts["load_after"] = os.getloadavg()
+    return {"bench": "step", "settings": asdict(settings), "machine": facts, "rows": rows}
 
 
 def run_pair(
@@ -230,31 +227,6 @@ def _peak(settings: Settings, row: Mapping[str, Any], deadline: float) -> dict[s
     except subprocess.TimeoutExpired:
         return {}
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _high_water() -> int:
-    """Peak resident memory of this process, MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss starts from the parent's there: it survives fork and exec
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return int(line.split()[1]) // 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)
-
-
-def _machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    names = [s for s in info.read_text().splitlines() if "model name" in s] if info.exists() else []
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
-    return {
-        "cpu": names[0].split(":")[1].strip() if names else cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
-    }
 
 
 def _out(path: Path) -> Path:

@@ -1,0 +1,167 @@
+"""Every op against what else does its work, in one run: gate, times, floors, memory, growth.
+
+    python -m bench ops --out bench/results            all cases (about half an hour on two cores)
+    python -m bench ops --only logp --dtypes fp32      those whose key holds a word
+
+Exit status 1 where one of our gates is red. A goal that is missed is shown with the figure found
+and fails nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import cases_head, cases_token, growth, rivals
+from bench.machine import high_water, machine, reset_high_water, resident
+from bench.race import Case, run
+from reasonrl import linear_logp
+
+SIDES = {"linear_logp": "ours", "torch logits": "torch"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark; 0, 1 where one of our gates is red."""
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.alone:
+        print(json.dumps({"mib": alone(options)}))
+        return 0
+    chosen = [c for c in table(options) if options.only in c.key]
+    if absent := rivals.missing():
+        print(f"bench ops: not installed, so not compared: {', '.join(absent)} (make bench)")
+    report: dict[str, Any] = {"bench": "ops", "machine": machine(), "rows": []}
+    for case in chosen:
+        row = run(case, options.rounds, options.seed)
+        if options.memory:
+            for side in case.memory:
+                if side in row["sides"] and not row["sides"][side]["reason"]:
+                    row["sides"][side]["mib"] = apart(options, case.key, side)
+        print(text(row), flush=True)
+        report["rows"].append(row)
+    if not options.only or options.only in "growth":
+        report["growth"] = growth.measure(options.small, options.seed)
+        report["memory"] = head_memory(options) if options.memory else {}
+        print(growth_text(report["growth"], report["memory"]), flush=True)
+    report["machine"]["load_after"] = os.getloadavg()
+    print(facts(report["machine"]))
+    if options.out:
+        write(report, options.out)
+    return int(any(row["sides"]["ours"]["reason"] for row in report["rows"]))
+
+
+def table(options: argparse.Namespace) -> list[Case]:
+    return [*cases_token.cases(options.small), *cases_head.cases(options.small, options.dtypes)]
+
+
+def alone(options: argparse.Namespace) -> float:
+    """MiB beside the inputs that one side of one case takes at its peak, in this process."""
+    key, side = options.alone
+    if key == "linear_logp":
+        n, width, vocabulary = int(side.split("/")[1]), 64, 2003 if options.small else 32_000
+        hidden, weight = torch.randn(n, width), torch.randn(vocabulary, width)
+        target = torch.zeros(n, dtype=torch.long)
+        log_p = linear_logp if side.startswith("ours") else cases_head.naive
+        call, x = (lambda x: log_p(hidden, weight, target)), {}
+    else:
+        (case,) = [c for c in table(options) if c.key == key]
+        call, x = case.sides[side], case.make()
+    reset_high_water()
+    before = resident()
+    call(x)
+    return high_water() - before
+
+
+def apart(options: argparse.Namespace, key: str, side: str) -> float:
+    command = [sys.executable, "-m", "bench", "ops", "--alone", key, side]
+    command += ["--dtypes", *options.dtypes] + ["--small"] * options.small
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["mib"]
+
+
+def head_memory(options: argparse.Namespace) -> dict[str, Any]:
+    sizes = [256, 512] if options.small else [1024, 2048, 4096, 8192]
+    mib = {
+        name: [apart(options, "linear_logp", f"{side}/{n}") for n in sizes]
+        for name, side in SIDES.items()
+    }
+    return {"sizes": sizes, "mib": mib}
+
+
+def text(row: Mapping[str, Any]) -> str:
+    lines = [f"\n{row['title']}"]
+    for group in ("sides", "floors"):
+        for name, side in row[group].items():
+            if side.get("reason"):
+                lines.append(f"  {name:26} red gate: {side['reason']}")
+                continue
+            low, high = side["range"]
+            line = (
+                f"  {name:26} {1e3 * side['median']:10.3f} ms  {1e3 * low:9.3f}-{1e3 * high:<9.3f}"
+            )
+            line += f" {side['ratio']:8.2f}x"
+            if side.get("mib") is not None:
+                line += f"  +{side['mib']} MiB"
+            if side.get("errors"):
+                line += "  error " + " ".join(f"{e['max']:.1e}" for e in side["errors"])
+            lines.append(line + f"  {side['label']}")
+    for goal in row["goals"]:
+        found = "not measured" if goal["found"] is None else f"{goal['found']:.2f}"
+        met = {True: "met", False: "MISSED", None: "-"}[goal["met"]]
+        lines.append(f"  goal: {found} {goal['text']}, {goal['sign']} {goal['target']}: {met}")
+    return "\n".join(lines)
+
+
+def growth_text(found: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
+    low, high = found["goal"]
+    lines = [f"\ntime against tokens, {found['sizes'][0]} to {found['sizes'][-1]}: log-log slope"]
+    for name, slope in found["slope"].items():
+        verdict = "met" if low <= slope <= high else "MISSED"
+        lines.append(f"  {name:26} {slope:.3f}  goal {low} to {high}: {verdict}")
+    for name, mib in memory.get("mib", {}).items():
+        pairs = ", ".join(f"{n}: {m}" for n, m in zip(memory["sizes"], mib, strict=True))
+        lines.append(f"  extra memory, MiB, {name}: {pairs}")
+    return "\n".join(lines)
+
+
+def facts(m: Mapping[str, Any]) -> str:
+    load = f"load {m['load_before'][0]:.2f} -> {m['load_after'][0]:.2f}"
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    return f"\n{m['cpu']}, {m['isa']}, {m['threads']} threads, {load}; {versions}"
+
+
+def write(report: Mapping[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("ops-%Y%m%d-%H%M%S")
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {path}")
+    if report.get("memory"):
+        growth.plot(report["growth"], report["memory"], folder / f"{name}.png")
+        print(f"and {path.with_suffix('.png')}")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench ops", description=__doc__.split("\n")[0])
+    made.add_argument("--only", default="", help="cases whose key holds this word")
+    made.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    made.add_argument("--rounds", type=int, help="of every case; default: each case's own")
+    made.add_argument("--threads", type=int)
+    made.add_argument("--seed", type=int, default=0, help="of the order of the sides")
+    made.add_argument("--small", action="store_true", help="tiny sizes, to see that it works")
+    made.add_argument("--no-memory", dest="memory", action="store_false")
+    made.add_argument("--out", type=Path, help="folder for JSON and plot")
+    made.add_argument("--alone", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
+    return made
