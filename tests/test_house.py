@@ -59,6 +59,7 @@ STAIR = [
             "stepwise",
             "stepwise_formats",
             "attention",
+            "chat",
             "tiny",
             "smollm2",
         ),

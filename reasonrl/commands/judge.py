@@ -9,6 +9,8 @@ from pathlib import Path
 
 from reasonrl.records import InputError
 
+KEY = "REASONRL_API_KEY"  # chat.client.KEY; not imported, so that the command starts fast
+
 
 def add(commands) -> None:
     parser = commands.add_parser("judge", help="judging data from verifiable problems; Libra Bench")
@@ -41,7 +43,16 @@ def add(commands) -> None:
 
 
 def _judge_options(command: argparse.ArgumentParser, required: bool) -> None:
-    command.add_argument("--judge", required=required, help="model that judges")
+    command.add_argument(
+        "--judge", required=required, help="model that judges, or http://host:port/v1"
+    )
+    command.add_argument("--judge-model", metavar="NAME", help="the model's name at that server")
+    command.add_argument("--judge-cache", type=Path, metavar="DIR", help="keep its replies there")
+    command.add_argument("--judge-key-env", default=KEY, metavar="NAME", help="variable: its key")
+    command.add_argument("--judge-parallel", type=int, default=32, help="requests at a time")
+    command.add_argument("--judge-timeout", type=float, default=60.0, help="seconds of one try")
+    command.add_argument("--outage", default="pause", choices=["pause", "mask", "fail"])
+    command.add_argument("--outage-wait", type=float, default=600.0, help="seconds of `pause`")
     command.add_argument("--votes", type=int, default=1, help="verdicts a response")
     command.add_argument("--max-tokens", type=int, default=512, help="of one judgement")
     command.add_argument("--temperature", type=float, default=None, help="default: 0 for one vote")
@@ -52,10 +63,9 @@ def _judge_options(command: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _judge(options: argparse.Namespace):
-    from reasonrl import models
     from reasonrl.rewards.judge import Judge
 
-    for name, least in (("votes", 1), ("max_tokens", 1)):
+    for name, least in (("votes", 1), ("max_tokens", 1), ("judge_parallel", 1)):
         if getattr(options, name) < least:
             got = getattr(options, name)
             raise InputError(f"--{name.replace('_', '-')}: expected >= {least}, got {got}")
@@ -71,7 +81,7 @@ def _judge(options: argparse.Namespace):
             raise InputError(f"--checklist: {options.checklist}: {error}") from None
         points = [line.strip() for line in lines if line.strip()]
     return Judge(
-        models.load(options.judge),
+        _server(options) if options.judge.startswith(("http:", "https:")) else _model(options),
         votes=options.votes,
         max_tokens=options.max_tokens,
         temperature=heat,
@@ -80,6 +90,34 @@ def _judge(options: argparse.Namespace):
         checklist=points,
         seed=options.seed,
     )
+
+
+def _server(options: argparse.Namespace):
+    from reasonrl.chat import ChatClient, Patience
+
+    for name in ("judge_timeout", "outage_wait"):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"--{name.replace('_', '-')}: expected seconds > 0, got {value}")
+    if not options.judge_model:
+        raise InputError("--judge-model: a judge behind a server needs its model's name")
+    limit = options.judge_timeout
+    return ChatClient(
+        options.judge,
+        options.judge_model,
+        key_env=options.judge_key_env,
+        parallel=options.judge_parallel,
+        patience=Patience(options.outage, options.outage_wait, 3 * limit, limit),
+        cache=options.judge_cache,
+    )
+
+
+def _model(options: argparse.Namespace):
+    from reasonrl import models
+
+    if options.judge_model or options.judge_cache:
+        raise InputError("--judge-model and --judge-cache: only for a judge at http://...")
+    return models.load(options.judge)
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -1,11 +1,13 @@
 """A generative judge as a scorer: k verdicts a completion, their mean is the score (Libra).
 
     rewards = Judge(models.load("judge"), votes=4)(rollout)
+    rewards = Judge(ChatClient("http://127.0.0.1:8000/v1", "judge"), votes=4)(rollout)
 
-A judgement without a clean verdict does not count; a completion for which none counts is
-unscorable, never 0. The judge sees what stands behind the completion's </think> unless `with_cot`.
-Everything is drawn from the seed, so a run with a judge resumes exactly. Left out: judges behind a
-server, pairwise ranking prompts.
+The judge is a model in this process, or one behind any OpenAI-compatible server; there every vote
+is a request with a seed of its own, and what the server failed to judge is infra. A judgement
+without a clean verdict does not count; a completion for which none counts is unscorable, never 0.
+The judge sees what stands behind the completion's </think> unless `with_cot`. Everything is drawn
+from the seed, so a run with a judge in this process resumes exactly. Left out: pairwise prompts.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from reasonrl.judging import ask, read
+from reasonrl.chat import ChatClient
+from reasonrl.judging import Call, ask, read
 from reasonrl.models import Policy
 from reasonrl.prompts import plain, render
-from reasonrl.records import Problem, Rewards, Rollout, Score, scored, unscorable
+from reasonrl.records import Problem, Rewards, Rollout, Score, infra, scored, unscorable
 from reasonrl.rollout import Sampling, sample
+
+
+class Down(str):
+    """The reason of a vote that is missing by the server's fault, not by the reply's."""
 
 
 class Judge:
@@ -25,7 +32,7 @@ class Judge:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | ChatClient,
         *,
         votes: int = 1,
         max_tokens: int = 512,  # of one judgement
@@ -46,11 +53,12 @@ class Judge:
     def __call__(self, rollout: Rollout) -> Rewards:
         prompts = [rollout.problems[g].prompt for g in rollout.group.tolist()]
         verdicts = self.verdicts([plain(p) for p in prompts], rollout.text)
-        torn = sum(isinstance(v, str) for row in verdicts for v in row)
-        total = max(1, sum(map(len, verdicts)))
-        return Rewards(
-            outcome=[_score(row) for row in verdicts], metrics={"judge/unparsable": torn / total}
-        )
+        missing = [v for row in verdicts for v in row if isinstance(v, str)]
+        down, total = sum(isinstance(v, Down) for v in missing), max(1, sum(map(len, verdicts)))
+        metrics = {"judge/unparsable": (len(missing) - down) / total}
+        if isinstance(self.policy, ChatClient):
+            metrics["judge/infra"] = down / total
+        return Rewards(outcome=[_score(row) for row in verdicts], metrics=metrics)
 
     def verdicts(self, questions: Sequence[str], responses: Sequence[str]) -> list[list[int | str]]:
         """`votes` verdicts for every response: 0, 1 or the reason why there is none."""
@@ -59,17 +67,39 @@ class Judge:
             ask(q, r, seed=self.seed, think=self.think, checklist=self.checklist)
             for q, r in zip(questions, own, strict=True)
         ]
-        prompts = [render(self.policy.tokenizer, call.prompt) for call in calls]
-        room = self.policy.context - self.sampling.max_tokens
+        if isinstance(self.policy, ChatClient):
+            return self._behind(self.policy, calls)
+        return self._here(self.policy, calls)
+
+    def _here(self, policy: Policy, calls: Sequence[Call]) -> list[list[int | str]]:
+        prompts = [render(policy.tokenizer, call.prompt) for call in calls]
+        room = policy.context - self.sampling.max_tokens
         out: list[list[int | str]] = [["the prompt is too long"] for _ in calls]
         fits = [i for i, ids in enumerate(prompts) if len(ids) <= room]
         problems = [Problem(f"judgement-{i}", calls[i].prompt) for i in fits]
         chosen = [prompts[i] for i in fits]
-        done = sample(self.policy, problems, chosen, self.votes, self.sampling, self.seed)
+        done = sample(policy, problems, chosen, self.votes, self.sampling, self.seed)
         for at, i in enumerate(fits):
             texts = done.text[at * self.votes : (at + 1) * self.votes]
             out[i] = [read(text, calls[i].nonce) for text in texts]
         return out
+
+    def _behind(self, client: ChatClient, calls: Sequence[Call]) -> list[list[int | str]]:
+        every = [(call, vote) for call in calls for vote in range(self.votes)]
+        replies = client.ask(
+            [call.prompt for call, _ in every],
+            max_tokens=self.sampling.max_tokens,
+            temperature=self.sampling.temperature,
+            seeds=[(self.seed * 1_000_003 + vote) % 2**31 for _, vote in every],
+        )
+        votes = [_verdict(r, c.nonce) for r, (c, _) in zip(replies, every, strict=True)]
+        return [votes[i : i + self.votes] for i in range(0, len(votes), self.votes)]
+
+
+def _verdict(reply: str | Score, nonce: str) -> int | str:
+    if isinstance(reply, str):
+        return read(reply, nonce)
+    return Down(reply.reason) if reply.kind == "infra" else reply.reason
 
 
 def without_thinking(response: str) -> str:
@@ -82,4 +112,5 @@ def _score(verdicts: Sequence[int | str]) -> Score:
     if known:
         return scored(sum(known) / len(known))
     reasons = Counter(v for v in verdicts if isinstance(v, str))
-    return unscorable(", ".join(f"{reason} ({n})" for reason, n in reasons.most_common()))
+    said = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common())
+    return infra(said) if any(isinstance(v, Down) for v in verdicts) else unscorable(said)

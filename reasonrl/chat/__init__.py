@@ -1,0 +1,7 @@
+"""Asking an OpenAI-compatible chat server: exchange.py one POST, reply.py what counts as an answer,
+outage.py when the server fails, cache.py answers kept on disk, client.py all of it together."""
+
+from reasonrl.chat.client import ChatClient
+from reasonrl.chat.outage import Patience
+
+__all__ = ["ChatClient", "Patience"]
