@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from reasonrl.chat import ChatClient, Patience
+
 MODEL = "scripted"
 STATUSES = {f"status-{code}": code for code in (500, 502, 503, 504, 429, 408, 401)}
 BIG = 50 << 20  # bytes of the body that is too large
@@ -134,18 +136,18 @@ class FaultServer:
         self.now += 1
         self.peak = max(self.peak, self.now)
         try:
-            return await self._reply(writer, message)
+            return await self._reply(reader, writer, message)
         finally:
             self.now -= 1
 
-    async def _reply(self, writer: asyncio.StreamWriter, message: str) -> bool:
+    async def _reply(self, reader, writer: asyncio.StreamWriter, message: str) -> bool:
         found = re.search(r"fault=([a-z0-9-]+)", message)
         kind = found[1] if found else "good"
         self.seen[kind] += 1
         if kind in ONE_MESSAGE:
             writer.write(bodies(message)[kind])
         elif kind in WIRE or self.down:
-            await self._break(writer, "reset" if self.down else kind, message)
+            await self._break(reader, writer, "reset" if self.down else kind, message)
             return False
         elif self.answer is not None:
             reply = await self.answer(message, self.asked[message])
@@ -155,7 +157,7 @@ class FaultServer:
         await writer.drain()
         return True
 
-    async def _break(self, writer: asyncio.StreamWriter, kind: str, message: str) -> None:
+    async def _break(self, reader, writer: asyncio.StreamWriter, kind: str, message: str) -> None:
         text = json.dumps(completion(verdict(message, 1))).encode()
         if kind == "slow-body":
             writer.write(head(len(text)))
@@ -164,7 +166,7 @@ class FaultServer:
                 await writer.drain()
                 await asyncio.sleep(0.2)
         elif kind == "hang":
-            await asyncio.sleep(600)
+            await reader.read(1)  # until the client gives up
         elif kind == "reset":
             linger = struct.pack("ii", 1, 0)
             writer.get_extra_info("socket").setsockopt(1, 13, linger)  # SOL_SOCKET, SO_LINGER
@@ -181,3 +183,20 @@ class FaultServer:
                 await writer.drain()
             writer.write(f"{len(text):x}\r\n".encode() + text + b"\r\n0\r\n\r\n")
         await writer.drain()
+
+
+QUICK = {"pause": 0.01, "timeout": 20.0, "deadline": 40.0, "policy": "mask"}
+
+
+def connect(server: FaultServer, **options) -> ChatClient:
+    patience = Patience(**(QUICK | options.pop("patience", {})))
+    return ChatClient(server.url, MODEL, patience=patience, **options)
+
+
+def ask(chat: ChatClient, prompts, **options):
+    plan = {"max_tokens": 8, "temperature": 0.0, "seeds": [0] * len(prompts)} | options
+    return chat.ask(prompts, **plan)
+
+
+async def echo(message: str, _: int) -> str:
+    return f"re {message}"

@@ -86,19 +86,37 @@ class Door:
         self, path: str, body: bytes, headers: Sequence[tuple[str, str]], timeout: float
     ) -> HTTPReply:
         """The reply to a POST of JSON; Failed or TooLarge. Ends within `timeout` seconds."""
+        task = asyncio.ensure_future(self._outcome(path, body, headers))
         try:
-            return await asyncio.wait_for(self._post(path, body, headers), timeout)
-        except asyncio.TimeoutError:
-            raise Failed(f"no whole reply within {timeout:.3g} s") from None
-        except OSError as error:  # ssl's errors are among them
-            raise Failed(error.strerror or str(error) or type(error).__name__) from None
-        except h11.RemoteProtocolError as error:
-            raise Failed(f"broken HTTP: {error}") from None
+            await asyncio.wait({task}, timeout=timeout)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        late = Failed(f"no whole reply within {timeout:.3g} s")
+        found = late if task.cancelled() else task.result()
+        try:
+            if isinstance(found, Exception):
+                raise found
+            return found
+        finally:  # a traceback must not hold what holds it: replies would live until a collection
+            del found, task, late
 
     def close(self) -> None:
         for line in self.idle:
             line.writer.transport.abort()
         self.idle = []
+
+    async def _outcome(self, path: str, body: bytes, headers) -> HTTPReply | Failed | TooLarge:
+        try:
+            return await self._post(path, body, headers)
+        except TooLarge:
+            return TooLarge()
+        except OSError as error:  # ssl's errors are among them
+            error.__traceback__ = None
+            return Failed(error.strerror or str(error) or type(error).__name__)
+        except h11.RemoteProtocolError as error:
+            return Failed(f"broken HTTP: {error}")
 
     async def _post(self, path: str, body: bytes, headers) -> HTTPReply:
         while True:
@@ -106,7 +124,8 @@ class Door:
             line = self.idle.pop() if used else await self._connect()
             try:
                 reply = await self._exchange(line, path, body, headers)
-            except (ConnectionError, asyncio.IncompleteReadError):
+            except (ConnectionError, asyncio.IncompleteReadError) as error:
+                error.__traceback__ = None  # the reader keeps the error, which must not keep it
                 line.writer.transport.abort()
                 if used:  # the server had closed it meanwhile, before it read this request
                     continue
