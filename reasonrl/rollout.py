@@ -47,11 +47,12 @@ def sample(
     prompt_ids: Sequence[Sequence[int]],  # P
     group: int,
     sampling: Sampling,
-    seed: int,
+    seed: int | Sequence[int],
     rows: int = 256,
 ) -> Rollout:
     """`group` completions of each prompt, at most `rows` of them decoded at a time (whole groups).
 
+    seed: one for all; or one for each prompt, and then a text depends on its prompt's alone.
     InputError where a prompt is empty or prompt + max_tokens exceed the model's context.
     """
     for problem, ids in zip(problems, prompt_ids, strict=True):
@@ -67,7 +68,8 @@ def sample(
     with policy.inference(), policy.autocast():
         for start in range(0, len(prompt_ids), per_call):
             chunk = prompt_ids[start : start + per_call]
-            done += _decode(policy, chunk, group, sampling, seed, first_row=start * group)
+            own = seed if isinstance(seed, int) else seed[start : start + per_call]
+            done += _decode(policy, chunk, group, sampling, own, first_row=start * group)
     texts, offsets = [], []
     for row in done:
         texts.append(decode(policy.tokenizer, row.tokens))
@@ -86,7 +88,7 @@ def sample(
     )
 
 
-def _decode(policy, prompt_ids, group: int, sampling: Sampling, seed: int, first_row: int):
+def _decode(policy, prompt_ids, group: int, sampling: Sampling, seed, first_row: int):
     rows = [_Row([], [], []) for _ in range(len(prompt_ids) * group)]
     if sampling.max_tokens == 0 or not rows:
         return rows
@@ -96,7 +98,10 @@ def _decode(policy, prompt_ids, group: int, sampling: Sampling, seed: int, first
     prefill, last = _prefill(policy, prompt_ids)
     hidden = last.index_select(0, owner)
     plan = Decode(prefill, owner, length, sampling.max_tokens)
-    uniform = _uniform(seed, first_row, len(rows), sampling.max_tokens)
+    if isinstance(seed, int):
+        uniform = _uniform(seed, first_row, len(rows), sampling.max_tokens)
+    else:
+        uniform = torch.cat([_uniform(own, 0, group, sampling.max_tokens) for own in seed])
     live = list(range(len(rows)))  # row number at each position of the running batch
     for t in range(sampling.max_tokens):
         logits = policy.logits(hidden)

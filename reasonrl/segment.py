@@ -13,6 +13,7 @@ character has width zero, like a special token. T tokens, S steps.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -20,6 +21,7 @@ from typing import Any
 
 from reasonrl.records import Step
 
+ENDS = re.compile(r"(?:\s*(?:<\|[^<>|]{1,40}\|>|</s>|<eos>|<pad>|<end_of_turn>))+\s*$")
 LOST = "\ufffd"  # what a decoder writes for bytes that are no character
 
 
@@ -43,6 +45,20 @@ def split_steps(text: str, delimiter: str = "\n") -> list[Step]:
             spans.append([spans[-1][1] if spans else 0, end])
         start = end
     return [Step(a, b) for a, b in spans]
+
+
+def completion_of(query: str, prompt: str) -> str:
+    """What stands behind the prompt in one text, without the special tokens at its end; ValueError
+    where the prompt is not in it."""
+    at = query.find(prompt)
+    if at < 0:
+        raise ValueError(f"expected the prompt in the query, got {query[:60]!r}")
+    return without_ends(query[at + len(prompt) :])
+
+
+def without_ends(text: str) -> str:
+    """A text without the special tokens at its end (<|...|>, </s>, <eos>, ...)."""
+    return ENDS.sub("", text)
 
 
 def think_span(text: str, *, opened: bool = False) -> tuple[int, int] | None:

@@ -65,8 +65,8 @@ def text_of(reply: HTTPReply, model: str) -> str:
     return content
 
 
-def parsed(data: bytes) -> Any:
-    """JSON, strictly; Malformed."""
+def parsed(data: bytes, what: str = "reply") -> Any:
+    """JSON, strictly; Malformed, which names `what`."""
     try:
         return json.loads(
             data.decode("utf-8"),
@@ -75,12 +75,12 @@ def parsed(data: bytes) -> Any:
             parse_float=_finite,
         )
     except UnicodeDecodeError:
-        raise Malformed("the reply is not UTF-8") from None
+        raise Malformed(f"the {what} is not UTF-8") from None
     except RecursionError:
-        raise Malformed("the reply is nested too deeply") from None
+        raise Malformed(f"the {what} is nested too deeply") from None
     except ValueError as error:
         shown = brief(data[:SHOWN].decode("utf-8", "replace"))
-        raise Malformed(f"the reply is not JSON ({error}): {shown}") from None
+        raise Malformed(f"the {what} is not JSON ({error}): {shown}") from None
 
 
 def brief(text: str) -> str:
