@@ -8,7 +8,8 @@ thirds of the answers are integers, the rest fractions, roots, sets, expressions
 them are wrong. A pair of answers is verified once (the server remembers it), so `--group` says how
 many completions share a problem; every problem is new. Gate: every reply is the score that was
 planned, and SIGTERM under load loses no request. What is measured includes this load script, on
-the same cores.
+the same cores; milliseconds of CPU a request, which other work on the machine changes little, are
+given for the server, its workers and the script.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import h11
+import psutil
 
 from bench.step import _machine
 
@@ -145,9 +147,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for client in clients:
             client.start()
         time.sleep(options.warm_up)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), _cpu(process.pid)
         time.sleep(options.seconds)
-        ended = time.perf_counter()
+        ended, after = time.perf_counter(), _cpu(process.pid)
         process.send_signal(signal.SIGTERM)  # under load: the clients go on asking
         for client in clients:
             client.join(120)
@@ -177,7 +179,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gate["green"] = gate["green"] and said.strip() == f"stopped after {replies} requests"
     rate = len(inside) / (ended - began)
     times = {f"p{q}_ms": round(1000 * inside[len(inside) * q // 100], 2) for q in (50, 95, 99)}
-    return {"requests": len(inside), "requests_per_second": round(rate, 1), **times, "gate": gate}
+    cpu = {name: round(1000 * (after[name] - used[name]) / len(inside), 3) for name in used}
+    found = {"requests": len(inside), "requests_per_second": round(rate, 1), **times}
+    return found | {"cpu_ms_per_request": cpu, "gate": gate}
+
+
+def _cpu(pid: int) -> dict[str, float]:
+    """Seconds of CPU so far: the server, its workers, this script."""
+    server = psutil.Process(pid)
+    parts = {"server": [server], "workers": server.children(True), "load": [psutil.Process()]}
+    return {
+        name: sum(sum(p.cpu_times()[:2]) for p in processes) for name, processes in parts.items()
+    }
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -207,4 +220,6 @@ def main(arguments: Sequence[str]) -> int:
         f" {options.group}), p50 {found['p50_ms']} ms, p99 {found['p99_ms']} ms; gate green:"
         f" {found['gate']['replies']} replies right, 0 lost in the stop"
     )
+    cpu = found["cpu_ms_per_request"]
+    print("ms of CPU a request: " + ", ".join(f"{name} {ms}" for name, ms in cpu.items()))
     return 0

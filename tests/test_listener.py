@@ -118,6 +118,7 @@ def test_a_scorer_that_raises_is_500_for_its_batch_alone():
         status, _, reply = served.call("/", rows("bad"))
         assert status == 500 and "RuntimeError" in reply["error"]["message"]
         assert "a bug" not in json.dumps(reply)
+        assert served.app.metrics.value("requests_total", path="/", status="500") == 1
         assert served.call("/", rows("4"))[2]["rewards"] == [1.0]
 
 

@@ -55,13 +55,16 @@ class App:
             self.metrics.gauges[f"batches_{scorer.name}"] = lambda s=scorer: s.queue.batches
 
     async def __call__(self, request: Request) -> Response:
-        began = time.monotonic()
-        response = await self._answer(request)
-        self.metrics.took(time.monotonic() - began)
-        known = any(path == request.path for _, path in self.routes)
-        path = request.path if known else "?"
-        self.metrics.add("requests_total", path=path, status=str(response.status))
-        return response
+        began, status = time.monotonic(), 500  # where the scorer raises, the listener says so
+        try:
+            response = await self._answer(request)
+            status = response.status
+            return response
+        finally:
+            self.metrics.took(time.monotonic() - began)
+            known = any(path == request.path for _, path in self.routes)
+            path = request.path if known else "?"
+            self.metrics.add("requests_total", path=path, status=str(status))
 
     async def _answer(self, request: Request) -> Response:
         method = "GET" if request.method == "HEAD" else request.method

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import resource
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +25,7 @@ import h11
 from reasonrl.records import InputError
 from reasonrl.serve.metrics import Metrics
 
+logger = logging.getLogger("reasonrl.serve")
 HEAD = 16 << 10  # bytes of request line and headers
 CHUNK = 1 << 16
 TURNED_AWAY = 256  # connections that are being told so, at most
@@ -126,8 +128,14 @@ class Listener:
         for count in range(64):
             try:
                 sock, _ = self.socket.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except BlockingIOError:
                 return count
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:  # no files left, for one: not again at once
+                logger.warning("cannot take a connection: %s", error.strerror)
+                self._rest()
+                return 0
             sock.setblocking(False)
             if len(self.open) < self.limits.connections:
                 self._begin(self.open, self._serve(sock))
@@ -137,6 +145,17 @@ class Listener:
                 self.metrics.add("refused_total", reason="connections")
                 sock.close()
         return 64
+
+    def _rest(self) -> None:
+        """Stop taking connections for a moment."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.socket)
+
+        def again() -> None:
+            if not self.stopping:
+                loop.add_reader(self.socket, self._accept)
+
+        loop.call_later(0.2, again)
 
     def _begin(self, among: set[asyncio.Task[None]], work) -> None:
         task = asyncio.ensure_future(work)
