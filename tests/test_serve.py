@@ -163,6 +163,10 @@ def test_a_model_answers_as_it_does_in_this_process(policy):
         ]:
             status, _, reply = served.call("/v1/chat/completions", body | change)
             assert 400 <= status < 500 and says in reply["error"]["message"], change
+        reply = served.call("/reward/judge", rows("4", prompt="2+2"))[
+            2
+        ]  # it has learnt nothing yet
+        assert reply["rewards"] == [None] and reply["kinds"] == ["unscorable"]
         (long,) = client.ask(["1+" * 600 + "1"], max_tokens=6, temperature=0.0, seeds=[0])
         assert not isinstance(long, str) and long.reason == "the prompt is too long"
 

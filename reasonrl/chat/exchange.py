@@ -10,6 +10,7 @@ Left out: proxies (those of the environment are not used), HTTP/2, cookies.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import threading
@@ -114,7 +115,10 @@ class Door:
             return TooLarge()
         except OSError as error:  # ssl's errors are among them
             error.__traceback__ = None
-            return Failed(error.strerror or str(error) or type(error).__name__)
+            reason = error.strerror or str(error) or type(error).__name__
+            if isinstance(error, ConnectionError) and error.errno:  # asyncio words it oddly
+                reason = os.strerror(error.errno)
+            return Failed(reason)
         except h11.RemoteProtocolError as error:
             return Failed(f"broken HTTP: {error}")
 
