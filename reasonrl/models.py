@@ -120,7 +120,7 @@ def _prepared(layer: nn.Linear, dtype: torch.dtype, packed: dict[int, Tensor]):
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     if key not in packed:
         weight = layer.weight.detach().to(dtype)
-        if weight.device.type == "cpu":
+        if weight.device.type == "cpu" and _packs(dtype):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         packed[key] = weight
     weight = packed[key]
@@ -128,6 +128,12 @@ def _prepared(layer: nn.Linear, dtype: torch.dtype, packed: dict[int, Tensor]):
         linear = torch.ops.mkldnn._linear_pointwise
         return lambda x: linear(x.to(dtype), weight, bias, "none", [], "")
     return lambda x: nn.functional.linear(x.to(dtype), weight, bias)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes weights of this type packed here (bf16 needs AVX-512)."""
+    bf16 = dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
