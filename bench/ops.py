@@ -111,7 +111,7 @@ def text(row: Mapping[str, Any]) -> str:
             line = (
                 f"  {name:26} {1e3 * side['median']:10.3f} ms  {1e3 * low:9.3f}-{1e3 * high:<9.3f}"
             )
-            line += f" {side['ratio']:8.2f}x"
+            line += f" {side['ratio']:8.2f}x" if "ratio" in side else " " * 10
             if side.get("mib") is not None:
                 line += f"  +{side['mib']} MiB"
             if side.get("errors"):

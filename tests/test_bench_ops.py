@@ -1,0 +1,110 @@
+"""bench ops: no number without a green gate, goals told as found, every case at a small size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import cases_token, growth, ops, race  # noqa: E402
+
+
+def case(sides, **options):
+    return race.Case(
+        key="k", title="t", make=lambda: {"x": torch.linspace(-1, 1, 64)}, sides=sides,
+        truth=lambda x: [x["x"].double().exp()], stock="torch", rounds=2, **options,
+    )  # fmt: skip
+
+
+def stock(x):
+    return [x["x"].exp()]
+
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        (lambda x: [x["x"].exp() * 1.1], "output 0: error"),
+        (lambda x: [x["x"].exp().masked_fill(x["x"] > 0.9, torch.nan)], "output 0: error"),
+    ],
+)
+def test_a_red_gate_leaves_no_number(wrong, text):
+    row = race.run(case({"ours": wrong, "torch": stock}))
+    ours, other = row["sides"]["ours"], row["sides"]["torch"]
+    assert text in ours["reason"] and ours["median"] is None
+    assert other["median"] > 0 and "ratio" not in other
+    assert "red gate" in ops.text(row | {"goals": []})
+
+
+def test_a_wrong_rival_is_not_shown_and_zeros_prove_nothing():
+    row = race.run(case({"ours": stock, "torch": stock, "rival": lambda x: [x["x"].exp() + 1]}))
+    assert "relative error" in row["sides"]["rival"]["reason"]
+    nothing = race.Case(
+        "k", "t", lambda: {}, {"ours": zeros, "torch": zeros}, truth=zeros, rounds=1
+    )
+    assert "nothing but zeros" in race.run(nothing)["sides"]["ours"]["reason"]
+
+
+def zeros(x):
+    return [torch.zeros(3)]
+
+
+def test_goals_are_told_as_they_were_found():
+    goals = [
+        race.Goal("far", race.against("torch"), ">=", 1e9),
+        race.Goal("near", race.against("torch"), "<=", 1e9),
+        race.Goal("absent", race.against("nobody"), ">=", 1.0),
+    ]
+    row = race.run(case({"ours": stock, "torch": stock}, goals=goals))
+    assert [g["met"] for g in row["goals"]] == [False, True, None]
+    told = ops.text(row)
+    assert "MISSED" in told and "not measured absent" in told
+
+
+def test_gradients_are_allowed_three_times_the_stock_error():
+    def off(factor):
+        return lambda x: [x["x"].exp() + factor * 1e-4]
+
+    for factor, gradients, red in ((1.9, 0, False), (2.5, 0, True), (2.5, 1, False)):
+        row = race.run(case({"ours": off(factor), "torch": off(1.0)}, gradients=gradients))
+        assert bool(row["sides"]["ours"]["reason"]) is red, (factor, gradients)
+
+
+def test_slope():
+    sizes = [2**k for k in range(5, 12)]
+    assert abs(growth.slope(sizes, [3e-9 * n for n in sizes]) - 1) < 1e-12
+    assert abs(growth.slope(sizes, [1e-9 * n**2 for n in sizes]) - 2) < 1e-12
+
+
+@pytest.mark.parametrize("made", cases_token.cases(small=True), ids=lambda c: c.key)
+def test_every_token_case_is_green(made, require):
+    from reasonrl.kernels import native
+
+    require("native", native.available())
+    verdicts = race.gates(made, made.make())
+    known = {name: v["reason"] for name, v in verdicts.items()}
+    assert not any(known.values()), known
+
+
+def test_the_command_writes_what_it_found(tmp_path, require, capsys):
+    from reasonrl.kernels import native
+
+    require("native", native.available())
+    words = ["--small", "--rounds", "1", "--only", "returns", "--no-memory", "--out", str(tmp_path)]
+    assert ops.main(words) == 0
+    (path,) = tmp_path.glob("ops-*.json")
+    report = json.loads(path.read_text())
+    assert [row["key"] for row in report["rows"]] == ["returns", "returns/kernel"]
+    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert "goal:" in capsys.readouterr().out
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    options = ops.parser().parse_args(["--small", "--dtypes", "fp32"])
+    chosen = cases_token.cases(small=True)[0]
+    assert 0 <= ops.apart(options, chosen.key, "ours") < 500
