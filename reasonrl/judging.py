@@ -32,7 +32,7 @@ def ask(
     reference: str | None = None,
 ) -> Call:
     """The judge's prompt. checklist: criteria that it goes through; reference: a known answer."""
-    nonce = _nonce(question, response, seed)
+    nonce = nonce_of(seed, question, response)
     parts = [
         "You check whether a response answers a question correctly.",
         f"Question:\n{question}",
@@ -56,26 +56,32 @@ def ask(
 
 def read(reply: str, nonce: str) -> int | str:
     """The verdict of a reply, 0 or 1, or the reason why it has none."""
-    opening, closing = f"<verdict-{nonce}>", f"</verdict-{nonce}>"
-    count = reply.count(opening)
-    if count != 1 or reply.count(closing) != 1:
-        return (
-            "no verdict" if count == 0 else f"{count} verdicts" if count > 1 else "a torn verdict"
-        )
-    before, _, rest = reply.partition(opening)
-    inside, closed, after = rest.partition(closing)
-    if not closed or after.strip():
-        return "text behind the verdict" if closed else "a torn verdict"
-    value = inside.strip()
+    value, reason = tagged(reply, nonce, "verdict")
+    if reason:
+        return reason
     return int(value) if value in ("0", "1") else f"the verdict is {value[:20]!r}"
 
 
-def _nonce(question: str, response: str, seed: int) -> str:
-    """A number that nobody could know when the response was written, and that is not in it."""
-    text = f"{len(question)}\x1f{question}\x1f{response}".encode("utf-8", "surrogatepass")
+def tagged(reply: str, nonce: str, name: str) -> tuple[str, str]:
+    """What stands in the only <name-nonce> tag at the end of a reply, and "" or what is wrong."""
+    opening, closing = f"<{name}-{nonce}>", f"</{name}-{nonce}>"
+    count = reply.count(opening)
+    if count != 1 or reply.count(closing) != 1:
+        few = f"no {name}" if count == 0 else f"a torn {name}"
+        return "", f"{count} {name}s" if count > 1 else few
+    inside, closed, after = reply.partition(opening)[2].partition(closing)
+    if not closed or after.strip():
+        return "", f"text behind the {name}" if closed else f"a torn {name}"
+    return inside.strip(), ""
+
+
+def nonce_of(seed: int, *texts: str) -> str:
+    """A number that nobody could know when the texts were written, and that is in none of them."""
+    lengths = "\x1f".join(str(len(text)) for text in texts[:-1])
+    joined = "\x1f".join((lengths, *texts)).encode("utf-8", "surrogatepass")
     for attempt in range(1000):
         key = f"{seed}\x1f{attempt}".encode()
-        nonce = hashlib.blake2b(text, key=key, digest_size=DIGITS // 2).hexdigest()
-        if nonce not in response and nonce not in question:
+        nonce = hashlib.blake2b(joined, key=key, digest_size=DIGITS // 2).hexdigest()
+        if not any(nonce in text for text in texts):
             return nonce
     raise ValueError("response: expected a text without a thousand of our numbers")

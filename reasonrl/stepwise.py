@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from reasonrl.records import InputError, Message
+from reasonrl.redact import Redact, redacted
 from reasonrl.rows import Refused, brief, clean, field_of, prompt_of, read_rows
 from reasonrl.segment import split_steps
 from reasonrl.stepwise_formats import stepwise
@@ -45,10 +46,17 @@ class Trace:
         return "".join(self.steps)
 
 
-def read_traces(path: str | Path, *, labelled: bool = True, delimiter: str = "\n") -> list[Trace]:
+def read_traces(
+    path: str | Path,
+    *,
+    labelled: bool = True,
+    delimiter: str = "\n",
+    redact: Redact | None = None,
+) -> list[Trace]:
     """The traces of a file in order; InputError names the row and the field of the first fault.
 
-    labelled: every row must have labels. delimiter: where a plain `completion` is cut.
+    labelled: every row must have labels. delimiter: where a plain `completion` is cut. redact: run
+    on every text of a row as soon as it is read.
     """
     path = Path(path)
     seen: dict[str, int] = {}
@@ -57,7 +65,7 @@ def read_traces(path: str | Path, *, labelled: bool = True, delimiter: str = "\n
     for number, row in read_rows(path):
         where = f"{path}: row {number}"
         try:
-            known = stepwise(row)
+            known = stepwise(redacted(row, redact))
             if known is None:
                 empty.append(number)
                 continue

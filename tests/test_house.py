@@ -36,8 +36,11 @@ STAIR = [
     },
     {"integrations"},
     {"algos"},
-    {"rewards", "tasks", "labels", "prm_train"},
-    {*"models rollout batch checkpoint log config lora logprobs prm prm_heads asking".split()},
+    {*"rewards tasks labels prm_train implicit_train template trajectory".split()},
+    {
+        *"models rollout batch checkpoint log config lora logprobs prm prm_heads asking".split(),
+        *"encoder asker".split(),
+    },
     {
         *(
             "loss",
@@ -50,6 +53,10 @@ STAIR = [
             "choice",
             "curves",
             "judging",
+            "quality",
+            "targets",
+            "cache",
+            "redact",
             "pairs",
         ),
         *(

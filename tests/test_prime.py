@@ -305,11 +305,28 @@ def test_a_merged_adapter_is_a_plain_model():
         ({"form": "grpo", "verl_baseline": True}, "algo.verl_baseline"),
         ({"lora_rank": 2, "prm": "x"}, "algo.prm"),
         ({"kind": "grpo"}, "algo.kind"),
+        ({"prm_updates": 0}, "algo.prm_updates"),
+        ({"prm_replay": 3}, "algo.prm_replay"),
+        ({"process_warmup": -1}, "algo.process_warmup"),
     ],
 )
 def test_knobs_that_make_no_sense_are_refused(knobs, named):
     with pytest.raises(InputError, match=named):
         prime(**knobs)
+
+
+def test_the_process_weight_grows_from_nothing():
+    algo = held_alone(prime(process_warmup=4, process_weight=2.0, whiten=False))
+    rewards = Rewards([scored(o) for o in WON], token=[0.05 * torch.tensor(q) for q in Q])
+    found = []
+    for step in (1, 2, 4, 5, 9):
+        algo.clock.step = step
+        found.append(algo.advantage(rewards, example_rollout()))
+    outcome = torch.tensor([1.0, 1, 1, -1, -1, -1, -1, -1, -1, 1, 1]) * 2 / 3
+    assert torch.allclose(found[0], outcome, atol=1e-6)
+    for advantage, share in zip(found[1:], (0.25, 0.75, 1.0, 1.0), strict=True):
+        whole = found[-1] - outcome
+        assert torch.allclose(advantage - outcome, share * whole, atol=1e-5)
 
 
 def small(*changes):
@@ -321,6 +338,7 @@ def small(*changes):
     [
         ("filter={low: 0.1, high: 0.9, rounds: 4}", "prompts_per_step=2", "seed=1"),
         ("algo={lora_rank: 2, order: double}", "filter={low: 0, high: 1}", "loss.kl_coef=0.01"),
+        ("algo={prm_updates: 3, prm_replay: 2, process_warmup: 3, prm_learning_rate: 1e-3}",),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, more):
@@ -337,5 +355,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, more):
     ]
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     assert all("process/prm_accuracy" in r and r["process/prm_grad_norm"] > 0 for r in rows)
+    if "prm_replay" in more[0]:
+        assert [r["process/weight"] for r in rows] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     if "filter" in more[0]:
         assert rows[1]["filter/waiting"] > 0  # what waited went through the checkpoint

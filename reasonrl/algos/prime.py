@@ -10,13 +10,17 @@ accuracy filter is the run's (`filter.low`, `filter.high`); outcomes may be soft
 Flags of the released code: `verl_baseline`, `batch_norm` (scores over their largest return, over
 all ranks; a floor keeps early noise small), `last_token=false`. Memory: `lora_rank` makes pi_phi an
 adapter on the reference, `reference="policy"` takes the policy's own log-probabilities instead.
+
+Not in the paper, for small models (all off by default): `prm_updates` and `prm_replay` let the
+reward model read rollouts more than once (implicit_train.py); `process_warmup` lets its rewards
+count little by little over the first steps, while it learns from ordinary outcome-only ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,13 +28,11 @@ from torch import Tensor
 from reasonrl import lora, models, ops
 from reasonrl.algos.base import Algorithm, Start, outcomes
 from reasonrl.batch import cu_seqlens, lengths
+from reasonrl.implicit_train import Learning
 from reasonrl.logprobs import rollout_logp
-from reasonrl.ranks import gathered, summed
-from reasonrl.records import InputError, NonFiniteStop, Rewards, Rollout
+from reasonrl.ranks import gathered
+from reasonrl.records import InputError, Rewards, Rollout
 from reasonrl.rewards.implicit import ImplicitPRM, same_vocabulary
-from reasonrl.state_file import load_state, save_state
-
-PATIENCE = 3  # steps in a row with a gradient that is not finite
 
 
 @dataclass
@@ -39,8 +41,7 @@ class Held:
 
     start: Start | None = None
     prm: ImplicitPRM | None = None
-    optimizer: Any = None
-    skipped: int = 0
+    learning: Learning | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Prime(Algorithm):
     prm: str = ""  # a folder; empty: a copy of the policy RL starts from
     prm_learning_rate: float = 1e-6
     prm_grad_clip: float = 10.0
+    prm_updates: int = 1  # optimiser steps of the reward model in every step
+    prm_replay: int = 0  # steps whose rollouts the updates after the first read; 0: the newest
+    process_warmup: int = 0  # steps over which the process weight grows from 0
     lora_rank: int = 0
     held: Held = field(default_factory=Held, init=False, repr=False, compare=False)
 
@@ -73,6 +77,15 @@ class Prime(Algorithm):
             ("batch_norm_floor", self.batch_norm_floor > 0, "> 0", self.batch_norm_floor),
             ("prm_learning_rate", self.prm_learning_rate >= 0, ">= 0", self.prm_learning_rate),
             ("prm_grad_clip", self.prm_grad_clip > 0, "> 0", self.prm_grad_clip),
+            ("prm_updates", self.prm_updates >= 1, ">= 1", self.prm_updates),
+            ("prm_replay", self.prm_replay >= 0, ">= 0", self.prm_replay),
+            (
+                "prm_replay",
+                not self.prm_replay or self.prm_updates > 1,
+                "0 with prm_updates=1",
+                self.prm_replay,
+            ),
+            ("process_warmup", self.process_warmup >= 0, ">= 0", self.process_warmup),
             ("lora_rank", self.lora_rank >= 0, ">= 0", self.lora_rank),
             ("verl_baseline", not self.verl_baseline or self.form == "rloo", "form=rloo", True),
             ("prm", not (self.prm and self.lora_rank), "empty with lora_rank", self.prm),
@@ -97,33 +110,35 @@ class Prime(Algorithm):
         model = lora.trainable(model, self.lora_rank)
         ref = initial if kept else None  # else the adapter switched off, or the policy
         self.held.prm = ImplicitPRM(model, ref, beta=self.beta, tokens=start.tokens)
-        self.held.optimizer = torch.optim.AdamW(
-            [p for p in model.model.parameters() if p.requires_grad],
-            lr=self.prm_learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
+        self.held.learning = Learning(
+            self.held.prm,
+            start.accelerator,
+            rate=self.prm_learning_rate,
+            grad_clip=self.prm_grad_clip,
+            updates=self.prm_updates,
+            replay=self.prm_replay,
         )
         self.held.start = start
 
     def score(self, rollout: Rollout) -> Rewards:
         outcome, known = outcomes(task := Rewards(outcome=self.outcomes(rollout)))
         held = self.held
-        assert held.prm is not None and held.start is not None
-        accelerator = held.start.accelerator
-        count = sum(n for (n,) in gathered(accelerator, [float(known.sum())]))
+        assert held.prm is not None and held.start is not None and held.learning is not None
         ref = None
         if self.reference == "policy":
             ref = rollout_logp(self.policy, rollout, held.start.tokens)
-        scores, loss = held.prm.learn(rollout, outcome, known, max(count, 1.0), ref)
-        sums = _agreement(scores, outcome, known, max(count, 1.0)) | {"process/prm_loss": loss}
+        scores, loss, count = held.learning.read(rollout, outcome, known, ref)
+        sums = _agreement(scores, outcome, known, count) | {"process/prm_loss": loss}
+        accelerator = held.start.accelerator
         ranks = gathered(accelerator, list(sums.values()))
         total = [float(sum(column)) for column in zip(*ranks, strict=True)]
         metrics = dict(zip(sums, total, strict=True))
         if self.order == "double":
-            metrics |= self._step_prm()
+            metrics |= held.learning.step()
             scores = held.prm(rollout, ref)
         token = self._process(scores, rollout)
         metrics["process/return_std"] = _spread(token, rollout)
+        metrics["process/weight"] = self._weight()
         return Rewards(
             outcome=task.outcome,
             token=list(token.split(lengths(rollout))),
@@ -134,7 +149,7 @@ class Prime(Algorithm):
         outcome, known = outcomes(rewards)
         token = torch.cat(list(rewards.token)) if rewards.token else torch.zeros(0)
         value = ops.prime_advantage(
-            self.process_weight * token,
+            self._weight() * token,
             outcome,
             rollout.group,
             cu_seqlens=cu_seqlens(rollout),
@@ -147,36 +162,23 @@ class Prime(Algorithm):
         return self._whitened(value, known, rollout) if self.whiten else value
 
     def update(self, rollout: Rollout, rewards: Rewards) -> dict[str, float]:
-        return self._step_prm() if self.order == "single" else {}
+        assert self.held.learning is not None
+        return self.held.learning.step() if self.order == "single" else {}
 
     def save(self, folder: Path) -> None:
-        assert self.held.prm is not None
+        assert self.held.prm is not None and self.held.learning is not None
         lora.save(self.held.prm.prm, folder)
-        save_state(folder / "prm_optimizer", self.held.optimizer.state_dict())
+        self.held.learning.save(folder)
 
     def restore(self, folder: Path) -> None:
-        assert self.held.prm is not None
+        assert self.held.prm is not None and self.held.learning is not None
         lora.restore(self.held.prm.prm, folder)
-        self.held.optimizer.load_state_dict(load_state(folder / "prm_optimizer"))
+        self.held.learning.restore(folder)
 
-    def _step_prm(self) -> dict[str, float]:
-        """Step pi_phi on the gradient that `learn` left; one that is not finite is left out."""
-        held = self.held
-        assert held.start is not None
-        parameters = held.optimizer.param_groups[0]["params"]
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        summed(held.start.accelerator, [p.grad for p in parameters])
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.prm_grad_clip))
-        finite = norm == norm and norm != float("inf")
-        if finite:
-            held.optimizer.step()
-        held.skipped = 0 if finite else held.skipped + 1
-        held.optimizer.zero_grad(set_to_none=True)
-        if held.skipped >= PATIENCE:
-            raise NonFiniteStop(f"the reward model's gradient was not finite {PATIENCE} times")
-        return {"process/prm_grad_norm": norm, "process/prm_skipped": float(not finite)}
+    def _weight(self) -> float:
+        """The process weight of the step under way: 0 at the first of a warm-up."""
+        done = (self.clock.step - 1) / self.process_warmup if self.process_warmup else 1.0
+        return self.process_weight * min(done, 1.0)
 
     def _process(self, scores: Rewards, rollout: Rollout) -> Tensor:
         """(N,) token rewards under the flags; NaN where the outcome is unknown."""

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from reasonrl.commands.prm import unescaped
+from reasonrl.commands.label import unescaped
 from reasonrl.records import InputError
 
 HOWS = ("min", "mean", "last", "prod", "total")

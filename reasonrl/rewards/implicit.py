@@ -79,6 +79,13 @@ class ImplicitPRM:
             value[places(rollout, batch.rows)] = self.beta * (logp.detach() - ref).cpu()
         return self._rewards(rollout, value), total
 
+    def reference_logp(self, rollout: Rollout) -> Tensor:
+        """(N,) fp32 log-probabilities of the reference, on the CPU."""
+        value = torch.full((sum(lengths(rollout)),), math.nan)
+        for batch in pack(rollout, None, self.tokens):
+            value[places(rollout, batch.rows)] = self._ref(batch).cpu()
+        return value
+
     def _ref(self, batch: Batch) -> Tensor:
         if batch.ref_logp is not None:
             return batch.ref_logp

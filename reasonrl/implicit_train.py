@@ -1,0 +1,158 @@
+"""How an implicit reward model learns while a run goes on: its optimiser, and what it reads again.
+
+PRIME (arXiv 2502.01456) takes one step on the newest rollouts (`updates=1`). A small model whose
+completions are short gets too few labels that way. More updates read rollouts again: those of the
+last `replay` steps, or the newest alone (`replay=0`). Nothing is sampled for it, and what the
+scores were before the first step is what the policy is paid. Which past step an update reads is
+drawn from the number of steps seen, so a resumed run draws the same. Left out: a memory shared
+between ranks (refused there).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from reasonrl.batch import lengths
+from reasonrl.ranks import gathered, summed
+from reasonrl.records import InputError, NonFiniteStop, Problem, Rewards, Rollout
+from reasonrl.rewards.implicit import ImplicitPRM
+from reasonrl.state_file import load_state, save_state
+
+PATIENCE = 3  # steps in a row with a gradient that is not finite
+
+
+class Labelled(NamedTuple):
+    """Rollouts with their outcomes, as the reward model reads them."""
+
+    rollout: Rollout
+    outcome: Tensor  # (B,) fp32
+    known: Tensor  # (B,) bool
+    count: float  # known outcomes, of all ranks
+    ref: Tensor | None  # (N,) fp32 log-probabilities of the reference
+
+
+class Learning:
+    """`read` gives scores and leaves a gradient, `step` takes it and any further updates."""
+
+    def __init__(
+        self,
+        prm: ImplicitPRM,
+        accelerator: Accelerator,
+        *,
+        rate: float = 1e-6,
+        grad_clip: float = 10.0,
+        updates: int = 1,  # optimiser steps for every `step`, the first on the newest rollouts
+        replay: int = 0,  # steps whose rollouts the other updates choose from, the newest included
+    ):
+        if replay and accelerator.num_processes > 1:
+            raise InputError("algo.prm_replay: expected 0 with several processes, got a memory")
+        self.prm, self.accelerator = prm, accelerator
+        self.grad_clip, self.updates = grad_clip, updates
+        self.parameters = [p for p in prm.prm.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.memory: deque[Labelled] = deque(maxlen=max(1, replay))
+        self.remembers = replay > 0
+        self.seen = 0  # calls of `read`
+        self.skipped = 0
+
+    def read(
+        self, rollout: Rollout, outcome: Tensor, known: Tensor, ref: Tensor | None = None
+    ) -> tuple[Rewards, float, float]:
+        """Token rewards, this rank's share of the loss, and the known outcomes of all ranks."""
+        count = _total(self.accelerator, float(known.sum()))
+        if self.updates > 1 and ref is None:  # asked once for all readings
+            ref = self.prm.reference_logp(rollout)
+        found = Labelled(rollout, outcome, known, max(count, 1.0), ref)
+        scores, loss = self.prm.learn(rollout, outcome, known, found.count, ref)
+        if self.updates > 1:
+            self.memory.append(found)
+        self.seen += 1
+        return scores, loss, found.count
+
+    def step(self) -> dict[str, float]:
+        """Step on the gradient that `read` left, then on what is read again."""
+        metrics = self._apply()
+        draw = torch.Generator().manual_seed(self.seen)
+        losses = []
+        for _ in range(self.updates - 1):
+            at = int(torch.randint(len(self.memory), (), generator=draw))
+            one = self.memory[at]
+            losses.append(
+                self.prm.learn(one.rollout, one.outcome, one.known, one.count, one.ref)[1]
+            )
+            metrics["process/prm_skipped"] += self._apply()["process/prm_skipped"]
+        if losses:
+            total = _total(self.accelerator, sum(losses))
+            metrics["process/prm_replay_loss"] = total / len(losses)
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        save_state(folder / "prm_optimizer", self.optimizer.state_dict())
+        if self.remembers:
+            memory = [_plain(one) for one in self.memory]
+            save_state(folder / "prm_memory", {"seen": self.seen, "memory": memory})
+
+    def restore(self, folder: Path) -> None:
+        self.optimizer.load_state_dict(load_state(folder / "prm_optimizer"))
+        if self.remembers:
+            state = load_state(folder / "prm_memory")
+            self.seen = state["seen"]
+            self.memory.extend(_labelled(plain) for plain in state["memory"])
+
+    def _apply(self) -> dict[str, float]:
+        """One optimiser step; a gradient that is not finite is left out."""
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        summed(self.accelerator, [p.grad for p in self.parameters if p.grad is not None])
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip))
+        finite = norm == norm and norm != float("inf")
+        if finite:
+            self.optimizer.step()
+        self.skipped = 0 if finite else self.skipped + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped >= PATIENCE:
+            raise NonFiniteStop(f"the reward model's gradient was not finite {PATIENCE} times")
+        return {"process/prm_grad_norm": norm, "process/prm_skipped": float(not finite)}
+
+
+def _total(accelerator: Accelerator, mine: float) -> float:
+    return sum(value for (value,) in gathered(accelerator, [mine]))
+
+
+def _plain(one: Labelled) -> dict[str, Any]:
+    rollout = one.rollout
+    ids = [i for part in rollout.completion_ids for i in part]
+    return {
+        "prompts": [list(part) for part in rollout.prompt_ids],
+        "ids": torch.tensor(ids, dtype=torch.long),
+        "lengths": lengths(rollout),
+        "group": rollout.group,
+        "outcome": one.outcome,
+        "known": one.known,
+        "count": one.count,
+        "ref": one.ref,
+    }
+
+
+def _labelled(plain: dict[str, Any]) -> Labelled:
+    parts = plain["ids"].split(plain["lengths"])
+    rollout = Rollout(
+        problems=[Problem(str(i), "") for i in range(len(plain["prompts"]))],
+        prompt_ids=plain["prompts"],
+        group=plain["group"],
+        completion_ids=[part.tolist() for part in parts],
+        text=(),
+        finished=(),
+        logp=(),
+        pieces=(),
+    )
+    return Labelled(rollout, plain["outcome"], plain["known"], plain["count"], plain["ref"])
