@@ -2,67 +2,111 @@
 
 import pytest
 import torch
-from test_prime import Alone, Graded, begun, graded, made_up, tiny
 
-from reasonrl.algos import Prime
-from reasonrl.algos.base import Start, make
+from reasonrl import models
+from reasonrl.implicit_train import Learning
 from reasonrl.lora import trainable
-from reasonrl.records import InputError
+from reasonrl.records import InputError, Problem, Rollout
 from reasonrl.rewards.implicit import ImplicitPRM
 
-
-def test_more_updates_read_the_past_again_and_only_then_cost_a_reference():
-    rollouts = [graded(made_up(seed=s)) for s in range(3)]
-    once, often = begun(tiny(0)), begun(tiny(0), prm_updates=4, prm_replay=2)
-    losses = []
-    for algo in (once, often):
-        for rollout in rollouts:
-            rewards = algo.score(rollout)
-            metrics = algo.update(rollout, rewards)
-        losses.append(algo.score(rollouts[-1]).metrics["process/prm_loss"])
-        assert ("process/prm_replay_loss" in metrics) == (algo is often)
-    assert losses[1] < losses[0]
-    assert len(once.held.learning.memory) == 0
-    kept = [one.rollout for one in often.held.learning.memory]
-    assert kept == [rollouts[2], rollouts[2]]  # the last two that were read
+ALL = torch.ones(6, dtype=torch.bool)
 
 
-def test_one_update_a_step_is_the_paper_whatever_the_memory_is_called():
-    """The first update of many is the only one of the plain way: bit for bit."""
-    rollout = graded(made_up())
-    plain, many = begun(tiny(0)), begun(tiny(0), prm_updates=2)
-    for algo in (plain, many):
-        algo.score(rollout)
-    many.held.learning.updates = 1
-    plain.update(rollout, None)
-    many.update(rollout, None)
-    for a, b in zip(plain.held.prm(rollout).token, many.held.prm(rollout).token, strict=True):
-        assert torch.equal(a, b)
+class Ranks:
+    def __init__(self, count=1):
+        self.num_processes = count
 
 
-def test_rereading_takes_the_gradient_of_the_past_labels():
-    """One re-read rollout, checked against steps of torch's AdamW on the same losses."""
-    rollout = graded(made_up())
-    algo = begun(tiny(0), prm_updates=3)
-    rewards = algo.score(rollout)
-    algo.update(rollout, rewards)
-    prm = ImplicitPRM(trainable(tiny(0)), tiny(0))
+def tiny():
+    return models.load("tiny", dtype="fp32", seed=0, width=32, layers=2)
+
+
+def labelled(seed=0):
+    """Six completions of two prompts, right where the first token is even."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(4, 90, (n,), generator=generator).tolist()  # noqa: E731
+    completions = [ids(n) for n in (3, 5, 1, 4, 2, 2)]
+    rollout = Rollout(
+        problems=[Problem("0", ""), Problem("1", "")],
+        prompt_ids=[ids(6), ids(6)],
+        group=torch.tensor([0, 0, 0, 1, 1, 1]),
+        completion_ids=completions,
+        text=(),
+        finished=(),
+        logp=(),
+        pieces=(),
+    )
+    return rollout, torch.tensor([float(c[0] % 2 == 0) for c in completions])
+
+
+def learning(ranks=1, **options):
+    prm = ImplicitPRM(trainable(tiny()), tiny())
+    return Learning(prm, Ranks(ranks), rate=0.01, **options)  # type: ignore[arg-type]
+
+
+def tokens(one, rollout):
+    return torch.cat(list(one.prm(rollout).token or ()))
+
+
+def test_updates_are_steps_of_adamw_on_the_labels_read_again():
+    rollout, outcome = labelled()
+    one = learning(updates=3)
+    scores, loss, count = one.read(rollout, outcome, ALL)
+    assert count == 6 and float(torch.cat(list(scores.token)).abs().max()) == 0.0  # before any step
+    metrics = one.step()
+    prm = ImplicitPRM(trainable(tiny()), tiny())
     parameters = list(prm.prm.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
-    outcome = torch.tensor([s.value for s in rollout.outcome])
+    losses = []
     for _ in range(3):
-        prm.learn(rollout, outcome, outcome >= 0, 6.0)
+        losses.append(prm.learn(rollout, outcome, ALL, 6.0)[1])
         torch.nn.utils.clip_grad_norm_(parameters, 10.0)
         optimizer.step()
         optimizer.zero_grad()
-    for a, b in zip(algo.held.prm(rollout).token, prm(rollout).token, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    assert loss == pytest.approx(losses[0])
+    assert metrics["process/prm_replay_loss"] == pytest.approx(sum(losses[1:]) / 2, rel=1e-5)
+    assert torch.allclose(tokens(one, rollout), torch.cat(list(prm(rollout).token)), atol=1e-6)
+
+
+def test_one_update_keeps_nothing_and_asks_the_reference_once():
+    rollout, outcome = labelled()
+    one = learning()
+    one.read(rollout, outcome, ALL)
+    assert "process/prm_replay_loss" not in one.step() and len(one.memory) == 0
+
+
+def test_the_memory_holds_the_last_steps_and_learns_more_from_them():
+    losses = {}
+    for updates in (1, 5):
+        one = learning(updates=updates, replay=2 if updates > 1 else 0)
+        for seed in (0, 1, 2):
+            one.read(*labelled(seed), ALL)
+            one.step()
+        losses[updates] = one.prm.learn(*labelled(2), ALL, 6.0)[1]
+        if updates > 1:
+            kept = [r.rollout.completion_ids for r in one.memory]
+            assert kept == [labelled(seed)[0].completion_ids for seed in (1, 2)]
+    assert losses[5] < losses[1]
+
+
+def test_a_restored_memory_draws_and_learns_the_same(tmp_path):
+    whole, broken = (learning(updates=4, replay=3) for _ in range(2))
+    for seed in (0, 1):
+        for one in (whole, broken):
+            one.read(*labelled(seed), ALL)
+            one.step()
+    broken.save(tmp_path)
+    fresh = learning(updates=4, replay=3)
+    fresh.prm.prm.model.load_state_dict(broken.prm.prm.model.state_dict())
+    fresh.restore(tmp_path)
+    for seed in (2, 3):
+        for one in (whole, fresh):
+            one.read(*labelled(seed), ALL)
+            one.step()
+    rollout, _ = labelled(9)
+    assert torch.equal(tokens(whole, rollout), tokens(fresh, rollout))
 
 
 def test_a_memory_is_refused_with_several_processes():
-    class Pair(Alone):
-        num_processes = 2
-
-    algo = make(Prime, Graded(), tiny(0), {"prm_updates": 2, "prm_replay": 2})
     with pytest.raises(InputError, match="algo.prm_replay"):
-        algo.begin(Start(tiny(0).frozen(), False, Pair(), 4096))  # type: ignore[arg-type]
+        learning(ranks=2, updates=2, replay=2)
