@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-NAMES = ("ops", "step", "serve")  # the module bench.<name> has main(arguments) -> exit status
+NAMES = ("ops", "step", "prime", "serve")  # the module bench.<name> has main(arguments) -> exit status
 
 
 def main(arguments: Sequence[str]) -> int:
