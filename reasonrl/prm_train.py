@@ -94,10 +94,11 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     run = _start(config, out, resume, policy)
+    encoded = {id(t): _encoded(run.prm, t) for t in traces}
     learn, held = _divide(traces, config.held_out)
     if not learn:
-        raise InputError("expected at least one labelled trace to learn from, got none")
-    encoded = {id(t): _encoded(run.prm, t) for t in [*learn, *held]}
+        why = f"; all {len(held)} are held out, set held_out=0" if held else ""
+        raise InputError(f"expected at least one labelled trace to learn from, got none{why}")
     if out is not None:
         replace_file(out / "config.yaml", write_yaml(config.model_dump(mode="json")).encode())
         truncate_rows(out / "metrics.jsonl", run.step)
