@@ -73,7 +73,7 @@ class Labeller:
         ]
         replies = self.judge.ask([call.prompt for call in calls])
         pairs = zip(calls, replies, strict=True)
-        marks = iter([quality.read(reply, call.nonce) for call, reply in pairs])
+        marks = iter([_mark(reply, call.nonce) for call, reply in pairs])
         return [[next(marks) for _ in one.trace.steps] for one in chunk]
 
     def _trajectories(self, chunk: Sequence[Thought]) -> list[tuple[Score, str] | None]:
@@ -138,6 +138,11 @@ class Labeller:
                 f"coherence {self.coherence}: expected traces of at least two prompts, got one"
             )
         return draw.sample(foreign, min(self.others, len(foreign)))
+
+
+def _mark(reply: str, nonce: str) -> float | str:
+    value = quality.read(reply, nonce)
+    return f"{value}; the judge wrote {brief(reply)}" if isinstance(value, str) else value
 
 
 def read_thoughts(path: str | Path, delimiter: str, redact: Redact | None = None) -> list[Thought]:

@@ -106,7 +106,8 @@ def test_a_judge_that_talks_nonsense_leaves_a_reason_and_loses_nothing(tmp_path,
     judge = Rates(lambda step, own: "as you like: 11/10" if "wrong" in step else own)
     good, bad, last = Labeller(encoder, judge)(thoughts(tmp_path))
     assert "reason" not in good and "reason" not in last
-    assert bad["reason"] == "step 0: field 'quality': no quality"
+    wrote = "no quality; the judge wrote 'as you like: 11/10'"
+    assert bad["reason"] == f"step 0: field 'quality': {wrote}"
     assert "labels" not in bad and bad["completions"] == ROWS[1]["completions"]
     assert bad["response"] == "so\n\n2" and bad["answer"] == "2"
 
@@ -362,4 +363,5 @@ def test_a_judge_in_this_process_that_cannot_judge_ends_with_a_reason(tmp_path, 
     assert main([*words, "--out", str(out)]) == 2
     assert "no trace could be labelled" in capsys.readouterr().err
     aside = [json.loads(line) for line in (tmp_path / "rows.unlabelled.jsonl").open()]
+    assert not out.exists()
     assert len(aside) == 3 and all("field 'quality'" in row["reason"] for row in aside)

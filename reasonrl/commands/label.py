@@ -153,6 +153,7 @@ def _scores(options: argparse.Namespace) -> int:
     else:
         aside.unlink(missing_ok=True)  # of an earlier run
     if not count:
+        options.out.unlink()  # an empty file would only be refused later
         raise InputError(f"{options.data}: no trace could be labelled; see {aside}")
     return 0
 
