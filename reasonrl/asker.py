@@ -1,7 +1,7 @@
 """Asking a language model in words: one small protocol, a model in this process, a memory.
 
 Whoever has `ask(prompts) -> replies`, one reply a prompt in order, is an Asker: a model in this
-process (`PolicyAsker`), a client of a server. A reply that could not be had is an empty string,
+process (`PolicyAsker`), a client of a chat server with its settings fixed (`ClientAsker`). A reply that could not be had is an empty string,
 never an invented one; who reads replies must say what an empty one means. The same prompt several
 times in one call asks for as many samples.
 """
@@ -16,7 +16,7 @@ from typing import Protocol
 from reasonrl.cache import Cache
 from reasonrl.models import Policy
 from reasonrl.prompts import render
-from reasonrl.records import Problem
+from reasonrl.records import Problem, Score
 from reasonrl.rollout import Sampling, sample
 
 logger = logging.getLogger("reasonrl")
@@ -59,6 +59,40 @@ class PolicyAsker:
         for i, text in zip(fits, done.text, strict=True):
             out[i] = text
         return out
+
+
+class Client(Protocol):
+    """What a client of an OpenAI-compatible server offers."""
+
+    def ask(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, seeds: Sequence[int]
+    ) -> Sequence[str | Score]:
+        """A text for each prompt, or a score that says why there is none."""
+        ...
+
+
+class ClientAsker:
+    """A client with its settings fixed; the k-th of equal prompts in a call has a seed of its
+    own."""
+
+    def __init__(
+        self, client: Client, *, max_tokens: int = 512, temperature: float = 0.0, seed: int = 0
+    ):
+        self.client, self.seed = client, seed
+        self.max_tokens, self.temperature = max_tokens, temperature
+
+    def ask(self, prompts: Sequence[str]) -> list[str]:
+        seen: Counter[str] = Counter()
+        seeds = []
+        for prompt in prompts:
+            seeds.append((self.seed * 1_000_003 + seen[prompt]) % 2**31)
+            seen[prompt] += 1
+        limits = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        replies = self.client.ask(prompts, **limits, seeds=seeds)
+        lost = [reply.reason for reply in replies if not isinstance(reply, str)]
+        if lost:
+            logger.warning("%d of %d prompts have no reply: %s", len(lost), len(prompts), lost[0])
+        return [reply if isinstance(reply, str) else "" for reply in replies]
 
 
 class Remembered:

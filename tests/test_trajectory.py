@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from reasonrl import InputError, models, template
-from reasonrl.asker import PolicyAsker, Remembered
+from reasonrl.asker import ClientAsker, PolicyAsker, Remembered
 from reasonrl.cache import FILE, Cache, fingerprint
 from reasonrl.cli import main
 from reasonrl.commands import label as command
 from reasonrl.encoder import Encoder
+from reasonrl.records import infra
 from reasonrl.redact import load, redacted
 from reasonrl.rows import Refused
 from reasonrl.stepwise import read_traces, write_rows
@@ -256,6 +257,22 @@ def test_a_model_in_this_process_answers_and_one_without_room_says_nothing():
     assert asker.ask(["hello"]) == [short]  # greedy
     warm = PolicyAsker(models.load("tiny", dtype="fp32", **SMALL), max_tokens=8, temperature=1.0)
     assert len({*warm.ask(["hello"] * 6), *warm.ask(["hello"] * 6)}) == 12
+
+
+def test_a_client_of_a_server_is_an_asker(caplog):
+    class Server:
+        def ask(self, prompts, *, max_tokens, temperature, seeds):
+            self.given = (max_tokens, temperature, seeds)
+            return [
+                infra("503") if "bad" in p else f"{p}-{s}"
+                for p, s in zip(prompts, seeds, strict=True)
+            ]
+
+    server = Server()
+    asker = ClientAsker(server, max_tokens=9, temperature=0.5)
+    assert asker.ask(["a", "bad", "a"]) == ["a-0", "", "a-1"]  # equal prompts, different seeds
+    assert server.given == (9, 0.5, [0, 0, 1]) and "1 of 3 prompts" in caplog.text
+    assert "503" in caplog.text
 
 
 def test_redaction_comes_before_judge_cache_and_disk(tmp_path, encoder):
