@@ -1,9 +1,9 @@
 """Asking a language model in words: one small protocol, a model in this process, a memory.
 
 Whoever has `ask(prompts) -> replies`, one reply a prompt in order, is an Asker: a model in this
-process (`PolicyAsker`), a client of a chat server with its settings fixed (`ClientAsker`). A reply that could not be had is an empty string,
-never an invented one; who reads replies must say what an empty one means. The same prompt several
-times in one call asks for as many samples.
+process (`PolicyAsker`), a client of a chat server with its settings fixed (`ClientAsker`). A reply
+that could not be had is an empty string, never an invented one; who reads replies must say what an
+empty one means. The same prompt several times in one call asks for as many samples.
 """
 
 from __future__ import annotations
