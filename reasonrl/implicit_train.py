@@ -4,8 +4,9 @@ PRIME (arXiv 2502.01456) takes one step on the newest rollouts (`updates=1`). A 
 completions are short gets too few labels that way. More updates read rollouts again: those of the
 last `replay` steps, or the newest alone (`replay=0`). Nothing is sampled for it, and what the
 scores were before the first step is what the policy is paid. Which past step an update reads is
-drawn from the number of steps seen, so a resumed run draws the same. Left out: a memory shared
-between ranks (refused there).
+drawn from the number of steps seen, so a resumed run draws the same. `average` pays the scores of
+an exponential average of the model's weights: few labels make each step noisy, and the noise is
+most of what a young model says. Left out: a memory shared between ranks (refused there).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Learning:
         grad_clip: float = 10.0,
         updates: int = 1,  # optimiser steps for every `step`, the first on the newest rollouts
         replay: int = 0,  # steps whose rollouts the other updates choose from, the newest included
+        average: float = 0.0,  # what the averaged weights keep of themselves at every update
     ):
         if replay and accelerator.num_processes > 1:
             raise InputError("algo.prm_replay: expected 0 with several processes, got a memory")
@@ -58,6 +60,10 @@ class Learning:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0
         )
+        self.average = average
+        self.mean: ImplicitPRM | None = None
+        if average:
+            self.mean = ImplicitPRM(prm.prm.frozen(), prm.ref, beta=prm.beta, tokens=prm.tokens)
         self.memory: deque[Labelled] = deque(maxlen=max(1, replay))
         self.remembers = replay > 0
         self.seen = 0  # calls of `read`
@@ -68,14 +74,22 @@ class Learning:
     ) -> tuple[Rewards, float, float]:
         """Token rewards, this rank's share of the loss, and the known outcomes of all ranks."""
         count = _total(self.accelerator, float(known.sum()))
-        if self.updates > 1 and ref is None:  # asked once for all readings
+        if ref is None and (
+            self.updates > 1 or self.mean is not None
+        ):  # asked once for all readings
             ref = self.prm.reference_logp(rollout)
         found = Labelled(rollout, outcome, known, max(count, 1.0), ref)
         scores, loss = self.prm.learn(rollout, outcome, known, found.count, ref)
+        if self.mean is not None:
+            scores = self.mean(rollout, ref)
         if self.updates > 1:
             self.memory.append(found)
         self.seen += 1
         return scores, loss, found.count
+
+    def score(self, rollout: Rollout, ref: Tensor | None = None) -> Rewards:
+        """Token rewards now, of the averaged weights where there are some."""
+        return (self.mean or self.prm)(rollout, ref)
 
     def step(self) -> dict[str, float]:
         """Step on the gradient that `read` left, then on what is read again."""
@@ -100,7 +114,16 @@ class Learning:
             memory = [_plain(one) for one in self.memory]
             save_state(folder / "prm_memory", {"seen": self.seen, "memory": memory})
 
+        if self.mean is not None:
+            weights = [mine for mine, _ in self._averaged()]
+            save_state(folder / "prm_average", {"weights": weights})
+
     def restore(self, folder: Path) -> None:
+        if self.mean is not None:
+            kept = load_state(folder / "prm_average")["weights"]
+            with torch.no_grad():
+                for (mine, _), value in zip(self._averaged(), kept, strict=True):
+                    mine.copy_(value)
         self.optimizer.load_state_dict(load_state(folder / "prm_optimizer"))
         if self.remembers:
             state = load_state(folder / "prm_memory")
@@ -117,11 +140,21 @@ class Learning:
         finite = norm == norm and norm != float("inf")
         if finite:
             self.optimizer.step()
+            with torch.no_grad():
+                for mine, new in self._averaged():
+                    mine.lerp_(new, 1 - self.average)
         self.skipped = 0 if finite else self.skipped + 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped >= PATIENCE:
             raise NonFiniteStop(f"the reward model's gradient was not finite {PATIENCE} times")
         return {"process/prm_grad_norm": norm, "process/prm_skipped": float(not finite)}
+
+    def _averaged(self) -> list[tuple[Tensor, Tensor]]:
+        """The averaged weights and the newest, of every parameter that learns."""
+        if self.mean is None:
+            return []
+        pairs = zip(self.mean.prm.model.parameters(), self.prm.prm.model.parameters(), strict=True)
+        return [(mine, new) for mine, new in pairs if new.requires_grad]
 
 
 def _total(accelerator: Accelerator, mine: float) -> float:

@@ -107,6 +107,40 @@ def test_a_restored_memory_draws_and_learns_the_same(tmp_path):
     assert torch.equal(tokens(whole, rollout), tokens(fresh, rollout))
 
 
+def test_the_average_of_the_weights_pays_and_comes_back(tmp_path):
+    rollout, outcome = labelled()
+    one = learning(updates=2, average=0.75)
+    start = [p.detach().clone() for p in one.prm.prm.model.parameters()]
+    path = [start]
+    for seed in (0, 1):
+        one.read(*labelled(seed), ALL)
+        apply = one._apply
+
+        def kept(apply=apply):
+            found = apply()
+            path.append([p.detach().clone() for p in one.prm.prm.model.parameters()])
+            return found
+
+        one._apply = kept  # type: ignore[method-assign]
+        one.step()
+        one._apply = apply  # type: ignore[method-assign]
+    assert len(path) == 5
+    for at, mine in enumerate(one.mean.prm.model.parameters()):
+        expected = path[0][at]
+        for after in path[1:]:
+            expected = 0.75 * expected + 0.25 * after[at]
+        assert torch.allclose(mine, expected, atol=1e-6)
+    paid = torch.cat(list(one.read(rollout, outcome, ALL)[0].token))
+    assert torch.equal(paid, torch.cat(list(one.mean(rollout).token)))
+    assert not torch.equal(paid, tokens(one, rollout))
+    assert torch.equal(paid, torch.cat(list(one.score(rollout).token)))
+
+    one.save(tmp_path)
+    fresh = learning(updates=2, average=0.75)
+    fresh.restore(tmp_path)
+    assert torch.equal(torch.cat(list(fresh.score(rollout).token)), paid)
+
+
 def test_a_memory_is_refused_with_several_processes():
     with pytest.raises(InputError, match="algo.prm_replay"):
         learning(ranks=2, updates=2, replay=2)

@@ -308,6 +308,7 @@ def test_a_merged_adapter_is_a_plain_model():
         ({"prm_updates": 0}, "algo.prm_updates"),
         ({"prm_replay": 3}, "algo.prm_replay"),
         ({"process_warmup": -1}, "algo.process_warmup"),
+        ({"prm_average": 1.0}, "algo.prm_average"),
     ],
 )
 def test_knobs_that_make_no_sense_are_refused(knobs, named):
@@ -338,7 +339,7 @@ def small(*changes):
     [
         ("filter={low: 0.1, high: 0.9, rounds: 4}", "prompts_per_step=2", "seed=1"),
         ("algo={lora_rank: 2, order: double}", "filter={low: 0, high: 1}", "loss.kl_coef=0.01"),
-        ("algo={prm_updates: 3, prm_replay: 2, process_warmup: 3, prm_learning_rate: 1e-3}",),
+        ("algo={prm_updates: 3, prm_replay: 2, prm_average: 0.9, process_warmup: 3}",),
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, more):

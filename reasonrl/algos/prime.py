@@ -12,8 +12,9 @@ all ranks; a floor keeps early noise small), `last_token=false`. Memory: `lora_r
 adapter on the reference, `reference="policy"` takes the policy's own log-probabilities instead.
 
 Not in the paper, for small models (all off by default): `prm_updates` and `prm_replay` let the
-reward model read rollouts more than once (implicit_train.py); `process_warmup` lets its rewards
-count little by little over the first steps, while it learns from ordinary outcome-only ones.
+reward model read rollouts more than once, `prm_average` pays the scores of an average of its
+weights (implicit_train.py); `process_warmup` lets its rewards count little by little over the first
+steps, while it learns from ordinary outcome-only ones.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Prime(Algorithm):
     prm_grad_clip: float = 10.0
     prm_updates: int = 1  # optimiser steps of the reward model in every step
     prm_replay: int = 0  # steps whose rollouts the updates after the first read; 0: the newest
+    prm_average: float = 0.0  # scores by an average of its weights that keeps this share a step
     process_warmup: int = 0  # steps over which the process weight grows from 0
     lora_rank: int = 0
     held: Held = field(default_factory=Held, init=False, repr=False, compare=False)
@@ -85,6 +87,7 @@ class Prime(Algorithm):
                 "0 with prm_updates=1",
                 self.prm_replay,
             ),
+            ("prm_average", 0 <= self.prm_average < 1, "0 to below 1", self.prm_average),
             ("process_warmup", self.process_warmup >= 0, ">= 0", self.process_warmup),
             ("lora_rank", self.lora_rank >= 0, ">= 0", self.lora_rank),
             ("verl_baseline", not self.verl_baseline or self.form == "rloo", "form=rloo", True),
@@ -117,6 +120,7 @@ class Prime(Algorithm):
             grad_clip=self.prm_grad_clip,
             updates=self.prm_updates,
             replay=self.prm_replay,
+            average=self.prm_average,
         )
         self.held.start = start
 
@@ -135,7 +139,7 @@ class Prime(Algorithm):
         metrics = dict(zip(sums, total, strict=True))
         if self.order == "double":
             metrics |= held.learning.step()
-            scores = held.prm(rollout, ref)
+            scores = held.learning.score(rollout, ref)
         token = self._process(scores, rollout)
         metrics["process/return_std"] = _spread(token, rollout)
         metrics["process/weight"] = self._weight()
