@@ -47,10 +47,7 @@ ARMS = {
     "outcome": ["algorithm=grpo", "algo={kind: rloo}", f"steps={int(STEPS * LONGER)}"],
     "prime": [f"steps={STEPS}"],  # PRIME's own keys are added by --prime
 }
-PRIME = (
-    "algo={beta: 1.0, order: double, prm_learning_rate: 3.0e-4, prm_updates: 4,"
-    " process_weight: 0.3, whiten: false}"
-)
+PRIME = "algo={beta: 1.0, prm_learning_rate: 1.0e-5, whiten: false}"  # the best of the search
 
 
 def main() -> None:
