@@ -5,8 +5,8 @@
 A seed: one cold-started policy, then both arms from it with the same filter, loss and rate.
 Held-out test problems are judged every few steps. Equal rollouts: both after STEPS steps. Equal
 seconds: the outcome arm runs on, and is read at its last evaluation within the time that PRIME's
-steps took (by each arm's median step). Finished arms are not run again. Writes results.json (every seed), results.md (means, 95 % t-intervals of the paired difference) and
-curve.svg.
+steps took (by each arm's median step). Finished arms are not run again. Writes results.json (every
+seed), results.md (means, 95 % t-intervals of the paired difference) and curve.svg.
 """
 
 from __future__ import annotations
