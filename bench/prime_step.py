@@ -25,7 +25,7 @@ from reasonrl.algos import GRPO, Prime
 from reasonrl.algos.base import Algorithm, Start
 from reasonrl.config import BatchLimit, Config
 from reasonrl.loss import LossSpec
-from reasonrl.records import Problem, Score, scored
+from reasonrl.records import Problem, Rewards, Score, scored
 from reasonrl.rollout import Sampling
 from reasonrl.update import Learner
 
@@ -37,6 +37,11 @@ SIDES: dict[str, dict[str, Any]] = {
     "lora": {"prm_learning_rate": 1e-5, "lora_rank": 8},
     "policy_reference": {"prm_learning_rate": 1e-5, "reference": "policy"},
 }
+
+
+@dataclass(frozen=True)
+class Shape(Step):
+    pack: int = 8192  # packed tokens of one micro-batch
 
 
 class Halves:
@@ -52,8 +57,6 @@ class Halves:
 @dataclass(frozen=True)
 class Outcome(Halves, GRPO):
     def score(self, rollout):
-        from reasonrl.records import Rewards
-
         return Rewards(outcome=self.outcomes(rollout))
 
 
@@ -65,7 +68,7 @@ class Halved(Halves, Prime):
 class Side:
     """One algorithm with its own policy and optimiser, stepped by the loop's own rooms."""
 
-    def __init__(self, name: str, settings: Step, dtype: str):
+    def __init__(self, name: str, settings: Shape, dtype: str):
         loaded = models.load(settings.model, dtype=dtype, device="cpu")
         policy = NeverEnds(loaded.model, loaded.tokenizer, loaded.compute)
         self.settings, self.name = settings, name
@@ -105,11 +108,6 @@ class Side:
         self.norms.append(found.get("process/prm_grad_norm", 0.0))
         spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]
         return dict(zip(PHASES, spans, strict=True)) | {"total": marks[-1] - marks[0]}
-
-
-@dataclass(frozen=True)
-class Shape(Step):
-    pack: int = 8192  # packed tokens of one micro-batch
 
 
 def measure(settings: Shape, dtype: str, names: list[str]) -> dict[str, Any]:
