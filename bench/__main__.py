@@ -10,7 +10,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-NAMES = ("ops", "step", "prime", "serve")  # the module bench.<name> has main(arguments) -> exit status
+# the module bench.<name> has main(arguments) -> exit status
+NAMES = ("ops", "step", "prime", "serve", "trl")
 
 
 def main(arguments: Sequence[str]) -> int:

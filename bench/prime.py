@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from bench import prime_step
-from bench.step import _high_water, _machine, _quiet
+from bench.machine import high_water, machine
+from bench.step import _quiet
 from reasonrl import ops
 from reasonrl.kernels import native
 from reasonrl.systems import implicit_reward
@@ -46,11 +47,11 @@ def main(arguments: Sequence[str]) -> int:
     _quiet()
     prime_step.set_threads(options.threads)
     if options.alone:
-        start = _high_water()
+        start = high_water()
         prime_step.alone(shape, options.dtype, options.alone)
-        print(json.dumps({"peak_mib": _high_water(), "start_mib": start}))
+        print(json.dumps({"peak_mib": high_water(), "start_mib": start}))
         return 0
-    report: dict[str, Any] = {"bench": "prime", "machine": _machine(), "settings": vars(options)}
+    report: dict[str, Any] = {"bench": "prime", "machine": machine(), "settings": vars(options)}
     report["settings"] |= {"out": str(options.out) if options.out else None}
     good = True
     if "score" in options.parts:

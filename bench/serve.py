@@ -31,7 +31,7 @@ from typing import Any
 import h11
 import psutil
 
-from bench.step import _machine
+from bench.machine import machine
 
 
 def answers(seed: int, group: int) -> Iterator[tuple[str, str, str, float]]:
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="a folder for the raw numbers")
     options = parser.parse_args(arguments)
     report = {"settings": {k: v for k, v in vars(options).items() if k != "out"}}
-    report |= {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": _machine()}
+    report |= {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": machine()}
     found = measure(options)
     green = found["gate"]["green"]
     report |= found if green else {"gate": found["gate"]}

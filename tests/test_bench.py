@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is no part of what is installed
 
 from bench import __main__ as bench
-from bench import step
+from bench import machine, step
 from bench.step_ours import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def test_a_red_gate_leaves_the_row_and_no_number(change, reason):
     printed = step.table(
         {
             "settings": vars(SMALL),
-            "machine": step._machine() | {"load_after": (0.0,)},
+            "machine": machine.machine() | {"load_after": (0.0,)},
             "rows": rows,
         }
     )

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fault_server import MODEL, FaultServer
 
 from reasonrl import InputError, models, template
 from reasonrl.asker import ClientAsker, PolicyAsker, Remembered
@@ -15,7 +21,6 @@ from reasonrl.cli import main
 from reasonrl.commands import label as command
 from reasonrl.encoder import Encoder
 from reasonrl.records import infra
-from reasonrl.redact import load, redacted
 from reasonrl.rows import Refused
 from reasonrl.stepwise import read_traces, write_rows
 from reasonrl.systems import reasonflux_step_target
@@ -288,21 +293,6 @@ def test_redaction_comes_before_judge_cache_and_disk(tmp_path, encoder):
     assert b"Ann" not in (tmp_path / "cache" / FILE).read_bytes()
 
 
-def test_a_redactor_is_found_or_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "hide_names.py").write_text("def hide(text):\n    return text.upper()\n")
-    assert redacted({"a": ["x", 1, None]}, load("hide_names:hide")) == {"a": ["X", 1, None]}
-    for path, named in [
-        ("hide_names", "module:function"),
-        ("no_such_module_here:f", "cannot be imported"),
-        ("hide_names:nothing", "no function"),
-    ]:
-        with pytest.raises(InputError, match=named):
-            load(path)
-    with pytest.raises(InputError, match="expected a string back, got NoneType"):
-        redacted("x", lambda text: None)  # type: ignore[arg-type,return-value]
-
-
 def test_the_command_labels_and_keeps_what_it_could_not(tmp_path, folder, monkeypatch, capsys):
     judge = Rates(lambda step, own: "hm" if "wrong" in step else own)
     monkeypatch.setattr(command, "asker", lambda name, options, cache, heat: judge)
@@ -319,6 +309,24 @@ def test_the_command_labels_and_keeps_what_it_could_not(tmp_path, folder, monkey
     assert [t.prompt for t in read_traces(out)] == ["2+3!", "7-3!"]
     aside = [json.loads(line) for line in (tmp_path / "rows.unlabelled.jsonl").open()]
     assert [row["id"] for row in aside] == ["traces-2"] and "quality" in aside[0]["reason"]
+
+
+def test_the_command_asks_a_server(tmp_path, folder):
+    """The same labels from a judge behind an OpenAI-compatible server, on loopback."""
+
+    async def rate(message: str, _: int) -> str:
+        return Rates().ask([message])[0]
+
+    data, out = tmp_path / "traces.jsonl", tmp_path / "rows.jsonl"
+    write_rows(data, ROWS[:1])
+    words = ["prm", "label", "--source", "scores", "--data", str(data), "--encoder", str(folder)]
+    with FaultServer(rate) as server:
+        words += ["--judge", server.url, "--out", str(out)]
+        assert main(words) == 2  # which model?
+        assert main([*words, "--judge-model", MODEL]) == 0
+    (here,) = Labeller(Encoder.load(folder, Cache(None)), Rates())(thoughts(tmp_path, ROWS[:1]))
+    (trace,) = read_traces(out)
+    assert list(trace.labels) == pytest.approx(here["labels"])
 
 
 @pytest.mark.parametrize(

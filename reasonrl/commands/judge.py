@@ -7,9 +7,8 @@ import json
 import math
 from pathlib import Path
 
+from reasonrl.commands import server
 from reasonrl.records import InputError
-
-KEY = "REASONRL_API_KEY"  # chat.client.KEY; not imported, so that the command starts fast
 
 
 def add(commands) -> None:
@@ -48,11 +47,7 @@ def _judge_options(command: argparse.ArgumentParser, required: bool) -> None:
     )
     command.add_argument("--judge-model", metavar="NAME", help="the model's name at that server")
     command.add_argument("--judge-cache", type=Path, metavar="DIR", help="keep its replies there")
-    command.add_argument("--judge-key-env", default=KEY, metavar="NAME", help="variable: its key")
-    command.add_argument("--judge-parallel", type=int, default=32, help="requests at a time")
-    command.add_argument("--judge-timeout", type=float, default=60.0, help="seconds of one try")
-    command.add_argument("--outage", default="pause", choices=["pause", "mask", "fail"])
-    command.add_argument("--outage-wait", type=float, default=600.0, help="seconds of `pause`")
+    server.add_options(command)
     command.add_argument("--votes", type=int, default=1, help="verdicts a response")
     command.add_argument("--max-tokens", type=int, default=512, help="of one judgement")
     command.add_argument("--temperature", type=float, default=None, help="default: 0 for one vote")
@@ -65,7 +60,7 @@ def _judge_options(command: argparse.ArgumentParser, required: bool) -> None:
 def _judge(options: argparse.Namespace):
     from reasonrl.rewards.judge import Judge
 
-    for name, least in (("votes", 1), ("max_tokens", 1), ("judge_parallel", 1)):
+    for name, least in (("votes", 1), ("max_tokens", 1)):
         if getattr(options, name) < least:
             got = getattr(options, name)
             raise InputError(f"--{name.replace('_', '-')}: expected >= {least}, got {got}")
@@ -81,7 +76,7 @@ def _judge(options: argparse.Namespace):
             raise InputError(f"--checklist: {options.checklist}: {error}") from None
         points = [line.strip() for line in lines if line.strip()]
     return Judge(
-        _server(options) if options.judge.startswith(("http:", "https:")) else _model(options),
+        _client(options) if server.is_url(options.judge) else _model(options),
         votes=options.votes,
         max_tokens=options.max_tokens,
         temperature=heat,
@@ -92,23 +87,9 @@ def _judge(options: argparse.Namespace):
     )
 
 
-def _server(options: argparse.Namespace):
-    from reasonrl.chat import ChatClient, Patience
-
-    for name in ("judge_timeout", "outage_wait"):
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"--{name.replace('_', '-')}: expected seconds > 0, got {value}")
-    if not options.judge_model:
-        raise InputError("--judge-model: a judge behind a server needs its model's name")
-    limit = options.judge_timeout
-    return ChatClient(
-        options.judge,
-        options.judge_model,
-        key_env=options.judge_key_env,
-        parallel=options.judge_parallel,
-        patience=Patience(options.outage, options.outage_wait, 3 * limit, limit),
-        cache=options.judge_cache,
+def _client(options: argparse.Namespace):
+    return server.client(
+        options, options.judge, options.judge_model, "--judge-model", options.judge_cache
     )
 
 

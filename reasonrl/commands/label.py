@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reasonrl.commands import server
 from reasonrl.records import InputError
 
 
@@ -36,9 +37,12 @@ def add(kinds) -> None:
     scores = command.add_argument_group("--source scores")
     scores.add_argument("--encoder", help="folder of an encoder or a language model")
     scores.add_argument("--pooling", default="mean", choices=["mean", "cls"])
-    scores.add_argument("--judge", help="model that rates each step from 0 to 1")
-    scores.add_argument("--expert", help="model that distils templates (with --policy)")
-    scores.add_argument("--policy", help="model that answers by the template")
+    scores.add_argument("--judge", help="model, or http://host:port/v1, that rates each step")
+    scores.add_argument("--expert", help="likewise, distils templates (with --policy)")
+    scores.add_argument("--policy", help="likewise, answers by the template")
+    for role in ("judge", "expert", "policy"):
+        scores.add_argument(f"--{role}-model", metavar="NAME", help="its name at its server")
+    server.add_options(scores)
     scores.add_argument("--attempts", type=int, default=8, help="answers of the policy")
     scores.add_argument("--coherence", default="cosine", choices=["cosine", "infonce", "log"])
     scores.add_argument("--tau", type=float, default=0.1, help="temperature of infonce and log")
@@ -126,9 +130,9 @@ def _scores(options: argparse.Namespace) -> int:
     cache = Cache(options.cache)
     labeller = Labeller(
         encoder=Encoder.load(options.encoder, cache, options.pooling),
-        judge=asker(options.judge, options, cache, 0.0),
-        expert=None if options.expert is None else asker(options.expert, options, cache, 0.0),
-        policy=None if options.policy is None else asker(options.policy, options, cache, 1.0),
+        judge=asker("judge", options, cache, 0.0),
+        expert=asker("expert", options, cache, 0.0) if options.expert else None,
+        policy=asker("policy", options, cache, 1.0) if options.policy else None,
         attempts=options.attempts,
         coherence=options.coherence,
         tau=options.tau,
@@ -158,17 +162,24 @@ def _scores(options: argparse.Namespace) -> int:
     return 0
 
 
-def asker(name: str, options: argparse.Namespace, cache, temperature: float):
-    """A model in this process that answers prompts, its replies kept in the cache."""
+def asker(role: str, options: argparse.Namespace, cache, temperature: float):
+    """Who answers in a role, in this process or behind a server; replies are kept in the cache."""
     from reasonrl import models
-    from reasonrl.asker import PolicyAsker, Remembered
+    from reasonrl.asker import ClientAsker, PolicyAsker, Remembered
     from reasonrl.cache import fingerprint
 
-    model = models.load(name)
-    own = PolicyAsker(
-        model, max_tokens=options.max_tokens, temperature=temperature, seed=options.seed
-    )
-    identity = fingerprint(name) if Path(name).is_dir() else name
+    name, model = getattr(options, role), getattr(options, f"{role}_model")
+    settings = {
+        "max_tokens": options.max_tokens, "temperature": temperature, "seed": options.seed
+    }  # fmt: skip
+    if server.is_url(name):
+        own = ClientAsker(server.client(options, name, model, f"--{role}-model"), **settings)
+        identity = f"{name} {model}"
+    else:
+        if model:
+            raise InputError(f"--{role}-model: only for a {role} at http://..., got {name!r}")
+        own = PolicyAsker(models.load(name), **settings)
+        identity = fingerprint(name) if Path(name).is_dir() else name
     manner = [identity, options.max_tokens, temperature, options.seed if temperature else 0]
     return Remembered(own, repr(manner), cache)
 
