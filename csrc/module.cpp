@@ -157,8 +157,8 @@ void bind_segments(py::module_& m) {
         [](uintptr_t value, uintptr_t mask, int64_t tokens, double eps, uintptr_t out,
            int threads) {
             py::gil_scoped_release release;
-            whiten(at<const float>(value), at<const uint8_t>(mask), tokens, eps, at<float>(out),
-                   threads);
+            ops().whiten(at<const float>(value), at<const uint8_t>(mask), tokens, eps,
+                         at<float>(out), threads);
         },
         "(x - mean) / sqrt(unbiased var + eps) over unmasked values.");
     m.def(
@@ -181,8 +181,8 @@ void bind_segments(py::module_& m) {
         [](uintptr_t reward, uintptr_t cu, uintptr_t mask, int64_t batch, double gamma,
            bool forward, uintptr_t out, int threads) {
             py::gil_scoped_release release;
-            returns(at<const float>(reward), at<const int64_t>(cu), at<const uint8_t>(mask), batch,
-                    gamma, forward, at<float>(out), threads);
+            ops().returns(at<const float>(reward), at<const int64_t>(cu), at<const uint8_t>(mask),
+                          batch, gamma, forward, at<float>(out), threads);
         },
         "Discounted reverse sums per completion; forward sums are their gradient.");
     m.def(

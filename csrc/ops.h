@@ -1,6 +1,6 @@
 // The native CPU ops: plain pointers and sizes. V vocabulary, N tokens, B completions, S steps.
 //
-// logp and policy are compiled once per instruction set; ops() is the best set this CPU runs.
+// What Ops holds is compiled once per instruction set; ops() is the best set this CPU runs.
 // `threads` bounds the OpenMP team; results do not depend on it. A null pointer is an absent input.
 #pragma once
 
@@ -89,13 +89,19 @@ struct PolicyOutput {
     double* sums;         // (SUM_COUNT,) added to
 };
 
-#define REASONRL_DECLARE(isa)                                                            \
-    namespace isa {                                                                      \
-    void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy, \
-                      RowStats* stats, int threads);                                     \
-    void logp_backward(const Logits&, const RowStats*, const LogpGrad&, int threads);    \
-    void policy_loss(const Loss&, const PolicyInput&, const PolicyOutput&, int threads); \
-    void add_bf16(float* sum, const uint16_t* part, int64_t n, int threads);             \
+#define REASONRL_DECLARE(isa)                                                                    \
+    namespace isa {                                                                              \
+    void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy,         \
+                      RowStats* stats, int threads);                                             \
+    void logp_backward(const Logits&, const RowStats*, const LogpGrad&, int threads);            \
+    void policy_loss(const Loss&, const PolicyInput&, const PolicyOutput&, int threads);         \
+    void add_bf16(float* sum, const uint16_t* part, int64_t n, int threads);                     \
+    void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_t batch,     \
+                 double gamma, bool forward, float* out, int threads);                           \
+    void walk_credit(const Credit&, float* out, int threads);                                    \
+    double token_mean(const float* x, const uint8_t* mask, int64_t n);                           \
+    void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out, \
+                int threads);                                                                    \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)
@@ -108,6 +114,10 @@ struct Ops {
     decltype(&portable::logp_backward) logp_backward;
     decltype(&portable::policy_loss) policy_loss;
     decltype(&portable::add_bf16) add_bf16;
+    decltype(&portable::returns) returns;
+    decltype(&portable::walk_credit) walk_credit;
+    decltype(&portable::token_mean) token_mean;
+    decltype(&portable::whiten) whiten;
 };
 
 const Ops& ops();
@@ -116,8 +126,6 @@ bool use_isa(const char* name);  // false where this CPU cannot run it; for test
 void count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch, int64_t* counts);
 void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored,
                      int64_t batch, int kind, double ddof, double eps, float* out);
-void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_t batch,
-             double gamma, bool forward, float* out, int threads);
 void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int how,
                  float* out, int64_t* index);
 void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, int64_t steps,
@@ -125,8 +133,6 @@ void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, i
 void credit_advantage(const CreditInput&, float* out, int threads);
 // the fused core: rewards to the loss and its gradient, without advantages in memory
 void credit_loss(const Loss&, PolicyInput, const CreditInput&, const PolicyOutput&, int threads);
-void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out,
-            int threads);
 void step_expand(const float* value, const int64_t* step, int64_t tokens, int64_t steps, bool last,
                  float* out, int threads);
 

@@ -3,12 +3,12 @@
 // Steps: (r - mean) / (std + eps), r - mean or r minus the mean of the others, over the group's
 // scored steps. Tokens: PRIME (arXiv 2502.01456, eq. 5, 7, 8); the group's mean token rewards are
 // the baselines. Both are then scale * r + shift. Sums are double, in an order fixed by the sizes.
-#include "credit.h"
-
 #include <math.h>
 
 #include <algorithm>
 #include <vector>
+
+#include "../ops.h"
 
 namespace reasonrl {
 namespace {
@@ -58,13 +58,8 @@ void prepare_tokens(const CreditInput& in, int threads, Prepared& out) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int64_t k = 0; k < (int64_t)member.size(); k++) {
         const int64_t b = member[k];
-        double sum = 0.0, count = 0.0;
-        for (int64_t i = in.cu[b]; i < in.cu[b + 1]; i++) {
-            if (in.mask && !in.mask[i]) continue;
-            sum += in.token_reward[i];
-            count += 1.0;
-        }
-        process[b] = sum / std::max(count, 1.0);
+        const uint8_t* mask = in.mask ? in.mask + in.cu[b] : nullptr;
+        process[b] = ops().token_mean(in.token_reward + in.cu[b], mask, in.cu[b + 1] - in.cu[b]);
         outcome[b] = in.outcome[b];
     }
     std::vector<Against> part(in.batch), whole(in.batch);
@@ -136,10 +131,7 @@ Prepared prepare(const CreditInput& in, int threads) {
 void credit_advantage(const CreditInput& in, float* out, int threads) {
     const Prepared ready = prepare(in, threads);
     const Credit credit = {&in, ready.relative.data(), ready.value.data()};
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (int64_t b = 0; b < in.batch; b++) {
-        CreditWalk(credit, b).back(in.cu[b], in.cu[b + 1] - in.cu[b], out + in.cu[b]);
-    }
+    ops().walk_credit(credit, out, threads);
 }
 
 void credit_loss(const Loss& loss, PolicyInput policy, const CreditInput& in,

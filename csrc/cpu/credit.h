@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "scan.h"
 
 namespace reasonrl {
 namespace {
@@ -16,21 +17,17 @@ class CreditWalk {
         if (!own.known) {
             memset(out, 0, n * sizeof(float));
         } else if (in.token_reward) {
-            in.mask ? tokens<true>(at, n, out) : tokens<false>(at, n, out);
+            tokens(at, n, out);
         } else {
             in.mask ? steps<true>(at, n, out) : steps<false>(at, n, out);
         }
     }
 
   private:
-    template <bool MASKED>
     void tokens(int64_t at, int64_t n, float* out) {
-        const double scale = own.scale, shift = own.shift, outcome = own.outcome, gamma = in.gamma;
-        for (int64_t j = n - 1; j >= 0; j--) {
-            const bool on = !MASKED || in.mask[at + j];
-            if (on) carry = scale * in.token_reward[at + j] + shift + gamma * carry;
-            out[j] = on ? (float)(carry + outcome) : 0.0f;
-        }
+        const Worth worth = {own.scale, own.shift, own.outcome};
+        const uint8_t* mask = in.mask ? in.mask + at : nullptr;
+        carry = scan<-1>(in.token_reward + at, mask, n - 1, n, in.gamma, worth, carry, out);
     }
 
     template <bool MASKED>

@@ -1,4 +1,4 @@
-// Groups, returns and steps. Sums are double, in memory order: one result for any number of
+// Groups and steps. Sums are double, in memory order: one result for any number of
 // threads.
 #include <math.h>
 #include <string.h>
@@ -65,80 +65,6 @@ void group_advantage(const float* reward, const int64_t* group, const uint8_t* s
         for (end = at + 1; end < n && group[member[end]] == group[member[at]]; end++) {
         }
         one_group(reward, member.data() + at, end - at, kind, ddof, eps, out);
-    }
-}
-
-// R -> a R + b: what a run of tokens does to the return that enters it.
-struct Affine {
-    double a, b;
-};
-
-// The reward of a token, 0 where it is masked: by its bits, without a branch, whatever it holds.
-static inline double taken(float reward, bool on) {
-    uint32_t bits;
-    memcpy(&bits, &reward, 4);
-    bits &= 0u - (uint32_t)on;
-    memcpy(&reward, &bits, 4);
-    return reward;
-}
-
-// R_t = r_t + gamma R_next over unmasked tokens, from the end (BY = -1); from the start (BY = 1) it
-// is the gradient. A tile is LANES runs of RUN tokens side by side: as many independent chains hide
-// the latency of one. The first sweep finds what each run does, the second has every run's carry.
-template <int BY, bool MASKED>
-static void one_scan(const float* in, const uint8_t* mask, int64_t first, int64_t n, double gamma,
-                     float* out) {
-    constexpr int LANES = 8, RUN = 32, TILE = LANES * RUN;
-    const double by[2] = {1.0, gamma};  // a masked token passes the return on
-    double carry = 0.0;
-    int64_t at = 0;
-    for (; at + TILE <= n; at += TILE) {
-        const int64_t base = first + BY * at;
-        Affine run[LANES];
-        for (int lane = 0; lane < LANES; lane++) run[lane] = {1.0, 0.0};
-        for (int k = 0; k < RUN; k++) {
-            for (int lane = 0; lane < LANES; lane++) {
-                const int64_t i = base + BY * (lane * RUN + k);
-                const bool on = !MASKED || mask[i];
-                run[lane].b = taken(in[i], on) + by[on] * run[lane].b;
-                run[lane].a *= by[on];
-            }
-        }
-        double entering[LANES];
-        for (int lane = 0; lane < LANES; lane++) {
-            entering[lane] = carry;
-            carry = run[lane].a * carry + run[lane].b;
-        }
-        for (int k = 0; k < RUN; k++) {
-            for (int lane = 0; lane < LANES; lane++) {
-                const int64_t i = base + BY * (lane * RUN + k);
-                const bool on = !MASKED || mask[i];
-                entering[lane] = taken(in[i], on) + by[on] * entering[lane];
-                out[i] = (float)taken((float)entering[lane], on);
-            }
-        }
-        carry = entering[LANES - 1];
-    }
-    for (; at < n; at++) {
-        const int64_t i = first + BY * at;
-        const bool on = !MASKED || mask[i];
-        carry = taken(in[i], on) + by[on] * carry;
-        out[i] = (float)taken((float)carry, on);
-    }
-}
-
-void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_t batch,
-             double gamma, bool forward, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (int64_t b = 0; b < batch; b++) {
-        const int64_t n = cu[b + 1] - cu[b], first = forward ? cu[b] : cu[b + 1] - 1;
-        if (forward) {
-            mask ? one_scan<1, true>(reward, mask, first, n, gamma, out)
-                 : one_scan<1, false>(reward, mask, first, n, gamma, out);
-        } else {
-            mask ? one_scan<-1, true>(reward, mask, first, n, gamma, out)
-                 : one_scan<-1, false>(reward, mask, first, n, gamma, out);
-        }
     }
 }
 
