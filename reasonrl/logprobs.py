@@ -7,10 +7,13 @@ reward models. Legend: N completion tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from reasonrl.batch import lengths, pack, places
+from reasonrl.heads import Head
 from reasonrl.models import Policy
 from reasonrl.ops import linear_logp
 from reasonrl.records import Batch, Rollout
@@ -18,17 +21,18 @@ from reasonrl.records import Batch, Rollout
 
 def batch_logp(policy: Policy, batch: Batch, temperature: float = 1.0) -> Tensor:
     """(N,) fp32 log-probabilities of the batch's tokens; differentiable in the policy."""
-    hidden, weight, bias = policy.predicting(batch)
-    values = linear_logp(
-        hidden,
-        weight,
-        batch.target.to(hidden.device),
-        bias=bias,
-        temperature=temperature,
-        softcap=policy.softcap,
-    )
-    assert not isinstance(values, tuple)  # no entropy was asked for
-    return values.float()
+
+    def taken(hidden: Tensor, head: Head) -> Any:
+        return linear_logp(
+            hidden,
+            head.weight,
+            batch.target.to(hidden.device),
+            bias=head.bias,
+            temperature=temperature,
+            softcap=head.softcap,
+        )
+
+    return policy.at_head(batch, taken).float()
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, smollm2, tiny
+from reasonrl import attention, heads, smollm2, tiny
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
@@ -62,21 +62,22 @@ class Policy:
         )
         return out.last_hidden_state[0]
 
-    def predicting(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states of the positions that predict a batch's tokens (N, D), the head (V, D) and
-        its bias, in the compute dtype."""
+    def at_head(self, batch: Batch, function: heads.HeadCall) -> Any:
+        """function(hidden states (N, D) that predict a batch's tokens, head) in the compute dtype,
+        inside the module that owns the head."""
         device = self.device
         with self.autocast():
             plan = attention.Packed(batch.layout, device)
             ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
             hidden = self.hidden(ids, positions, plan)
-        bias = None if self.head.bias is None else self.head.bias.to(self.compute)
         hidden = hidden.index_select(0, batch.predict.to(device))
-        return hidden.to(self.compute), self.head.weight.to(self.compute), bias
+        return heads.at_head(self.model, hidden, function, self.compute)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, D) -> (B, V) with the model's own soft cap; for sampling, never for training."""
-        u = self.head(hidden)
+        """(B, D) -> (B, V) with the model's own multiplier and soft cap; for sampling, never for
+        training."""
+        u, scale = self.head(hidden), heads.scale_of(self.model)
+        u = u if scale == 1.0 else u * scale
         return u if self.softcap is None else self.softcap * torch.tanh(u / self.softcap)
 
     @property
@@ -85,7 +86,7 @@ class Policy:
 
     @property
     def softcap(self) -> float | None:
-        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return heads.softcap_of(self.model)
 
     def autocast(self):
         enabled = self.compute != torch.float32
@@ -212,3 +213,7 @@ def _check(name: str, model, tokenizer) -> None:
             f"model {name}: {type(model).__name__} does not use transformers' attention interface,"
             " which packed training needs"
         )
+    try:
+        heads.check(model)
+    except ValueError as error:
+        raise InputError(f"model {name}: {error}") from None

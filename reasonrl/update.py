@@ -9,7 +9,8 @@ the policy itself (ratio 1); with more updates they are recomputed first, withou
 Across ranks: every rank makes the same decisions from the same gathered numbers, and joins every
 collective. One without a live row computes a masked token; where gradients are reduced micro-batch
 by micro-batch (DeepSpeed, FSDP) such fillers also level the numbers of micro-batches.
-Left out: pipeline parallelism, and ZeRO-3/FSDP heads (gathered by a later issue).
+A sharded head (ZeRO-3, FSDP2) is gathered inside its own module (heads.py). Left out: pipeline
+parallelism.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from reasonrl.batch import lengths, pack
 from reasonrl.config import Config
+from reasonrl.heads import Head
 from reasonrl.logprobs import rollout_logp
 from reasonrl.loss import LossSpec, linear_policy_loss
 from reasonrl.models import Policy
@@ -42,24 +44,29 @@ class Trainable(nn.Module):
         self.policy, self.temperature = policy, temperature
 
     def forward(self, batch: Batch, spec: LossSpec, denominator: float):
-        hidden, weight, bias = self.policy.predicting(batch)
-        device = hidden.device
-        out = linear_policy_loss(
-            hidden,
-            weight,
-            batch.target.to(device),
-            _to(batch.old_logp, device),
-            batch.advantage.to(device),
-            spec,
-            mask=batch.mask.to(device),
-            cu_seqlens=batch.cu_seqlens.to(device),
-            ref_logp=_to(batch.ref_logp, device),
-            bias=bias,
-            temperature=self.temperature,
-            softcap=self.policy.softcap,
-            denominator=denominator,
-        )
-        return out.loss, dict(out.metrics)
+        metrics: dict[str, Tensor] = {}
+
+        def at_head(hidden: Tensor, head: Head) -> Tensor:
+            device = hidden.device
+            out = linear_policy_loss(
+                hidden,
+                head.weight,
+                batch.target.to(device),
+                _to(batch.old_logp, device),
+                batch.advantage.to(device),
+                spec,
+                mask=batch.mask.to(device),
+                cu_seqlens=batch.cu_seqlens.to(device),
+                ref_logp=_to(batch.ref_logp, device),
+                bias=head.bias,
+                temperature=self.temperature,
+                softcap=head.softcap,
+                denominator=denominator,
+            )
+            metrics.update(out.metrics)
+            return out.loss
+
+        return self.policy.at_head(batch, at_head), metrics
 
 
 class Learner:

@@ -8,6 +8,7 @@ rank writes what it measured to OUT/<kind>-<rank>.pt; the test compares with one
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from dataclasses import dataclass
@@ -165,7 +166,34 @@ def stopped_on_rank_1(out: Path, rank: int) -> None:
 
 
 def snapshot(made: Learner) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in made.policy.model.state_dict().items()}
+    """Whole weights, wherever their shards lie; a collective there."""
+    parameters = list(made.policy.model.parameters())
+    with contextlib.ExitStack() as stack:
+        if hasattr(parameters[0], "ds_id"):
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+        state = made.policy.model.state_dict()
+        return {
+            k: getattr(v, "full_tensor", lambda v=v: v)().detach().clone() for k, v in state.items()
+        }
+
+
+def plugged(kind: str) -> Accelerator:
+    """An accelerator that shards as `kind` says."""
+    if kind == "fsdp2":
+        from accelerate import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        )
+        return Accelerator(cpu=True, fsdp_plugin=plugin)
+    from accelerate import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(zero_stage=int(kind.removeprefix("zero")))
+    return Accelerator(cpu=True, deepspeed_plugin=plugin)
 
 
 def main(out: Path, kind: str) -> None:
@@ -180,10 +208,7 @@ def main(out: Path, kind: str) -> None:
         train(small(), out / "alone", resume=True, quiet=True)  # the test ran two steps of it
         stopped_on_rank_1(out / "stopped", accelerator.process_index)
     else:
-        from accelerate import DeepSpeedPlugin
-
-        plugin = DeepSpeedPlugin(zero_stage=int(kind.removeprefix("zero")))
-        accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+        accelerator = plugged(kind)
         names = ("grpo", "no group on rank 1", "nan on rank 1", "all dead")
         done = {name: run(CASES[name], accelerator) for name in names}
     torch.save(done, out / f"{kind}-{accelerator.process_index}.pt")

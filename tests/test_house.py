@@ -38,7 +38,7 @@ STAIR = [
     {"algos"},
     {*"rewards tasks labels prm_train implicit_train template trajectory".split()},
     {
-        *"models rollout batch checkpoint log config lora logprobs prm prm_heads asking".split(),
+        *"models rollout batch checkpoint log config lora logprobs heads prm prm_heads asking".split(),
         *"encoder asker".split(),
     },
     {
@@ -65,6 +65,7 @@ STAIR = [
             "rows",
             "stepwise",
             "stepwise_formats",
+            "dense",
             "attention",
             "chat",
             "tiny",
