@@ -9,6 +9,7 @@ rank writes what it measured to OUT/<kind>-<rank>.pt; the test compares with one
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import sys
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def run(case: Case, accelerator: Accelerator) -> dict:
         first = next(iter(made.policy.model.parameters()))
         first.register_hook(lambda grad: torch.full_like(grad, torch.nan))
     parts = len(list(pack(rollout, advantage, case.tokens)))
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in made.policy.model.parameters())
     steps, weights, stopped = [], [snapshot(made)], False
     for _ in range(case.steps):
         try:
@@ -135,7 +137,7 @@ def run(case: Case, accelerator: Accelerator) -> dict:
             stopped = True
         weights.append(snapshot(made))
     accelerator.free_memory()
-    return {"steps": steps, "weights": weights, "stopped": stopped, "parts": parts}
+    return {"steps": steps, "weights": weights, "stopped": stopped, "parts": parts, "held": held}
 
 
 def warm_then_dead(accelerator: Accelerator) -> list[dict[str, Tensor]]:
@@ -179,6 +181,13 @@ def snapshot(made: Learner) -> dict[str, Tensor]:
         }
 
 
+def no_compiled_reduction() -> None:
+    """DeepSpeed compiles a shared-memory all-reduce for CPUs at its first use, a minute under a
+    lock; gloo does the same here."""
+    backend = importlib.import_module("deepspeed.comm.torch")  # its attribute `torch` is torch
+    backend.build_shm_op = lambda: None
+
+
 def plugged(kind: str) -> Accelerator:
     """An accelerator that shards as `kind` says."""
     if kind == "fsdp2":
@@ -189,11 +198,12 @@ def plugged(kind: str) -> Accelerator:
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         )
-        return Accelerator(cpu=True, fsdp_plugin=plugin)
+        return Accelerator(fsdp_plugin=plugin)
     from accelerate import DeepSpeedPlugin
 
+    no_compiled_reduction()
     plugin = DeepSpeedPlugin(zero_stage=int(kind.removeprefix("zero")))
-    return Accelerator(cpu=True, deepspeed_plugin=plugin)
+    return Accelerator(deepspeed_plugin=plugin)
 
 
 def main(out: Path, kind: str) -> None:

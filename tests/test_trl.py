@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from reasonrl import tiny
-from reasonrl.integrations.trl import GRPOTrainer, _head
+from reasonrl.integrations.trl import GRPOTrainer
 from reasonrl.records import Rewards, Step, infra, scored
 from reasonrl.segment import split_steps
 from reasonrl.tasks import make_task
@@ -174,15 +174,11 @@ def test_a_delta_that_trl_ignores_is_dropped_with_a_warning(tmp_path):
     assert t.loss_spec().delta is None
 
 
-def test_a_head_that_is_no_plain_product_is_refused():
-    model, _ = tiny.build(seed=0, width=32, layers=1, heads=2)
-    assert _head(model) == (model.lm_head, None)
-    model.config.logit_scale = 0.5
-    with pytest.raises(ValueError, match="logit_scale.*fused=False"):
-        _head(model)
+def test_a_head_that_is_no_plain_product_is_refused(tmp_path):
+    model, tokenizer = tiny.build(seed=0, width=32, layers=1, heads=2)
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match="head is a Sequential.*fused=False"):
-        _head(model)
+        trainer(tmp_path, model=(model, tokenizer))
 
 
 def parity(rollout):

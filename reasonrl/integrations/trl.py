@@ -6,29 +6,28 @@
 `policy_loss`, under TRL's own normalisation. `scorer` is any scorer of ours: its step or token
 rewards become process returns against the group (PRIME, arXiv 2502.01456 eq. 5 without its outcome
 part), added to TRL's own outcome advantage, so the loss sees (B, T). What a path cannot honour is
-refused when the trainer is built. Left out: images with `fused` (TRL's own path is taken), ZeRO-3
-and FSDP with `fused` (refused: the head is sharded).
+refused when the trainer is built; a sharded, adapted or scaled head is not among it (heads.py).
+Left out: images with `fused` (TRL's own path is taken).
 """
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
 import trl
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
-from reasonrl import ops
+from reasonrl import dense, heads, ops
 from reasonrl.integrations.trl_prm import PRMConfig, PRMTrainer
 from reasonrl.integrations.trl_rewards import code_reward, math_reward, scorer_reward
 from reasonrl.loss import LossSpec, policy_loss
 from reasonrl.records import Problem, Rewards, Rollout
-from reasonrl.segment import decode, pieces, token_steps
+from reasonrl.segment import decode, pieces
 
 __all__ = [
     "GRPOConfig",
@@ -50,7 +49,6 @@ REDUCE = {
     "cispo": "token_mean",
     "dr_grpo": "fixed",
 }
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 Scorer = Callable[[Rollout], Rewards]
 
 
@@ -94,12 +92,12 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this fil
                 f"delta: TRL ignores it for loss_type {self.loss_type!r}, so it is dropped",
                 stacklevel=3,
             )
-        sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        )
-        if sharded:
-            raise ValueError("a sharded head (ZeRO-3, FSDP) has no fused path; use fused=False")
-        _head(self.accelerator.unwrap_model(self.model))
+        base = self.accelerator.unwrap_model(self.model)
+        try:
+            heads.verify(base)
+        except ValueError as error:
+            raise ValueError(f"{error}; use fused=False") from None
+        heads.attach(base)
 
     def _check_scorer(self) -> None:
         rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
@@ -149,26 +147,26 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this fil
                 compute_aux_loss,
                 **vision,
             )
-        base = self.accelerator.unwrap_model(model)
-        head, softcap = _head(base)
+        heads.attach(self.accelerator.unwrap_model(model))  # a reference comes unprepared
         logps, entropies = [], []
         for rows in torch.arange(len(input_ids)).split(batch_size or max(1, len(input_ids))):
             ids, mask = input_ids[rows], attention_mask[rows]
-            with self.accelerator.autocast(), _last_hidden(base) as caught:
-                # through the wrapper, so that DDP sees the step; one position's logits are made
-                model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
-            hidden = caught[0][:, -logits_to_keep - 1 : -1].to(head.weight.dtype)
             target = ids[:, -logits_to_keep:]
             real = mask[:, -logits_to_keep:].bool()
-            out = ops.linear_logp(
-                hidden,
-                head.weight,
-                target,
-                bias=head.bias,
-                temperature=self.temperature,
-                softcap=softcap,
-                entropy=compute_entropy,
-            )
+
+            def taken(hidden: Tensor, head: heads.Head, target: Tensor = target) -> Any:
+                return ops.linear_logp(
+                    hidden[:, -logits_to_keep - 1 : -1].contiguous(),
+                    head.weight,
+                    target,
+                    bias=head.bias,
+                    temperature=self.temperature,
+                    softcap=head.softcap,
+                    entropy=compute_entropy,
+                )
+
+            with self.accelerator.autocast():  # through the wrapper, which sees one ordinary call
+                out = model(input_ids=ids, attention_mask=mask, head_call=taken)
             logp, entropy = out if isinstance(out, tuple) else (out, None)
             logps.append(torch.where(real, logp, 0.0))
             if entropy is not None:
@@ -270,19 +268,17 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this fil
         group = self.num_generations if self.model.training else self.num_generations_eval
         rollout = _rollout(inputs, output, tokenizer, group)
         rewards = self.scorer(rollout)
-        token, shown = _token_rewards(rewards, rollout)
+        token, shown = dense.token_rewards(rewards, rollout)
         mask = output["completion_mask"].bool()
         flat = torch.zeros(mask.shape, dtype=torch.float32)
         for b, values in enumerate(token):
             flat[b, mask[b].nonzero()[:, 0].cpu()] = values
-        known = torch.tensor([s.kind == "scored" for s in rewards.outcome])
-        known &= torch.tensor([bool(values.isfinite().all()) for values in token])
         process = ops.prime_advantage(
             flat,
             torch.zeros(len(mask)),
             rollout.group,
             mask=mask.cpu(),
-            scored=known,
+            scored=dense.known(rewards, token),
         )
         advantage = output["advantages"]
         advantage = advantage[:, None] if advantage.dim() == 1 else advantage
@@ -296,36 +292,6 @@ VISION = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes"),
     *("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
 )
-
-
-def _head(model: Any) -> tuple[nn.Linear, float | None]:
-    """The head and its soft cap; ValueError where the logits are not a plain product with it."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = inner.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"the head is a {type(head).__name__} (an adapter?), which has no fused path; use "
-            "fused=False"
-        )
-    config = inner.config.get_text_config()
-    for name in SCALES:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{name}: {getattr(config, name)} has no fused path; use fused=False")
-    return head, getattr(config, "final_logit_softcapping", None)
-
-
-@contextlib.contextmanager
-def _last_hidden(model: Any) -> Iterator[list[Tensor]]:
-    """What the decoder returns while the model runs inside the block."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    caught: list[Tensor] = []
-    hook = inner.get_decoder().register_forward_hook(
-        lambda module, args, out: caught.append(out.last_hidden_state)
-    )
-    try:
-        yield caught
-    finally:
-        hook.remove()
 
 
 def _rollout(inputs, output, tokenizer, group: int) -> Rollout:
@@ -349,19 +315,3 @@ def _rollout(inputs, output, tokenizer, group: int) -> Rollout:
         logp=[torch.zeros(len(row)) for row in ids],
         pieces=[pieces(tokenizer, row) for row in ids],
     )
-
-
-def _token_rewards(rewards: Rewards, rollout: Rollout) -> tuple[list[Tensor], list[list[float]]]:
-    """Token rewards of every completion, and the step rewards the completions table shows."""
-    if rewards.token is not None:
-        return list(rewards.token), [[float(t.sum())] for t in rewards.token]
-    if rewards.steps is None:
-        raise ValueError("scorer: expected step or token rewards, got outcomes only")
-    tokens, shown = [], []
-    for steps, at in zip(rewards.steps, rollout.pieces, strict=True):
-        nan = float("nan")  # an unknown step takes its completion out of the group's statistics
-        values = [nan if step.reward is None else step.reward for step in steps]
-        place = torch.tensor(token_steps(steps, at), dtype=torch.long)
-        tokens.append(ops.step_expand(torch.tensor(values), place, where="last"))
-        shown.append(values)
-    return tokens, shown
