@@ -4,6 +4,7 @@ The head is gathered inside its own module, as for any layer. On a CPU set DS_AC
 """
 
 import importlib
+import os
 
 import common
 import deepspeed
@@ -14,6 +15,7 @@ if not torch.cuda.is_available():  # spare a minute: DeepSpeed would compile a r
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 if not dist.is_torchelastic_launched():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+os.environ.setdefault("LOCAL_RANK", "0")
 deepspeed.init_distributed(auto_mpi_discovery=False)
 model = common.model()
 batch = common.batch(model, dist.get_rank())

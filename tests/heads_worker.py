@@ -24,7 +24,7 @@ from reasonrl.loss import LossSpec
 from reasonrl.records import Batch
 from reasonrl.update import Trainable
 
-SPEC = LossSpec.named("grpo")
+SPEC = LossSpec.named("grpo", kl_coef=0.3)  # its value moves with the weights
 STEPS, RATE = 3, 1e-2
 CASE = worker.Case(tokens=4096)  # one micro-batch on each rank
 ROWS = sum(map(len, CASE.sizes))
@@ -42,7 +42,8 @@ def trainable(tied: bool = True) -> Trainable:
 
 
 def batch(rank: int, world: int) -> Batch:
-    (made,) = pack(*worker.dealt(CASE, rank, world), CASE.tokens)
+    rollout, advantage = worker.dealt(CASE, rank, world)
+    (made,) = pack(rollout, advantage, CASE.tokens, ref_logp=-4.0 - advantage.abs())
     return made
 
 
@@ -50,17 +51,19 @@ def adamw(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=RATE, eps=1e-5)  # eps above a gradient's rounding
 
 
-def alone(tied: bool = True) -> tuple[list[float], dict[str, Tensor]]:
+def alone(tied: bool, head_only: bool) -> tuple[list[float], dict[str, Tensor]]:
     """One process with everybody's completions."""
     module, losses = trainable(tied), []
-    optimizer = adamw(module.parameters())
+    head = module.model.get_output_embeddings().weight
+    optimizer = adamw([head] if head_only else module.parameters())
     for _ in range(STEPS):
         loss, _ = module(batch(0, 1), SPEC, ROWS)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    return losses, {k: v.detach().clone() for k, v in module.named_parameters()}
+    named = {"head": head} if head_only else dict(module.named_parameters())
+    return losses, {k: v.detach().clone() for k, v in named.items()}
 
 
 def zero(stage: int, rank: int, world: int):
@@ -69,7 +72,7 @@ def zero(stage: int, rank: int, world: int):
     module, losses = trainable(), []
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -100,8 +103,7 @@ def fsdp2(kind: str, rank: int, world: int):
         fully_shard(layer)
     if kind == "fsdp2-head":
         fully_shard(module.model.get_output_embeddings())
-    # "inside": the head's weight belongs to a module that has gone by when the head is called
-    fully_shard(module.model if kind == "fsdp2-inside" else module)
+    fully_shard(module)
     optimizer = adamw(module.parameters())
     for _ in range(STEPS):
         loss, _ = module(batch(rank, world), SPEC, ROWS / world)
@@ -112,6 +114,25 @@ def fsdp2(kind: str, rank: int, world: int):
     parameters = dict(module.named_parameters())
     held = sum(p.to_local().numel() for p in parameters.values())
     return losses, {k: p.full_tensor().detach().clone() for k, p in parameters.items()}, held
+
+
+def dtensor(rank: int, world: int):
+    """A head that no hook gathers: the gradient at its shard is the mean over the ranks."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    module, losses = trainable(tied=False), []
+    head = module.model.get_output_embeddings()
+    mesh = init_device_mesh("cpu", (world,))
+    head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+    optimizer = adamw([head.weight])
+    for _ in range(STEPS):
+        loss, _ = module(batch(rank, world), SPEC, ROWS / world)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    held = head.weight.to_local().numel()
+    return losses, {"head": head.weight.full_tensor().detach().clone()}, held
 
 
 def main(out: Path, *kinds: str) -> None:
@@ -129,7 +150,9 @@ def main(out: Path, *kinds: str) -> None:
 
 
 def measure(out: Path, kind: str, rank: int, world: int) -> None:
-    if kind.startswith("zero"):
+    if kind == "dtensor":
+        losses, weights, held = dtensor(rank, world)
+    elif kind.startswith("zero"):
         losses, weights, held = zero(int(kind[-1]), rank, world)
     else:
         losses, weights, held = fsdp2(kind, rank, world)

@@ -7,8 +7,9 @@
 point `verl.plugins` (verl_plugin.py). Losses: `reasonrl_` + every name of `LossSpec`,
 with verl's clip ranges and verl's aggregation (its mode and its global counts). Estimators:
 reasonrl_grpo, _dr_grpo, _rloo take the sum of a response's rewards; reasonrl_process takes token
-rewards as they stand and gives their returns against the group (PRIME, arXiv 2502.01456 eq. 5).
-Left out: entropy and KL terms (verl adds its own), a reward manager.
+rewards as they stand and gives their returns against the group (PRIME, arXiv 2502.01456 eq. 5;
+_process_grpo and _process_reinforce its other forms). Step rewards come from the manager in
+verl_rewards.py. Left out: entropy and KL terms (verl adds its own).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import torch
 from torch import Tensor
 
 from reasonrl import ops
-from reasonrl.loss import LossSpec, policy_loss
+from reasonrl.loss import NAMED, LossSpec, policy_loss
 
 TESTED = "0.9"
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "gmpo")
+LOSSES = tuple(NAMED)  # every name of ours
 DUAL = ("grpo", "bnpo", "dr_grpo", "dapo")  # verl's dual clip belongs to token ratios
 MODES = {
     "token-mean": "token_mean",
@@ -37,6 +38,11 @@ MODES = {
     "seq-mean-token-sum-norm": "fixed",
 }
 GROUPS = ("grpo", "dr_grpo", "rloo")
+PROCESS = {
+    "reasonrl_process": "rloo",
+    "reasonrl_process_grpo": "grpo",
+    "reasonrl_process_reinforce": "reinforce",
+}
 
 
 def register() -> list[str]:
@@ -51,7 +57,8 @@ def register() -> list[str]:
             core.register_policy_loss(f"reasonrl_{name}")(loss(name))
         names.append(f"reasonrl_{name}")
     estimators = {f"reasonrl_{kind}": outcome_estimator(kind) for kind in GROUPS}
-    for name, function in {**estimators, "reasonrl_process": process_estimator}.items():
+    estimators |= {name: process_estimator(form) for name, form in PROCESS.items()}
+    for name, function in estimators.items():
         if name not in core.ADV_ESTIMATOR_REGISTRY:
             core.register_adv_est(name)(function)
         names.append(name)
@@ -148,15 +155,20 @@ def outcome_estimator(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return compute
 
 
-def process_estimator(
-    *, token_level_rewards: Tensor, response_mask: Tensor, index: Any = None, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """Returns of the token rewards against the group's mean rate."""
-    mask = response_mask != 0
-    zero = torch.zeros(len(mask), device=mask.device)
-    rewards = token_level_rewards.float()
-    value = ops.prime_advantage(rewards, zero, groups(index, mask), mask=mask)
-    return value, value
+def process_estimator(form: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns of the token rewards against the group's mean rate (reinforce: against nothing)."""
+
+    def compute(
+        *, token_level_rewards: Tensor, response_mask: Tensor, index: Any = None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        mask = response_mask != 0
+        zero = torch.zeros(len(mask), device=mask.device)
+        rewards = token_level_rewards.float()
+        value = ops.prime_advantage(rewards, zero, groups(index, mask), mask=mask, form=form)
+        return value, value
+
+    compute.__name__ = f"reasonrl_process_{form}"
+    return compute
 
 
 def groups(index: Any, mask: Tensor) -> Tensor:
