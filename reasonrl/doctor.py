@@ -214,6 +214,17 @@ def _verl() -> str:
     return f"{version}, registered{_tested(version, adapter.TESTED)}"
 
 
+def _named(package: str, module: str) -> Callable[[], str]:
+    """A host that takes a function by its path: whether ours and the host's are importable."""
+
+    def check() -> str:
+        adapter = importlib.import_module(f"reasonrl.integrations.{module}")
+        version = _version(package, "the adapter is ready; see the host's own installation")
+        return f"{version}, {adapter.__name__} loads{_tested(version, adapter.TESTED)}"
+
+    return check
+
+
 def _tested(version: str, tested: str) -> str:
     return "" if version.startswith(tested) else f"; tested with {tested}"
 
@@ -235,4 +246,8 @@ CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("trl", _trl),
     ("openrlhf", _openrlhf),
     ("verl", _verl),
+    ("slime", _named("slime", "slime")),
+    ("prime-rl", _named("prime-rl", "prime_rl")),
+    ("nemo-rl", _named("nemo-rl", "nemo_rl")),
+    ("areal", _named("areal", "areal")),
 )

@@ -189,16 +189,7 @@ def no_compiled_reduction() -> None:
 
 
 def plugged(kind: str) -> Accelerator:
-    """An accelerator that shards as `kind` says."""
-    if kind == "fsdp2":
-        from accelerate import FullyShardedDataParallelPlugin
-
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        )
-        return Accelerator(fsdp_plugin=plugin)
+    """An accelerator with DeepSpeed; with cpu=True accelerate would take plain data parallelism."""
     from accelerate import DeepSpeedPlugin
 
     no_compiled_reduction()
