@@ -190,9 +190,12 @@ def no_compiled_reduction() -> None:
 
 def plugged(kind: str) -> Accelerator:
     """An accelerator with DeepSpeed; with cpu=True accelerate would take plain data parallelism."""
-    from accelerate import DeepSpeedPlugin
+    from accelerate import DeepSpeedPlugin, PartialState
+    from accelerate.utils import DistributedType
 
     no_compiled_reduction()
+    # accelerate finds no backend for DeepSpeed on a CPU: it would go on with one process
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
     plugin = DeepSpeedPlugin(zero_stage=int(kind.removeprefix("zero")))
     return Accelerator(deepspeed_plugin=plugin)
 

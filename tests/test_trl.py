@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import pyarrow.parquet
 import pytest
 import torch
 import trl
@@ -268,3 +269,70 @@ def test_it_trains_end_to_end(tmp_path):
     logs = [row for row in t.state.log_history if "loss" in row]
     assert len(logs) == 20 and json.dumps(logs)
     assert {"entropy", "clip_ratio/region_mean", "reward"} <= logs[-1].keys()
+
+
+def halves(inputs, parts):
+    """The batch cut into micro-batches as TRL cuts it: rows of every tensor, counts whole."""
+    size = len(inputs["advantages"]) // parts
+    for i in range(parts):
+        rows = slice(i * size, (i + 1) * size)
+        yield {k: v[rows] if v.dim() else v for k, v in inputs.items()}
+
+
+SPLITS = [{"loss_type": kind} for kind in ("grpo", "dr_grpo", "dapo", "sapo")]
+SPLITS += [{"loss_type": "cispo", "epsilon_high": 5.0}]
+
+
+@pytest.mark.parametrize("options", SPLITS, ids=lambda o: o["loss_type"])
+def test_eight_micro_batches_of_one_give_the_gradient_of_one_of_eight(tmp_path, options):
+    """(Not bnpo, whose mean over a micro-batch's own tokens depends on the cut, as TRL's does.)"""
+    t = trainer(tmp_path, gradient_accumulation_steps=8, steps_per_generation=8, **options)
+    inputs = batch(dense=True)
+    inputs.pop("ref_per_token_logps")
+    t.model.train()
+    t.model.zero_grad()
+    for part in halves(inputs, 8):
+        t._compute_loss(t.model, part).backward()
+    many = {n: p.grad.clone() for n, p in t.model.named_parameters()}
+    t.model.zero_grad()
+    t.current_gradient_accumulation_steps = t.args.steps_per_generation = 1
+    t._compute_loss(t.model, inputs).backward()
+    for name, p in t.model.named_parameters():
+        assert (many[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+def test_reference_log_probs_that_are_missing_are_named(tmp_path):
+    t = trainer(tmp_path, beta=0.04)
+    inputs = batch()
+    inputs.pop("ref_per_token_logps")
+    with pytest.raises(ValueError, match="ref_logp must be given where kl_coef = 0.04"):
+        t._compute_loss(t.model, inputs)
+
+
+def test_the_completions_table_shows_step_rewards(tmp_path):
+    t = trainer(tmp_path, scorer=parity, max_steps=2, log_completions=True, num_iterations=2)
+    t.train()
+    (first, *_) = sorted((tmp_path / "completions").glob("*.parquet"))
+    table = pyarrow.parquet.read_table(first).to_pydict()
+    assert len(table["step_rewards"]) == len(table["completion"]) == 8
+    for text, steps in zip(table["completion"], table["step_rewards"], strict=True):
+        assert len(steps) == len(split_steps(text, ";"))
+    logs = [row["loss"] for row in t.state.log_history if "loss" in row]
+    assert logs[1] < logs[0]  # the second step goes over the same rollout
+
+
+def test_two_ranks_give_the_gradient_of_one(tmp_path, monkeypatch):
+    """A rank's gradient is averaged with the others': each divides by its share of the tokens."""
+    t = trainer(tmp_path, loss_type="dapo")
+    inputs = batch(dense=True)
+    inputs.pop("ref_per_token_logps")
+    t.model.train()
+    t.model.zero_grad()
+    t._compute_loss(t.model, inputs).backward()
+    one = {n: p.grad.clone() for n, p in t.model.named_parameters()}
+    t.model.zero_grad()
+    monkeypatch.setattr(type(t.accelerator), "num_processes", property(lambda self: 2))
+    for part in halves(inputs, 2):  # what each of two ranks computes; DDP takes the mean
+        (t._compute_loss(t.model, part) / 2).backward()
+    for name, p in t.model.named_parameters():
+        assert (one[name] - p.grad).norm() <= 1e-5 * p.grad.norm(), name
