@@ -215,6 +215,7 @@ def main(out: Path, kind: str) -> None:
         accelerator = plugged(kind)
         names = ("grpo", "no group on rank 1", "nan on rank 1", "all dead")
         done = {name: run(CASES[name], accelerator) for name in names}
+        done["backend"] = accelerator.distributed_type.value
     torch.save(done, out / f"{kind}-{accelerator.process_index}.pt")
     accelerator.end_training()
 

@@ -146,7 +146,8 @@ def test_all_ranks_skip_the_nan_of_one(ddp):
 @pytest.mark.parametrize("name", ["grpo", "no group on rank 1"])
 def test_zero2_gives_the_step_of_one_process(name, zero2, alone):
     for rank in zero2:
-        compare(rank[name], alone[name], 1e-4)
+        assert rank["backend"] == "DEEPSPEED"  # accelerate may quietly do without it
+        compare(rank[name], alone[name], 1e-5)
 
 
 def test_zero2_skips_nan_and_steps_without_a_live_row(zero2):
