@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from reasonrl.batch import flat, merge
-from reasonrl.records import Rewards, Rollout
+from reasonrl.records import InputError, Rewards, Rollout
 
 Step = tuple[Rollout, Rewards, Tensor]  # a rollout, its rewards, and its advantages (N,)
 
@@ -27,6 +27,19 @@ def gathered(accelerator: Accelerator, values: Sequence[float]) -> list[list[flo
         return [list(values)]
     local = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
     return accelerator.gather(local).tolist()
+
+
+def check_whole_weights(accelerator: Accelerator) -> None:
+    """InputError where the weights would be sharded: a loop that samples needs them whole, though
+    an optimiser step alone would not (heads.py)."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    kind = accelerator.distributed_type.value
+    if kind == "FSDP" or (kind == "DEEPSPEED" and plugin is not None and plugin.zero_stage == 3):
+        what = "FSDP" if kind == "FSDP" else "DeepSpeed with zero_stage 3"
+        raise InputError(
+            f"{what} shards the weights, and rollouts need them whole on every rank; use plain data"
+            " parallelism or zero_stage 2"
+        )
 
 
 def summed(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:

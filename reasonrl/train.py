@@ -26,7 +26,7 @@ from reasonrl.evaluate import evaluate
 from reasonrl.log import RunLog, read_rows
 from reasonrl.loss import LossSpec
 from reasonrl.observe import completion_rows, step_metrics
-from reasonrl.ranks import any_rank, whole
+from reasonrl.ranks import any_rank, check_whole_weights, whole
 from reasonrl.records import InputError
 from reasonrl.rollout import Sampling
 from reasonrl.tasks import make_task
@@ -79,6 +79,7 @@ class Run:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
         self.accelerator = Accelerator(cpu=config.device == "cpu")
+        check_whole_weights(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
         policy = models.load(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the worker is a script that we
 
 import distributed_worker as worker
 
-from reasonrl.ranks import joined
-from reasonrl.records import Rewards, scored
+from reasonrl.ranks import check_whole_weights, joined
+from reasonrl.records import InputError, Rewards, scored
 from reasonrl.train import train
 
 WORLD, TIMEOUT = 2, 300  # seconds; a quiet machine needs about ten
@@ -191,6 +192,21 @@ def test_the_log_shows_the_completions_of_all_ranks(ddp, out):
 def test_all_ranks_stop_after_the_same_step(ddp, out):
     assert [row["step"] for row in rows(out / "stopped")] == [1, 2]
     assert (out / "stopped" / "checkpoint-2" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "named"),
+    [("FSDP", 0, "FSDP shards"), ("DEEPSPEED", 3, "zero_stage 3 shards"), ("DEEPSPEED", 2, "")],
+)
+def test_a_run_with_sharded_weights_is_refused(kind, stage, named):
+    plugin = SimpleNamespace(zero_stage=stage)
+    accelerator = SimpleNamespace(
+        distributed_type=SimpleNamespace(value=kind), state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    if not named:
+        return check_whole_weights(accelerator)
+    with pytest.raises(InputError, match=named):
+        check_whole_weights(accelerator)
 
 
 def test_joined_rollouts_keep_their_groups():
