@@ -5,8 +5,9 @@
 One batch (SmolLM2-135M, group 8, 16 completions of 48 tokens) goes forward and backward through
 both trainers in turn; the median counts, the range is shown. The head phase starts from hidden
 states and ends with dX and dW. Peak memory is the resident high water of a process that runs one
-side alone. No row without a green gate: both sides give the same gradient. Left out: generation
-(both use transformers'), the optimiser (both use torch's), GPUs.
+side alone. No row without a green gate: both sides give the same gradient. TRL 1.16 holds no logits
+either; on a CPU it also scores the prompt's positions, which is part of the difference. Left out:
+generation (both use transformers'), the optimiser (both use torch's), GPUs.
 """
 
 from __future__ import annotations
