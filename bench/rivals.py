@@ -1,7 +1,7 @@
 """Other libraries' code for the same work, where it is installed; never copied into this tree.
 
 `make bench` puts the two whose own pins clash (verl, cut-cross-entropy) without their dependencies
-into a folder of the environment, `rivals`; single files are loaded from there.
+into a folder of the environment, `hosts`; single files are loaded from there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-FOLDER = Path(sys.prefix) / "rivals"
+FOLDER = Path(sys.prefix) / "hosts"
 
 
 @cache

@@ -38,8 +38,8 @@ STAIR = [
     {"algos"},
     {*"rewards tasks labels prm_train implicit_train template trajectory".split()},
     {
-        *"models rollout batch checkpoint log config lora logprobs heads prm prm_heads asking".split(),
-        *"encoder asker".split(),
+        *"models rollout batch checkpoint log config lora logprobs heads".split(),
+        *"prm prm_heads asking encoder asker".split(),
     },
     {
         *(
