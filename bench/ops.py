@@ -154,7 +154,8 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench ops", description=__doc__.split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    made = argparse.ArgumentParser(prog="python -m bench ops", description=about)
     made.add_argument("--only", default="", help="cases whose key holds this word")
     made.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     made.add_argument("--rounds", type=int, help="of every case; default: each case's own")

@@ -26,7 +26,11 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))  # the helpers are a package of their own: simt.core, simt.cases
 
+sys.path.insert(0, str(ROOT))
+
 from simt import cases, core  # noqa: E402
+
+from bench import builds  # noqa: E402
 
 CUDA = ROOT / "csrc" / "cuda"
 SCHEDULES = ("first", "last", "1", "2", "3")
@@ -296,9 +300,7 @@ def test_one_place_knows_the_shim():
 
 @pytest.fixture(scope="session")
 def nvcc(require) -> str:
-    usual = "/usr/local/cuda/bin/nvcc"
-    found = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    found = found or (usual if os.path.exists(usual) else None)
+    found = builds.nvcc()
     require("nvcc", None if found else "nvcc is not on PATH")
     return str(found)
 
@@ -313,17 +315,9 @@ def test_nvcc_compiles_without_stack_or_spills(nvcc, arch, tmp_path):
     assert version
     used = {}
     for source in core.KERNELS:
-        flags = f"-std=c++17 -O3 -arch=sm_{arch} -Xptxas -v,-warn-spills,-Werror -c".split()
-        command = [nvcc, *flags, str(source), "-o", str(tmp_path / "out.o")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        name = ""
-        for line in done.stderr.splitlines():
-            if "Compiling entry" in line:
-                name = re.search(r"\d([a-z_]+_kernel)", line)[1]
-            assert "bytes stack frame" not in line or line.strip().startswith("0 bytes stack"), line
-            if found := re.search(r"Used (\d+) registers", line):
-                used[name] = int(found[1])
+        for row in builds.nvcc_report(nvcc, source, arch, tmp_path / "out.o"):
+            assert row["stack"] == row["spills"] == 0, row
+            used[row["kernel"]] = row["registers"]
     assert used.keys() == budget["kernels"].keys()
     if version[1] != budget["nvcc"]:
         pytest.skip(f"SKIPPED: the register budget is for nvcc {budget['nvcc']}, not {version[1]}")

@@ -1,6 +1,7 @@
 """Every CUDA op under the shim against the float64 reference: odd sizes, masks, poison, ties.
 
     python -m simt.cases LIBRARY [SCHEDULE ...]       prints one hash of all results per schedule
+    ONLY=credit python -m simt.cases LIBRARY          of the cases whose name holds the word
 
 Small on purpose: a block of 256 fibers costs a millisecond. Run in a process of its own where the
 library is built with a sanitizer.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -270,4 +272,4 @@ if __name__ == "__main__":
     shim = Core(Path(sys.argv[1]))
     for order in sys.argv[2:] or ["first"]:
         shim.schedule(order)
-        print(order, run(shim), flush=True)
+        print(order, run(shim, os.environ.get("ONLY", "")), flush=True)

@@ -1,0 +1,96 @@
+"""Wrong C++ and CUDA kernels that the tests must catch; see mutants.py and test_mutants_native.py.
+
+A mutant: name, source, what stands there once, what is written instead, which tests to try (for the
+CPU a `-k` expression of test_native, test_parity, test_credit, test_native_linear; for CUDA a part of the
+cases' names).
+"""
+
+# one mutant a line
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+MATH = "csrc/math.h"
+POLICY = "csrc/cpu/policy.cpp"
+LOGP = "csrc/cpu/logp.cpp"
+SEGMENTS = "csrc/cpu/segments.cpp"
+CREDIT = "csrc/cpu/credit.cpp"
+WALK = "csrc/cpu/credit.h"
+SCAN = "csrc/cpu/scan.h"
+WHITEN = "csrc/cpu/whiten.cpp"
+
+CPU = [
+    ("clip tie takes the clipped branch", MATH, "(up & (capped <= clipped)) | (down", "(up & (capped < clipped)) | (down", "policy_loss"),
+    ("clip moves beyond delta", MATH, "const bool live = first & !dual & !over & (x == d);", "const bool live = first & !dual & (x == d);", "policy_loss"),
+    ("dual clip missed", MATH, "const bool dual = down & (used > s.dual);", "const bool dual = down & (used > 1e30f);", "policy_loss"),
+    ("slope through the clamp", MATH, "const bool live = first & !dual & !over & (x == d);", "const bool live = first & !dual & !over;", "policy_loss"),
+    ("cispo unbounded", MATH, "t.grad = -min_of(rho, s.high) * advantage;", "t.grad = -rho * advantage;", "policy_loss"),
+    ("sapo without its derivative", MATH, "-4.0f * up * down * rho * advantage", "-4.0f * up * rho * advantage", "policy_loss"),
+    ("gmpo tie is cut", MATH, "const bool first = (up & (d <= clipped)) | (down & (d >= clipped));", "const bool first = (up & (d < clipped)) | (down & (d > clipped));", "policy_loss"),
+    ("k1 sign", MATH, "return kl == K1 ? -r :", "return kl == K1 ? r :", "policy_loss"),
+    ("k2 slope", MATH, "(kl == K2 ? -r : k3_grad)", "(kl == K2 ? r : k3_grad)", "policy_loss"),
+    ("k3 series one term short", MATH, "series = (series * r + 0.5f) * r * r;", "series = (series * r + 0.5f) * r;", "policy_loss"),
+    ("exp one bit off", MATH, "p = p * r + 5.0000001201e-1f;", "p = p * r + 5.001e-1f;", "policy_loss or logp"),
+    ("mask missed", POLICY, "c.good[j] = mask[j] != 0;", "c.good[j] = 1;", "policy_loss or core or mask"),
+    ("nonfinite advantage let through", POLICY, "is_finite(o) & is_finite(a) &", "is_finite(o) &", "policy_loss or nonfinite"),
+    ("weight missed in the gradient", POLICY, "t.grad = x.weight[j] * t.grad;", "t.grad = t.grad;", "policy_loss"),
+    ("kl slope missed", POLICY, "const float c = good * (own + coef * slope) * scale;", "const float c = good * own * scale;", "policy_loss"),
+    ("completion's count missed", POLICY, "in.per_completion ? in.divisor * count : in.divisor", "in.divisor", "policy_loss"),
+    ("shared part of another completion", POLICY, "const float part = (float)(shared / count * whole.scale);", "const float part = (float)(shared * whole.scale);", "policy_loss"),
+    ("entropy sign", POLICY, "policy * whole.scale - loss.entropy_coef", "policy * whole.scale + loss.entropy_coef", "policy_loss"),
+    ("tail block forgotten", POLICY, "(item.end - item.start + BLOCK - 1) / BLOCK", "(item.end - item.start) / BLOCK", "policy_loss or core"),
+    ("maximum of the last item", POLICY, "if (part[SUM_RATIO_MAX] > out.sums[SUM_RATIO_MAX])", "if (true)", "policy_loss"),
+    ("temperature missed", LOGP, "u[j] = u[j] / tau;", "u[j] = u[j];", "logp"),
+    ("softcap slope missed", LOGP, "grad[j] /= tau;", "grad[j] = 1.0f / tau;", "logp"),
+    ("target column missed", LOGP, "write<DTYPE>(out, out_row * logits.vocab + target, 1, &at_target);", "", "logp"),
+    ("entropy gradient without H", LOGP, "c + h * (x + stats.entropy)", "c + h * x", "logp"),
+    ("stale maximum", LOGP, "const float m = top > total.m ? top : total.m;", "const float m = top;", "logp"),
+    ("group of one is alive", SEGMENTS, "if (n < 2) return;", "if (n < 1) return;", "group"),
+    ("std ignores ddof", SEGMENTS, "std::max((double)n - ddof, 1.0)", "std::max((double)n, 1.0)", "group"),
+    ("rloo of all", SEGMENTS, "(sum - r) / (double)(n - 1) : mean", "sum / (double)n : mean", "group"),
+    ("ties go last", SEGMENTS, "smallest ? x < best : x > best", "smallest ? x <= best : x >= best", "step"),
+    ("mean of a step by one too few", SEGMENTS, "index[s] += end - i;", "index[s] += end - i - 1;", "step"),
+    ("process baseline of all", CREDIT, "a = {1.0, -(sum - own) / others}", "a = {1.0, -sum / others}", "tokens or prime"),
+    ("verl term missed", CREDIT, "a.scale += 1.0 / others;", "a.scale += 0.0;", "tokens or prime"),
+    ("places of all groups together", CREDIT, "id[b] * places + (s - in.step_cu[b])", "(s - in.step_cu[b])", "steps"),
+    ("steps not shared out", CREDIT, "out.value[s] = in.process_weight * worth[s] / share;", "out.value[s] = in.process_weight * worth[s];", "steps"),
+    ("outcome weight missed", CREDIT, "{in.outcome_weight * outcome[b], 0.0, 0.0, true}", "{outcome[b], 0.0, 0.0, true}", "steps"),
+    ("carry lost between blocks", WALK, "in.gamma, worth, carry, out);", "in.gamma, worth, 0.0, out);", "core"),
+    ("step paid at its first token", WALK, "following = step;", "following = -1;", "steps or core"),
+    ("masked token pays", WALK, "if (on) carry = worth + (returned ? gamma * carry : 0.0);", "carry = worth + (returned ? gamma * carry : 0.0);", "steps or core"),
+    ("gamma of one too few", SCAN, "Four{g4, g2 * gamma, g2, gamma}", "Four{g2 * gamma, g2, gamma, 1.0}", "returns or tokens"),
+    ("four sums of two", SCAN, "return x + square * REASONRL_LANES(x, 2, 3, 4, 5);", "return x;", "returns or tokens"),
+    ("carry of the wrong lane", SCAN, "BY < 0 ? REASONRL_LANES(x[k], 0, 0, 0, 0)", "BY < 0 ? REASONRL_LANES(x[k], 1, 1, 1, 1)", "returns or tokens"),
+    ("masked token discounts", SCAN, "const double by[2] = {1.0, gamma};", "const double by[2] = {gamma, gamma};", "returns or tokens"),
+    ("biased variance", WHITEN, "all.count > 2.0 ? all.count - 1.0 : 1.0", "all.count > 2.0 ? all.count : 1.0", "whiten or prime"),
+]  # fmt: skip
+
+DEVICE = "csrc/cuda/device.h"
+CUDA_POLICY = "csrc/cuda/policy.cu"
+CUDA_CREDIT = "csrc/cuda/credit.h"
+CUDA_SEGMENTS = "csrc/cuda/segments.cu"
+
+CUDA = [
+    ("block sum of one warp", DEVICE, "for (int w = 1; w < WARPS; w++) x[k]", "for (int w = 1; w < 1; w++) x[k]", "policy"),
+    ("maximum summed", DEVICE, "if (top) return b > a ? b : a;", "if (false) return b > a ? b : a;", "policy"),
+    ("carry of the first warp", DEVICE, "if (w == warp) entering = *carry;", "", "returns"),
+    ("ticket not reset", DEVICE, "if (last[0]) *arrived = 0;", "", "policy"),
+    ("mask missed", CUDA_POLICY, "t.on = task.mask == nullptr || task.mask[i] != 0;", "t.on = true;", "policy"),
+    ("weight missed", CUDA_POLICY, "term.grad *= t.weight;", "", "policy"),
+    ("kl slope missed", CUDA_POLICY, "c = ((shared ? 0.0f : term.grad) + loss.kl_coef * slope) * (float)scale;", "c = (shared ? 0.0f : term.grad) * (float)scale;", "policy"),
+    ("share of the whole batch", CUDA_POLICY, "const float part = (float)(x[SUM_COUNT] / count * scale);", "const float part = (float)(x[SUM_COUNT] * scale);", "policy"),
+    ("count of all tokens", CUDA_POLICY, "n[0] += task.mask[i] != 0 ? 1.0 : 0.0;", "n[0] += 1.0;", "policy"),
+    ("last chunk cut", CUDA_POLICY, "return plain ? (tokens + CHUNK - 1) / CHUNK : batch;", "return plain ? tokens / CHUNK : batch;", "policy"),
+    ("one member of a group", CUDA_POLICY, "for (int64_t j = b; j < task.batch; j++) {", "for (int64_t j = b; j < b + 1; j++) {", "credit"),
+    ("every block leads", CUDA_CREDIT, "return earlier[0] == 0.0;", "return true;", "credit"),
+    ("equal rewards are alive", CUDA_CREDIT, "if (g.count < 2.0 || g.equal) return {0.0, 0.0};", "if (g.count < 2.0) return {0.0, 0.0};", "credit"),
+    ("unscored steps counted", CUDA_CREDIT, "if (is_known(c.step_scored, s)) f((double)c.step_reward[s]);", "f((double)c.step_reward[s]);", "credit"),
+    ("process baseline of all", CUDA_CREDIT, "-(g.sum - own) / (g.count - 1.0)", "-g.sum / (g.count - 1.0)", "credit"),
+    ("masked tokens in the mean", CUDA_CREDIT, "if (mask && !mask[i]) continue;", "", "credit"),
+    ("steps not shared out", CUDA_CREDIT, "const double share = c.divide ? (double)steps : 1.0;", "const double share = 1.0;", "credit"),
+    ("a step ends at every token", CUDA_CREDIT, "const bool ends = i + 1 == end || c.step[i + 1] != step;", "const bool ends = true;", "credit"),
+    ("gamma missed", CUDA_CREDIT, "if (on) run = {c.gamma, worth};", "if (on) run = {1.0, worth};", "credit"),
+    ("returns forget the mask", CUDA_SEGMENTS, "if (on) run = {gamma, (double)reward[i]};", "run = {gamma, (double)reward[i]};", "returns"),
+    ("std ignores ddof", CUDA_SEGMENTS, "const double freedom = n - ddof > 1.0 ? n - ddof : 1.0;", "const double freedom = n;", "group"),
+    ("first of a step", CUDA_SEGMENTS, "if (s.how == STEP_LAST) best.at = n > 0 ? s.order[end - 1] : -1;", "if (s.how == STEP_LAST) best.at = n > 0 ? s.order[start] : -1;", "step"),
+]  # fmt: skip
