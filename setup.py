@@ -57,7 +57,7 @@ class CMakeBuild(build_ext):
             "REASONRL_CUDA": cuda,
         }
         if archs := os.environ.get("REASONRL_CUDA_ARCHS"):
-            options["CMAKE_CUDA_ARCHITECTURES"] = archs
+            options["REASONRL_CUDA_ARCHS"] = archs
         flags = [f"-D{name}={value}" for name, value in options.items()]
         configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         subprocess.run([*configure, *flags], check=True)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from bench import step
+from bench.machine import high_water, machine
 from bench.step_ours import Settings
 
 SIDES = ("ours", "trl")
@@ -50,10 +51,10 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if options.alone:
             pair = Pair(settings, folder, (options.alone,))
-            before = step._high_water()
+            before = high_water()
             work = pair.head if options.phase == "head" else pair.step
             work(options.alone)
-            print(json.dumps({"peak_mib": step._high_water(), "start_mib": before}))
+            print(json.dumps({"peak_mib": high_water(), "start_mib": before}))
             return 0
         report = measure(Pair(settings, folder, SIDES), settings, options)
     print(table(report))
@@ -134,7 +135,7 @@ class _Answer(dict):
 
 
 def measure(pair: Pair, settings: Settings, options: Any) -> dict[str, Any]:
-    machine = step._machine()
+    facts = machine()
     phases: dict[str, Callable[[str], dict[str, Tensor]]] = {"step": pair.step, "head": pair.head}
     gaps = {}
     for name, work in phases.items():  # also the warm-up
@@ -153,13 +154,13 @@ def measure(pair: Pair, settings: Settings, options: Any) -> dict[str, Any]:
         if options.memory:
             for side in SIDES:
                 rows[name][side] |= _memory(settings, side, name)
-    machine["load_after"] = os.getloadavg()
+    facts["load_after"] = os.getloadavg()
     vocabulary = len(pair.sides["trl"].model.get_output_embeddings().weight)
     tokens = settings.prompts * settings.group * settings.tokens
     return {
         "bench": "trl",
         "settings": vars(settings),
-        "machine": machine,
+        "machine": facts,
         "gate": {"green": green, "worst": gaps},
         "rows": rows,
         "logits_mib": tokens * vocabulary * 4 / 2**20,
@@ -168,13 +169,13 @@ def measure(pair: Pair, settings: Settings, options: Any) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The report for people; with a red gate the reason and no number."""
-    machine, size = report["machine"], report["settings"]
+    facts, size = report["machine"], report["settings"]
     lines = [
         f"TRL step, fp32: {size['model']}, {size['prompts'] * size['group']} completions of"
         f" {size['tokens']} tokens, prompts of {size['prompt_tokens']}",
-        f"{machine['cpu']}, {machine['threads']} threads, load {machine['load_before'][0]:.2f}"
-        f" -> {machine['load_after'][0]:.2f}; "
-        + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
+        f"{facts['cpu']}, {facts['threads']} threads, load {facts['load_before'][0]:.2f}"
+        f" -> {facts['load_after'][0]:.2f}; "
+        + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
         "gradients differ by at most "
         + ", ".join(f"{gap:.1e} ({name})" for name, gap in report["gate"]["worst"].items()),
     ]

@@ -80,8 +80,10 @@ def tanh(x):
 def scores(u, temperature, softcap, CAPPED: tl.constexpr):
     """s = softcap tanh(u / softcap) / temperature and ds/du."""
     if CAPPED:
-        th = tanh(u / softcap)
-        s, ds = softcap * th / temperature, (1.0 - th * th) / temperature
+        a = u / softcap
+        e = tl.exp(-2.0 * tl.abs(a))
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - tanh^2, which would cancel near its ends
+        s, ds = softcap * tanh(a) / temperature, slope / temperature
     else:
         s, ds = u / temperature, 1.0 / temperature
     return s, ds

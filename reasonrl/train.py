@@ -89,6 +89,11 @@ class Run:
             seed=config.seed,
             **(config.model_options if found is None else {}),
         )
+        if config.max_completion_length >= policy.context:
+            raise InputError(
+                f"max_completion_length: {config.max_completion_length} exceeds the model's"
+                f" context of {policy.context}, prompt included"
+            )
         self.algo = make(ALGOS[config.algorithm], task, policy, config.algo)
         if self.algo.needs_groups and config.group < 2:
             raise InputError(

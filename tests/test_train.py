@@ -216,7 +216,7 @@ def test_sigterm_finishes_the_step_and_the_run_resumes(unbroken, tmp_path):
         (["tiny", "loss.clip=0.1"], "loss"),
         (["tiny", "model=./nowhere"], "no such folder"),
         (["tiny", "task=missing.jsonl"], "missing.jsonl"),
-        (["tiny", "max_completion_length=2000"], "exceeds the model's context of 1024"),
+        (["tiny", "max_completion_length=2000"], "2000 exceeds the model's context of 1024"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys, monkeypatch):
