@@ -80,13 +80,12 @@ MATH float exp_of(float x) {
     const float shifted = x * 1.44269504f + magic;
     const float n = shifted - magic;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float y = (p * r * r + r) + 1.0f;
+    // Estrin's order: half the latency of Horner's
+    const float r2 = r * r;
+    const float high =
+        (1.9875691500e-4f * r + 1.3981999507e-3f) * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f);
+    const float p = high * r2 + (1.6666665459e-1f * r + 5.0000001201e-1f);
+    const float y = (p * r2 + r) + 1.0f;
     int32_t bits;
     memcpy(&bits, &shifted, 4);
     bits = (bits - 0x4b400000 + 127) << 23;
@@ -106,12 +105,10 @@ MATH float sigmoid(float x) {
 MATH float kl_term(int kl, float r, float* grad) {
     const float x = clamp_to(r, -EXPONENT_LIMIT, EXPONENT_LIMIT);
     const float e = exp_of(x);
-    float series = 1.0f / 5040.0f;
-    series = series * r + 1.0f / 720.0f;
-    series = series * r + 1.0f / 120.0f;
-    series = series * r + 1.0f / 24.0f;
-    series = series * r + 1.0f / 6.0f;
-    series = (series * r + 0.5f) * r * r;
+    const float r2 = r * r;
+    const float high =
+        (1.0f / 5040.0f * r + 1.0f / 720.0f) * r2 + (1.0f / 120.0f * r + 1.0f / 24.0f);
+    const float series = (high * r2 + (1.0f / 6.0f * r + 0.5f)) * r2;
     const bool near = fabsf(r) < 0.3f;
     const float k3 = near ? series : e - r - 1.0f;
     const float far_grad = x == r ? 1.0f - e : 1.0f;

@@ -245,7 +245,9 @@ class _Policy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         c, eta = ctx.saved_tensors
-        return c * grad, None if eta is None else eta * grad, None, None, None
+        if float(grad) != 1.0:
+            c, eta = c * grad, None if eta is None else eta * grad
+        return c, eta, None, None, None
 
 
 def group_advantage(

@@ -81,8 +81,8 @@ def layout(
     made = Layout(shape, cu, None)
     if mask is None:
         return made
-    kept = made.token("mask", mask, MASK) != 0
-    return Layout(shape, cu, kept)
+    kept = made.token("mask", mask, MASK)
+    return Layout(shape, cu, kept if kept.dtype == torch.bool else kept != 0)
 
 
 def offsets(name: str, cu: Tensor, n: int, device: torch.device, total: str = "N") -> Tensor:

@@ -1,7 +1,7 @@
 // The policy loss: per-token terms, KL, entropy, reduction and metrics, with dL/dlogp and
 // dL/dentropy. Advantages are read, or made from rewards a block at a time (credit.h).
 //
-// Token ratios: one pass over blocks of 1024 tokens. Sequence ratios: one completion at a time, its
+// Token ratios: one pass over blocks of 256 tokens. Sequence ratios: one completion at a time, its
 // mean log-ratio first. Sums are double, in an order fixed by the sizes alone.
 #include "block.h"
 #include "credit.h"
@@ -9,6 +9,8 @@
 namespace reasonrl {
 namespace ISA {
 namespace {
+
+constexpr int SPAN = 256;  // tokens of a block: all its arrays stay in the nearest cache
 
 // One block with absent inputs filled in, so that the loops below have no branches.
 struct Span {
@@ -19,10 +21,10 @@ struct Span {
 };
 
 struct Filler {
-    float zero[BLOCK], one[BLOCK];
-    uint8_t all[BLOCK];
+    float zero[SPAN], one[SPAN];
+    uint8_t all[SPAN];
     Filler() {
-        for (int j = 0; j < BLOCK; j++) zero[j] = 0.0f, one[j] = 1.0f, all[j] = 1;
+        for (int j = 0; j < SPAN; j++) zero[j] = 0.0f, one[j] = 1.0f, all[j] = 1;
     }
 };
 
@@ -51,19 +53,19 @@ struct Item {
 template <typename Visit>
 void each_block(const PolicyInput& in, const PolicyOutput& out, const Filler& fill,
                 const Item& item, Visit visit) {
-    const int64_t blocks = (item.end - item.start + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (item.end - item.start + SPAN - 1) / SPAN;
     if (!in.credit) {
         for (int64_t k = 0; k < blocks; k++) {
-            const int64_t at = item.start + k * BLOCK, left = item.end - at;
-            visit(span_of(in, out, fill, at, (int)(left < BLOCK ? left : BLOCK)));
+            const int64_t at = item.start + k * SPAN, left = item.end - at;
+            visit(span_of(in, out, fill, at, (int)(left < SPAN ? left : SPAN)));
         }
         return;
     }
-    float advantage[BLOCK];
+    float advantage[SPAN];
     CreditWalk walk(*in.credit, item.completion);
     for (int64_t k = blocks - 1; k >= 0; k--) {
-        const int64_t at = item.start + k * BLOCK, left = item.end - at;
-        Span s = span_of(in, out, fill, at, (int)(left < BLOCK ? left : BLOCK));
+        const int64_t at = item.start + k * SPAN, left = item.end - at;
+        Span s = span_of(in, out, fill, at, (int)(left < SPAN ? left : SPAN));
         walk.back(at, s.n, advantage);
         s.advantage = advantage;
         visit(s);
@@ -85,8 +87,8 @@ enum Mode {
 
 // The inputs of one block with unusable tokens set to 0; arrays, so that every loop vectorises.
 struct Clean {
-    int good[BLOCK];
-    float logp[BLOCK], d[BLOCK], advantage[BLOCK], r[BLOCK], weight[BLOCK];
+    int good[SPAN];
+    float logp[SPAN], d[SPAN], advantage[SPAN], r[SPAN], weight[SPAN];
 };
 
 void clean(const Span& s, Clean& c, double* sums) {
@@ -114,69 +116,96 @@ void clean(const Span& s, Clean& c, double* sums) {
     sums[SUM_NONFINITE] += tokens - kept;
 }
 
+// What the tokens of one block come to, side by side: sums are taken afterwards, since a loop with
+// many sums in double at once runs out of registers.
+struct Terms {
+    float loss[SPAN], grad[SPAN], ratio[SPAN], k[SPAN], low[SPAN], high[SPAN], cut[SPAN];
+};
+
+double total(const float* x, int n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < n; j++) sum += x[j];
+    return sum;
+}
+
+// KL of each token, and what it adds to the gradient, which starts as the policy's part.
+template <int KL>
+void add_kl(const Loss& loss, const Clean& x, int n, Terms& t, float* __restrict grad) {
+    const float coef = loss.kl_coef;
+#pragma omp simd
+    for (int j = 0; j < n; j++) {
+        float slope;
+        t.k[j] = kl_term(KL, x.r[j], &slope);
+        grad[j] += coef * (x.good[j] ? slope : 0.0f);
+    }
+}
+
 // Terms of one block. SHARED leaves the policy part of the gradient to the completion: its sum
 // returns.
-template <int SURROGATE, int MODE, int KL>
+template <int SURROGATE, int MODE>
 double block(const Loss& numbers, const Span& s, const Whole& whole, double* sums) {
     const Loss loss = numbers;
+    const int n = s.n;
     Clean x;
+    Terms t;
     clean(s, x, sums);
-    double policy = 0, bonus = 0, kl = 0, ratio = 0, shared = 0;
-    float low = 0, high = 0, cut = 0, top = 0, active = 0;  // counts, exact
     const float scale = (float)whole.scale, mean_d = whole.d, v = whole.v, share = whole.share;
-    const float eta = -loss.entropy_coef * (float)whole.entropy_scale;
-    const float coef = loss.kl_coef, always = eta != 0.0f ? 1.0f : 0.0f;
     float* __restrict grad = s.grad_logp;
     const float rho = exp_of(clamp_to(mean_d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
     // an array even where d is one number: an invariant in the loop would stop the vectoriser
-    for (int j = 0; j < s.n && SURROGATE != GMPO && MODE != OWN; j++) x.d[j] = mean_d;
-#pragma omp simd reduction(+ : policy, kl, ratio, shared) reduction(max : top) \
-    reduction(+ : low, high, cut, active)
-    for (int j = 0; j < s.n; j++) {
+    for (int j = 0; j < n && SURROGATE != GMPO && MODE != OWN; j++) x.d[j] = mean_d;
+#pragma omp simd
+    for (int j = 0; j < n; j++) {
         const float good = x.good[j] ? 1.0f : 0.0f;
-        Term t;
+        Term one;
         if (SURROGATE == GMPO) {
-            t = gmpo_term(loss, x.d[j], x.advantage[j]);
-            t.grad = t.grad * share;
-            t.loss = good * v;
-            t.ratio = rho;
+            one = gmpo_term(loss, x.d[j], x.advantage[j]);
+            one.grad = one.grad * share;
+            one.loss = good * v;
+            one.ratio = rho;
         } else {
-            t = surrogate_term(loss, SURROGATE, x.d[j], x.logp[j], x.advantage[j]);
-            t.loss = x.weight[j] * t.loss;
-            t.grad = x.weight[j] * t.grad;
+            one = surrogate_term(loss, SURROGATE, x.d[j], x.logp[j], x.advantage[j]);
+            one.loss = x.weight[j] * one.loss;
+            one.grad = x.weight[j] * one.grad;
         }
-        float slope;
-        const float k = kl_term(KL, x.r[j], &slope);
-        const float own = (SURROGATE != GMPO && MODE == SHARED) ? 0.0f : t.grad;
-        const float c = good * (own + coef * slope) * scale;
-        const float seen = good * t.ratio;
+        t.loss[j] = one.loss;
+        t.grad[j] = one.grad;
+        t.ratio[j] = good * one.ratio;
+        t.low[j] = one.low, t.high[j] = one.high, t.cut[j] = one.cut;
+        grad[j] = (SURROGATE != GMPO && MODE == SHARED) ? 0.0f : good * one.grad;
+    }
+    double kl = 0;
+    if (s.ref_logp != s.logp) {
+        const int kind = loss.kl_coef != 0.0f ? loss.kl : (int)K3;
+        if (kind == K1) add_kl<K1>(loss, x, n, t, grad);
+        if (kind == K2) add_kl<K2>(loss, x, n, t, grad);
+        if (kind == K3) add_kl<K3>(loss, x, n, t, grad);
+        kl = total(t.k, n);
+    }
+    const float eta = -loss.entropy_coef * (float)whole.entropy_scale;
+    const float always = eta != 0.0f ? 1.0f : 0.0f;
+    float top = 0, active = 0, low = 0, high = 0, cut = 0;  // counts, exact
+#pragma omp simd reduction(max : top) reduction(+ : active, low, high, cut)
+    for (int j = 0; j < n; j++) {
+        const float c = grad[j] * scale;
         grad[j] = c;
-        policy += t.loss + coef * k;
-        shared += t.grad;
-        kl += k;
-        ratio += seen;
-        top = seen > top ? seen : top;
-        low += t.low, high += t.high, cut += t.cut;
-        active += good * (c != 0.0f ? 1.0f : always);
+        top = t.ratio[j] > top ? t.ratio[j] : top;
+        active += x.good[j] ? (c != 0.0f ? 1.0f : always) : 0.0f;
+        low += t.low[j], high += t.high[j], cut += t.cut[j];
     }
+    double bonus = 0;
     if (s.grad_entropy) {
-        for (int j = 0; j < s.n; j++) bonus += x.good[j] ? s.entropy[j] : 0.0f;
-        for (int j = 0; j < s.n; j++) s.grad_entropy[j] = x.good[j] ? eta : 0.0f;
+        for (int j = 0; j < n; j++) bonus += x.good[j] ? s.entropy[j] : 0.0f;
+        for (int j = 0; j < n; j++) s.grad_entropy[j] = x.good[j] ? eta : 0.0f;
     }
+    const double policy = total(t.loss, n) + loss.kl_coef * kl;
     sums[SUM_LOSS] += policy * whole.scale - loss.entropy_coef * bonus * whole.entropy_scale;
     sums[SUM_LOW] += low, sums[SUM_HIGH] += high, sums[SUM_CUT] += cut;
-    sums[SUM_KL] += kl, sums[SUM_RATIO] += ratio;
+    sums[SUM_KL] += kl, sums[SUM_RATIO] += total(t.ratio, n);
     if (SURROGATE == GMPO || MODE != SHARED) sums[SUM_ACTIVE] += active;
     if (top > sums[SUM_RATIO_MAX]) sums[SUM_RATIO_MAX] = top;
-    return shared;
-}
-
-template <int SURROGATE, int MODE>
-double block_of(const Loss& loss, const Span& s, const Whole& whole, double* sums) {
-    const int kl = loss.kl_coef != 0.0f ? loss.kl : (int)K3;
-    if (kl == K1) return block<SURROGATE, MODE, K1>(loss, s, whole, sums);
-    if (kl == K2) return block<SURROGATE, MODE, K2>(loss, s, whole, sums);
-    return block<SURROGATE, MODE, K3>(loss, s, whole, sums);
+    return MODE == SHARED ? total(t.grad, n) : 0.0;
 }
 
 // Means over the unmasked tokens of a completion: d, and for gmpo l, A and w.
@@ -211,7 +240,7 @@ void completion(const Loss& loss, const PolicyInput& in, const PolicyOutput& out
     if (MODE != OWN) look_ahead(loss, in, out, fill, item, count, &whole);
     double shared = 0;
     each_block(in, out, fill, item,
-               [&](const Span& s) { shared += block_of<SURROGATE, MODE>(loss, s, whole, sums); });
+               [&](const Span& s) { shared += block<SURROGATE, MODE>(loss, s, whole, sums); });
     if (SURROGATE == GMPO || MODE != SHARED) return;
     const float part = (float)(shared / count * whole.scale);
     const float always = loss.entropy_coef * whole.entropy_scale != 0.0 ? 1.0f : 0.0f;
@@ -235,7 +264,7 @@ int64_t list_items(const PolicyInput& in, bool whole, bool plain, Item* items) {
     const int64_t batch = plain ? 1 : in.batch;
     for (int64_t b = 0; b < batch; b++) {
         const int64_t start = plain ? 0 : in.cu[b], end = plain ? in.tokens : in.cu[b + 1];
-        const int64_t size = whole ? end - start : 4 * BLOCK;
+        const int64_t size = whole ? end - start : 16 * SPAN;
         for (int64_t at = start; at < end; at += size, n++) {
             if (items) items[n] = {at, at + size < end ? at + size : end, b};
         }
