@@ -76,7 +76,7 @@ def skip_without_triton(mutant: tuple, require) -> None:
         require("triton", None if found else "pip install triton")
 
 
-@pytest.mark.parametrize("mutant", TODAY.sample(ALL, 3), ids=ids)
+@pytest.mark.parametrize("mutant", TODAY.sample(ALL, 8), ids=ids)
 def test_a_sample_of_wrong_kernels_is_caught(mutant, tmp_path, require):
     skip_without_triton(mutant, require)
     assert caught(tmp_path, mutant)

@@ -220,6 +220,25 @@ def test_returns_and_prime(gamma, native):
             assert got[~mask].eq(0).all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_returns_without_a_mask(gamma):
+    """Where every token discounts alike: sixteen at a time, and what is left over."""
+    lengths = (1, 0, 3, 16, 17, 31, 1000, 5)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    x, up = torch.randn(sum(lengths)), torch.randn(sum(lengths))
+    results = []
+    for dtype, impl in (
+        (torch.float64, "reference"),
+        (torch.float32, "reference"),
+        (torch.float32, "native"),
+    ):
+        leaf = x.to(dtype).requires_grad_()
+        out = ops.returns(leaf, cu_seqlens=cu, gamma=gamma, impl=impl)
+        results.append((out, *torch.autograd.grad((up.to(dtype) * out).sum(), leaf)))
+    for i, (truth, yard, got) in enumerate(zip(*results, strict=True)):
+        within(got, truth, yard, 2 + i)
+
+
 @pytest.mark.parametrize("how", ops.HOW)
 def test_steps(how, native):
     for n, steps in ((0, 0), (0, 3), (1, 1), (100, 9), (3000, 70)):
