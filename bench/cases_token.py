@@ -242,6 +242,7 @@ def steps_kernel(n: int) -> Case:
         native.core().step_reduce(
             native.pointer(x["value"]), native.pointer(x["step"]), n, n // width,
             native.HOWS["sum"], native.pointer(x["c"]), native.pointer(x["index"]),
+            native.threads(),
         )  # fmt: skip
         return [x["c"]]
 

@@ -188,10 +188,10 @@ void bind_segments(py::module_& m) {
     m.def(
         "step_reduce",
         [](uintptr_t value, uintptr_t step, int64_t tokens, int64_t steps, int how, uintptr_t out,
-           uintptr_t index) {
+           uintptr_t index, int threads) {
             py::gil_scoped_release release;
             step_reduce(at<const float>(value), at<const int64_t>(step), tokens, steps, how,
-                        at<float>(out), at<int64_t>(index));
+                        at<float>(out), at<int64_t>(index), threads);
         },
         "One value per step; index keeps what the gradient needs.");
     m.def(

@@ -127,7 +127,7 @@ void count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch, int64_t
 void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored,
                      int64_t batch, int kind, double ddof, double eps, float* out);
 void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int how,
-                 float* out, int64_t* index);
+                 float* out, int64_t* index, int threads);
 void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, int64_t steps,
                       int how, const int64_t* index, const float* grad, float* out);
 void credit_advantage(const CreditInput&, float* out, int threads);

@@ -9,6 +9,7 @@ Legend: B completions, N packed tokens, S steps.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ from reasonrl.kernels.native import (
     named_metrics,
     pointer,
 )
+from reasonrl.kernels.reference_credit import check_steps
 
 
 def available() -> str | None:
@@ -125,7 +127,7 @@ class _Policy(torch.autograd.Function):
             call("policy", logp, numbers, task)
         else:
             scratch = credit_scratch(advantage)
-            call("core", logp, numbers, task, credit_task(advantage, scratch))
+            call("core", logp, numbers, task, credit_task(advantage, cu, scratch))
         ctx.save_for_backward(c, eta)
         ctx.mark_non_differentiable(values)
         return loss, values
@@ -144,7 +146,9 @@ def credit_scratch(credit: Any) -> list[Tensor]:
     return [torch.empty(k, **like) for k in (3 * rows, rows, steps)]
 
 
-def credit_task(credit: Any, scratch: list[Tensor]) -> Any:
+def credit_task(credit: Any, cu: Tensor, scratch: list[Tensor]) -> Any:
+    if credit.step is not None and os.environ.get("REASONRL_CHECK") == "1":
+        check_steps(credit, cu)
     c, paid = credit, credit.token_reward is not None
     tensors = (
         c.outcome, c.group, c.scored, c.token_reward, c.step_reward, c.step_scored, c.step,
@@ -163,7 +167,7 @@ def credit_advantage(credit: Any, cu: Tensor, mask: Tensor | None) -> Tensor:  #
     out = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
     scratch, cu = credit_scratch(credit), cu.to(tokens.device)
     call(
-        "credit_advantage", out, credit_task(credit, scratch), pointer(cu), pointer(mask),
+        "credit_advantage", out, credit_task(credit, cu, scratch), pointer(cu), pointer(mask),
         cu.numel() - 1, pointer(out),
     )  # fmt: skip
     return out

@@ -330,8 +330,9 @@ class _StepReduce(torch.autograd.Function):
         out = value.new_empty(n_steps)
         index = torch.empty(n_steps, dtype=torch.int64)
         core().step_reduce(
-            pointer(value), pointer(step), value.numel(), n_steps, how, pointer(out), pointer(index)
-        )
+            pointer(value), pointer(step), value.numel(), n_steps, how, pointer(out),
+            pointer(index), threads(),
+        )  # fmt: skip
         ctx.save_for_backward(value, step, index)
         ctx.how = how
         return out

@@ -28,6 +28,7 @@ def credit_advantage(credit: Any, cu: Tensor, mask: Tensor | None) -> Tensor:  #
     if c.token_reward is not None:
         return _tokens(c, cu, mask)
     n = c.step.numel()
+    check_steps(c, cu)
     value = step_worth(c)
     if c.pay == "step":
         paid = step_expand(value, c.step, "all")
@@ -57,3 +58,32 @@ def _tokens(c: Any, cu: Tensor, mask: Tensor | None) -> Tensor:
     process = prime_advantage(c.token_reward, torch.zeros_like(c.outcome), *args)
     outcome = prime_advantage(none, c.outcome, *args)
     return c.process_weight * process + c.outcome_weight * outcome
+
+
+def check_steps(c: Any, cu: Tensor) -> None:
+    """Every step is one run of tokens, in the completion whose steps hold its number."""
+    step, n = c.step, c.step.numel()
+    if n == 0:
+        return
+    begins = torch.ones(n, dtype=torch.bool, device=step.device)
+    begins[1:] = step[1:] != step[:-1]
+    edges = cu[1:-1]
+    begins[edges[(edges > 0) & (edges < n)]] = True
+    at = (begins & (step != -1)).nonzero()[:, 0]
+    ids, row = step[at], torch.searchsorted(cu, at, right=True) - 1
+    first, last = c.step_cu[row], c.step_cu[row + 1]
+    bad = (ids < first) | (ids >= last)
+    inside = torch.where(bad, 0, ids)
+    torn = torch.bincount(inside[~bad], minlength=1)[inside].gt(1) & ~bad
+    if not bool((bad | torn).any()):
+        return
+    k = int((bad | torn).nonzero()[0, 0])
+    if bool(bad[k]):
+        raise ValueError(
+            f"step must lie in [{int(first[k])}, {int(last[k])}), the steps of completion"
+            f" {int(row[k])}, got {int(ids[k])} at {int(at[k])}"
+        )
+    again = int(at[ids == ids[k]][1])
+    raise ValueError(
+        f"step must be one run of neighbouring tokens each, got {int(ids[k])} again at {again}"
+    )

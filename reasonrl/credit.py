@@ -92,14 +92,11 @@ class StepCredit:
         cu = (self.step_cu, (lay.rows + 1,), "(B+1,)", checks.INTEGER, lay.cu.device)
         checks.tensor("step_cu", *cu)
         offsets = checks.offsets("step_cu", self.step_cu, steps, lay.cu.device, "S")
-        step = checks.integers("step", step, -1, steps)
-        if checks.values_checked(step):
-            _in_runs(step, lay.cu, offsets)
         known = self.step_scored
         own = {
             "step_reward": self.step_reward.detach().to(dtype).contiguous(),
             "step_scored": None if known is None else known.contiguous(),
-            "step": step.contiguous(),
+            "step": step.long().contiguous(),
             "step_cu": offsets,
             "kind": self.kind,
             "pay": self.pay,
@@ -175,31 +172,3 @@ def _rewards(name: str, value: Tensor, known: Tensor | None, device: torch.devic
     if known is not None:
         checks.tensor("step_scored", known, value.shape, "(S,)", (torch.bool,), device)
     checks.finite(name, value, known)
-
-
-def _in_runs(step: Tensor, cu: Tensor, step_cu: Tensor) -> None:
-    """Every step is one run of tokens, in the completion whose steps hold its number."""
-    n = step.numel()
-    if n == 0:
-        return
-    begins = torch.ones(n, dtype=torch.bool, device=step.device)
-    begins[1:] = step[1:] != step[:-1]
-    edges = cu[1:-1]
-    begins[edges[(edges > 0) & (edges < n)]] = True
-    at = (begins & (step >= 0)).nonzero()[:, 0]
-    ids = step[at]
-    row = torch.searchsorted(cu, at, right=True) - 1
-    outside = (ids < step_cu[row]) | (ids >= step_cu[row + 1])
-    if bool(outside.any()):
-        k = int(outside.nonzero()[0, 0])
-        b = int(row[k])
-        raise ValueError(
-            f"step must lie in [{int(step_cu[b])}, {int(step_cu[b + 1])}), the steps of completion"
-            f" {b}, got {int(ids[k])} at {int(at[k])}"
-        )
-    if len(ids) > 1 and bool((counts := torch.bincount(ids)).gt(1).any()):
-        torn = int(counts.gt(1).nonzero()[0, 0])
-        places = at[ids == torn].tolist()
-        raise ValueError(
-            f"step must be one run of neighbouring tokens each, got {torn} again at {places[1]}"
-        )

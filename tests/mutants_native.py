@@ -49,7 +49,7 @@ CPU = [
     ("std ignores ddof", SEGMENTS, "std::max((double)n - ddof, 1.0)", "std::max((double)n, 1.0)", "group"),
     ("rloo of all", SEGMENTS, "(sum - r) / (double)(n - 1) : mean", "sum / (double)n : mean", "group"),
     ("ties go last", SEGMENTS, "smallest ? x < best : x > best", "smallest ? x <= best : x >= best", "step"),
-    ("mean of a step by one too few", SEGMENTS, "index[s] += end - i;", "index[s] += end - i - 1;", "step"),
+    ("mean of a step by one too few", SEGMENTS, "out.push_back({s, end - i, run});", "out.push_back({s, end - i - 1, run});", "step"),
     ("process baseline of all", CREDIT, "a = {1.0, -(sum - own) / others}", "a = {1.0, -sum / others}", "tokens or prime"),
     ("verl term missed", CREDIT, "a.scale += 1.0 / others;", "a.scale += 0.0;", "tokens or prime"),
     ("places of all groups together", CREDIT, "id[b] * places + (s - in.step_cu[b])", "(s - in.step_cu[b])", "steps"),

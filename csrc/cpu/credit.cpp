@@ -6,6 +6,8 @@
 #include <math.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../ops.h"
@@ -116,7 +118,48 @@ void prepare_steps(const CreditInput& in, Prepared& out) {
     }
 }
 
+// The first token whose step is not of its completion, or begins a second run of a step; -1.
+int64_t first_bad(const CreditInput& in, int threads) {
+    std::vector<uint8_t> seen(in.steps, 0);
+    std::vector<int64_t> bad(in.batch, -1);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < in.batch; b++) {
+        int64_t before = -1;
+        for (int64_t i = in.cu[b]; i < in.cu[b + 1]; i++) {
+            const int64_t step = in.step[i];
+            if (step == before) continue;
+            before = step;
+            if (step == -1) continue;
+            if (step < in.step_cu[b] || step >= in.step_cu[b + 1] || seen[step]) {
+                bad[b] = i;
+                break;
+            }
+            seen[step] = 1;
+        }
+    }
+    for (const int64_t i : bad) {
+        if (i >= 0) return i;
+    }
+    return -1;
+}
+
+void check_steps(const CreditInput& in, int threads) {
+    const int64_t at = first_bad(in, threads);
+    if (at < 0) return;
+    const int64_t b = std::upper_bound(in.cu, in.cu + in.batch + 1, at) - in.cu - 1;
+    const int64_t step = in.step[at], first = in.step_cu[b], last = in.step_cu[b + 1];
+    if (step < first || step >= last) {
+        throw std::invalid_argument("step must lie in [" + std::to_string(first) + ", " +
+                                    std::to_string(last) + "), the steps of completion " +
+                                    std::to_string(b) + ", got " + std::to_string(step) + " at " +
+                                    std::to_string(at));
+    }
+    throw std::invalid_argument("step must be one run of neighbouring tokens each, got " +
+                                std::to_string(step) + " again at " + std::to_string(at));
+}
+
 Prepared prepare(const CreditInput& in, int threads) {
+    if (!in.token_reward) check_steps(in, threads);
     Prepared out;
     out.relative.resize(in.batch);
     for (int64_t b = 0; b < in.batch; b++) {

@@ -85,24 +85,58 @@ static void pick(const float* value, const int64_t* step, int64_t tokens, int64_
     for (int64_t s = 0; s < steps; s++) out[s] = index[s] < 0 ? 0.0f : value[index[s]];
 }
 
+// A run of neighbouring tokens of one step: mostly a whole step.
+struct Run {
+    int64_t step, tokens;
+    double value;  // their sum or product
+};
+
+void list_runs(const float* value, const int64_t* step, int64_t start, int64_t stop, bool product,
+               std::vector<Run>& out) {
+    out.clear();
+    for (int64_t i = start, end; i < stop; i = end) {
+        const int64_t s = step[i];
+        for (end = i + 1; end < stop && step[end] == s; end++) {
+        }
+        if (s < 0) continue;
+        double run = product ? 1.0 : 0.0, even = 0.0, odd = 0.0;
+        if (product) {
+            for (int64_t k = i; k < end; k++) run *= value[k];
+        } else {
+            int64_t k = i;
+            for (; k + 1 < end; k += 2) even += value[k], odd += value[k + 1];
+            run = even + odd + (k < end ? (double)value[k] : 0.0);
+        }
+        out.push_back({s, end - i, run});
+    }
+}
+
 // `index` (S,): the token chosen (min, max, last) or the number of tokens (mean).
 void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int how,
-                 float* out, int64_t* index) {
+                 float* out, int64_t* index, int threads) {
     if (how == STEP_MIN || how == STEP_MAX || how == STEP_LAST) {
         return pick(value, step, tokens, steps, how, out, index);
     }
-    std::vector<double> total(steps, how == STEP_PROD ? 1.0 : 0.0);
+    constexpr int64_t CHUNK = 1 << 15;
+    constexpr int WAVE = 16;  // chunks whose runs are kept at one time, then added in order
+    const bool product = how == STEP_PROD;
+    std::vector<double> total(steps, product ? 1.0 : 0.0);
+    std::vector<Run> runs[WAVE];
     std::fill(index, index + steps, (int64_t)0);
-    // steps are mostly runs of neighbours: a run is reduced in a register and added once
-    for (int64_t i = 0, end; i < tokens; i = end) {
-        const int64_t s = step[i];
-        double run = value[i];
-        for (end = i + 1; end < tokens && step[end] == s; end++) {
-            run = how == STEP_PROD ? run * value[end] : run + value[end];
+    for (int64_t base = 0; base < tokens; base += WAVE * CHUNK) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int w = 0; w < WAVE; w++) {
+            const int64_t start = std::min(tokens, base + w * CHUNK);
+            const int64_t stop = std::min(tokens, start + CHUNK);
+            list_runs(value, step, start, stop, product, runs[w]);
         }
-        if (s < 0) continue;
-        index[s] += end - i;
-        total[s] = how == STEP_PROD ? total[s] * run : total[s] + run;
+        for (const std::vector<Run>& part : runs) {
+            for (const Run& run : part) {
+                index[run.step] += run.tokens;
+                total[run.step] =
+                    product ? total[run.step] * run.value : total[run.step] + run.value;
+            }
+        }
     }
     for (int64_t s = 0; s < steps; s++) {
         const double n = how == STEP_MEAN && index[s] > 0 ? (double)index[s] : 1.0;
