@@ -120,7 +120,12 @@ def gates(case: Case, x: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     outputs: dict[str, list[Tensor]] = {}
     for name, side in case.sides.items():
-        outputs[name] = [v.detach().clone() for v in side(x)]
+        try:
+            outputs[name] = [v.detach().clone() for v in side(x)]
+        except Exception as error:
+            if name in ("ours", case.stock):
+                raise
+            found[name] = {"label": "measured", "reason": f"did not run: {first_line(error)}"}
     common = case.truth(x) if case.truth else outputs.get(case.stock, [])
     common = [v.detach().double() for v in common]
     yard = errors(outputs[case.stock], common) if case.stock in outputs else None
@@ -142,6 +147,10 @@ def gates(case: Case, x: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 reason = f"output {k} is nothing but zeros: nothing was compared"
         found[name] = {"label": "measured", "reason": reason, "errors": mine}
     return found
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def errors(out: Sequence[Tensor], truth: Sequence[Tensor]) -> list[dict[str, float]]:

@@ -15,6 +15,7 @@ import random
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def pybind(require) -> list[str]:
     if importlib.util.find_spec("pybind11") is None:
         missing = "pip install pybind11"
     require("native", missing)
-    command = [sys.executable, "-m", "pybind11", "--includes"]
-    return subprocess.check_output(command, text=True).split()
+    import pybind11
+
+    folders = (sysconfig.get_path("include"), pybind11.get_include())
+    return [f"-I{folder}" for folder in folders]  # one word each, spaces or not
 
 
 def compiled(csrc: Path, out: Path, names: tuple[str, ...], pybind: list[str]) -> list[Path]:
