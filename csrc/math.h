@@ -2,7 +2,8 @@
 // CPU).
 //
 // d = logp - old (or its mean over the completion), rho = exp(d), A the advantage, r = ref - logp.
-// A "term" is one token's loss and its derivative, before the mask and the normaliser.
+// A "term" is one token's loss and its derivative, before the mask and the normaliser. F is one
+// number, or on the CPU a vector of them, a token in each lane (cpu/vector.h).
 #pragma once
 
 #include <math.h>
@@ -48,149 +49,201 @@ enum Sum {
     SUM_COUNT
 };
 
+template <class F>
 struct Term {
-    float loss;
-    float grad;  // dloss / dd, or dloss / dlogp where no ratio is differentiated
-    float ratio;
-    float low, high, cut;  // 1 where the token counts as clipped so
+    F loss;
+    F grad;  // dloss / dd, or dloss / dlogp where no ratio is differentiated
+    F ratio;
+    F low, high, cut;  // 1 where the token counts as clipped so
 };
 
 constexpr float EXPONENT_LIMIT = 20.0f;
 
-MATH float min_of(float a, float b) {
+// What F < F gives, and integers of as many bits.
+template <class F>
+using Mask = decltype(F{} < F{});
+template <class F>
+struct Bits {
+    using type = Mask<F>;
+};
+template <>
+struct Bits<float> {
+    using type = uint32_t;
+};
+
+template <class M, class F>
+MATH F select(M m, F a, F b) {
+    return m ? a : b;
+}
+template <class F>
+MATH F all_of(float x) {
+    return F{} + x;
+}
+template <class M, class F>
+MATH F one_where(M m, F like) {
+    return select(m, all_of<F>(1.0f), F{});
+}
+template <class F>
+MATH F min_of(F a, F b) {
     return a < b ? a : b;
 }
-MATH float max_of(float a, float b) {
+template <class F>
+MATH F max_of(F a, F b) {
     return a > b ? a : b;
 }
-MATH float clamp_to(float x, float low, float high) {
-    return min_of(max_of(x, low), high);
+template <class F>
+MATH F clamp_to(F x, float low, float high) {
+    return min_of(max_of(x, all_of<F>(low)), all_of<F>(high));
 }
 MATH bool is_finite(float x) {
     return fabsf(x) <= 3.402823466e38f;
 }
 
-// exp for |x| <= 87, one rounding away from exact; exp(0) is 1 to the bit. Vectorises on the CPU.
-MATH float exp_of(float x) {
+// e^x for |x| <= 87, one rounding away from exact (e^0 is 1 to the bit), with e^x - 1 and
+// e^x - 1 - x, which do not cancel near 0.
+template <class F>
+struct Exponential {
+    F e, less_one, beyond;
+};
+
+template <class F>
+MATH Exponential<F> exponential(F x) {
+    Exponential<F> out;
+#ifdef DEVICE_MATH
+    const F x2 = x * x;
+    const F high = (1.0f / 5040.0f * x + 1.0f / 720.0f) * x2 + (1.0f / 120.0f * x + 1.0f / 24.0f);
+    const F rest = (high * x2 + (1.0f / 6.0f * x + 0.5f)) * x2;
+    const bool near = fabsf(x) < 0.3f;
+    out.e = expf(x);
+    out.less_one = near ? x + rest : out.e - 1.0f;
+    out.beyond = near ? rest : out.e - x - 1.0f;
+#else
+    const float magic = 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
+    const F shifted = x * 1.44269504f + magic;
+    const F n = shifted - magic;
+    const F f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    // Estrin's order: half the latency of Horner's
+    const F f2 = f * f;
+    const F high =
+        (1.9875691500e-4f * f + 1.3981999507e-3f) * f2 + (8.3334519073e-3f * f + 4.1665795894e-2f);
+    const F rest = (high * f2 + (1.6666665459e-1f * f + 5.0000001201e-1f)) * f2;
+    const F low = rest + f, y = low + 1.0f;
+    typename Bits<F>::type exponent, bits;
+    memcpy(&exponent, &shifted, sizeof exponent);
+    memcpy(&bits, &y, sizeof bits);
+    bits += exponent << 23;  // y 2^n
+    memcpy(&out.e, &bits, sizeof bits);
+    const auto near = n == 0.0f;
+    out.less_one = select(near, low, out.e - 1.0f);
+    out.beyond = select(near, rest, out.less_one - x);
+#endif
+    return out;
+}
+
+template <class F>
+MATH F exp_of(F x) {
 #ifdef DEVICE_MATH
     return expf(x);
 #else
-    x = clamp_to(x, -87.0f, 87.0f);
-    const float magic = 12582912.0f;  // 1.5 * 2^23: the integer lands in the low mantissa bits
-    const float shifted = x * 1.44269504f + magic;
-    const float n = shifted - magic;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    // Estrin's order: half the latency of Horner's
-    const float r2 = r * r;
-    const float high =
-        (1.9875691500e-4f * r + 1.3981999507e-3f) * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f);
-    const float p = high * r2 + (1.6666665459e-1f * r + 5.0000001201e-1f);
-    const float y = (p * r2 + r) + 1.0f;
-    int32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits - 0x4b400000 + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return y * scale;
+    return exponential(x).e;
 #endif
 }
 
-MATH float sigmoid(float x) {
-    const float e = exp_of(-min_of(fabsf(x), 80.0f));
-    const float tail = e / (1.0f + e);
-    return x >= 0.0f ? 1.0f - tail : tail;
+template <class F>
+MATH F sigmoid(F x) {
+    const F e = exp_of(-min_of(max_of(x, -x), all_of<F>(80.0f)));
+    const F tail = e / (1.0f + e);
+    return select(x >= 0.0f, 1.0f - tail, tail);
 }
 
-// k3 and its derivative by logp. exp(r) - r - 1 cancels near 0, where the series takes over.
-MATH float kl_term(int kl, float r, float* grad) {
-    const float x = clamp_to(r, -EXPONENT_LIMIT, EXPONENT_LIMIT);
-    const float e = exp_of(x);
-    const float r2 = r * r;
-    const float high =
-        (1.0f / 5040.0f * r + 1.0f / 720.0f) * r2 + (1.0f / 120.0f * r + 1.0f / 24.0f);
-    const float series = (high * r2 + (1.0f / 6.0f * r + 0.5f)) * r2;
-    const bool near = fabsf(r) < 0.3f;
-    const float k3 = near ? series : e - r - 1.0f;
-    const float far_grad = x == r ? 1.0f - e : 1.0f;
-    const float k3_grad = near ? -(r + series) : far_grad;
-    *grad = kl == K1 ? 1.0f : (kl == K2 ? -r : k3_grad);
-    return kl == K1 ? -r : (kl == K2 ? 0.5f * r * r : k3);
+// A KL term of r = ref - logp, and its derivative by logp.
+template <class F>
+MATH F kl_term(int kl, F r, F* grad) {
+    const F x = clamp_to(r, -EXPONENT_LIMIT, EXPONENT_LIMIT), one = all_of<F>(1.0f);
+    const Exponential<F> by = exponential(x);
+    const F k3_grad = select(x == r, -by.less_one, one);
+    *grad = kl == K1 ? one : (kl == K2 ? -r : k3_grad);
+    return kl == K1 ? -r : (kl == K2 ? 0.5f * r * r : by.beyond + (x - r));
 }
 
 // -min(min(rho, delta) A, clip(rho) A), at most dual |A| where A < 0; ties take the first branch.
-MATH Term clip_term(const Loss& s, float d, float advantage) {
-    const float x = clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT);
-    const float rho = exp_of(x);
-    const float capped = min_of(rho, s.delta);
-    const float clipped = clamp_to(rho, s.low, s.high);
-    const bool up = advantage > 0.0f, down = advantage < 0.0f;
-    const bool first = (up & (capped <= clipped)) | (down & (capped >= clipped)) | !(up | down);
-    const float used = first ? capped : clipped;
-    const bool dual = down & (used > s.dual);
-    const bool over = rho > s.delta;
-    const bool live = first & !dual & !over & (x == d);
-    Term t;
-    t.loss = -(dual ? s.dual : used) * advantage;
-    t.grad = live ? -rho * advantage : 0.0f;
+// Where the value used is rho itself, the gradient is the loss; delta is not below `high`.
+template <class F>
+MATH Term<F> clip_term(const Loss& s, F d, F advantage) {
+    const F x = clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT);
+    const F rho = exp_of(x);
+    const F capped = min_of(rho, all_of<F>(s.delta));
+    const F clipped = clamp_to(rho, s.low, s.high);
+    const F lower = min_of(capped, clipped), upper = max_of(capped, clipped);
+    const auto up = advantage > 0.0f, down = advantage < 0.0f;
+    const F used = select(down, min_of(upper, all_of<F>(s.dual)), lower);
+    Term<F> t;
+    t.loss = -used * advantage;
+    t.grad = select((used == rho) & (x == d), t.loss, F{});
     t.ratio = rho;
-    t.low = down & (rho < s.low) ? 1.0f : 0.0f;
-    t.high = up & (rho > s.high) ? 1.0f : 0.0f;
-    t.cut = dual | (down & over) ? 1.0f : 0.0f;
+    t.low = one_where(down & (rho < s.low), rho);
+    t.high = one_where(up & (rho > s.high), rho);
+    t.cut = one_where(down & ((upper > s.dual) | (rho > s.delta)), rho);
     return t;
 }
 
 // -sg(min(rho, 1 + clip_high)) A logp
-MATH Term cispo_term(const Loss& s, float d, float logp, float advantage) {
-    const float rho = exp_of(clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
-    Term t;
-    t.grad = -min_of(rho, s.high) * advantage;
+template <class F>
+MATH Term<F> cispo_term(const Loss& s, F d, F logp, F advantage) {
+    const F rho = exp_of(clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
+    Term<F> t;
+    t.grad = -min_of(rho, all_of<F>(s.high)) * advantage;
     t.loss = t.grad * logp;
     t.ratio = rho;
-    t.low = t.cut = 0.0f;
-    t.high = (advantage > 0.0f) & (rho > s.high) ? 1.0f : 0.0f;
+    t.low = t.cut = F{};
+    t.high = one_where((advantage > 0.0f) & (rho > s.high), rho);
     return t;
 }
 
 // -(4/t) sigmoid(t (rho - 1)) A
-MATH Term sapo_term(const Loss& s, float d, float advantage) {
-    const float x = clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT);
-    const float rho = exp_of(x);
-    const float slope = advantage > 0.0f ? s.sapo_pos : s.sapo_neg;
-    const float z = slope * (rho - 1.0f);
-    const float up = sigmoid(z), down = sigmoid(-z);
-    Term t;
+template <class F>
+MATH Term<F> sapo_term(const Loss& s, F d, F advantage) {
+    const F x = clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT);
+    const F rho = exp_of(x);
+    const F slope = select(advantage > 0.0f, all_of<F>(s.sapo_pos), all_of<F>(s.sapo_neg));
+    const F z = slope * (rho - 1.0f);
+    const F up = sigmoid(z), down = sigmoid(-z);
+    Term<F> t;
     t.loss = -4.0f / slope * up * advantage;
-    t.grad = x == d ? -4.0f * up * down * rho * advantage : 0.0f;
+    t.grad = select(x == d, -4.0f * up * down * rho * advantage, F{});
     t.ratio = rho;
-    t.low = t.high = t.cut = 0.0f;
+    t.low = t.high = t.cut = F{};
     return t;
 }
 
 // -A logp; the ratio is reported only
-MATH Term reinforce_term(float d, float logp, float advantage) {
-    Term t;
+template <class F>
+MATH Term<F> reinforce_term(F d, F logp, F advantage) {
+    Term<F> t;
     t.grad = -advantage;
     t.loss = t.grad * logp;
     t.ratio = exp_of(clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
-    t.low = t.high = t.cut = 0.0f;
+    t.low = t.high = t.cut = F{};
     return t;
 }
 
 // One token of gmpo: `loss` holds l_t, `grad` whether d_t is inside its bound (and A_t is not 0).
-MATH Term gmpo_term(const Loss& s, float d, float advantage) {
-    const float clipped = clamp_to(d, s.low, s.high);
-    const bool up = advantage > 0.0f, down = advantage < 0.0f;
-    const bool first = (up & (d <= clipped)) | (down & (d >= clipped));
-    Term t;
-    t.loss = first ? d : (up | down ? clipped : 0.0f);
-    t.grad = first ? 1.0f : 0.0f;
-    t.ratio = t.cut = 0.0f;
-    t.low = down & (d < s.low) ? 1.0f : 0.0f;
-    t.high = up & (d > s.high) ? 1.0f : 0.0f;
+template <class F>
+MATH Term<F> gmpo_term(const Loss& s, F d, F advantage) {
+    const F clipped = clamp_to(d, s.low, s.high);
+    const auto up = advantage > 0.0f, down = advantage < 0.0f;
+    const auto first = (up & (d <= clipped)) | (down & (d >= clipped));
+    Term<F> t;
+    t.loss = select(first, d, select(up | down, clipped, F{}));
+    t.grad = one_where(first, d);
+    t.ratio = t.cut = F{};
+    t.low = one_where(down & (d < s.low), d);
+    t.high = one_where(up & (d > s.high), d);
     return t;
 }
 
-MATH Term surrogate_term(const Loss& s, int surrogate, float d, float logp, float advantage) {
+template <class F>
+MATH Term<F> surrogate_term(const Loss& s, int surrogate, F d, F logp, F advantage) {
     if (surrogate == CISPO) return cispo_term(s, d, logp, advantage);
     if (surrogate == SAPO) return sapo_term(s, d, advantage);
     if (surrogate == REINFORCE) return reinforce_term(d, logp, advantage);

@@ -3,8 +3,8 @@
 //
 // Token ratios: one pass over blocks of 256 tokens. Sequence ratios: one completion at a time, its
 // mean log-ratio first. Sums are double, in an order fixed by the sizes alone.
-#include "block.h"
 #include "credit.h"
+#include "vector.h"
 
 namespace reasonrl {
 namespace ISA {
@@ -15,21 +15,22 @@ constexpr int SPAN = 256;  // tokens of a block: all its arrays stay in the near
 // One block with absent inputs filled in, so that the loops below have no branches.
 struct Span {
     const float *logp, *old_logp, *advantage, *ref_logp, *entropy, *weight;
-    const uint8_t* mask;
+    const int32_t* on;  // all bits where unmasked
     float *grad_logp, *grad_entropy;
     int n;
 };
 
 struct Filler {
     float zero[SPAN], one[SPAN];
-    uint8_t all[SPAN];
+    int32_t all[SPAN];
     Filler() {
-        for (int j = 0; j < SPAN; j++) zero[j] = 0.0f, one[j] = 1.0f, all[j] = 1;
+        for (int j = 0; j < SPAN; j++) zero[j] = 0.0f, one[j] = 1.0f, all[j] = -1;
     }
 };
 
-Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill, int64_t at,
-             int n) {
+// `on` is written where there is a mask.
+Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill, int64_t at, int n,
+             int32_t* on) {
     Span s;
     s.logp = in.logp + at;
     s.old_logp = in.old_logp ? in.old_logp + at : s.logp;
@@ -37,7 +38,8 @@ Span span_of(const PolicyInput& in, const PolicyOutput& out, const Filler& fill,
     s.ref_logp = in.ref_logp ? in.ref_logp + at : s.logp;
     s.entropy = in.entropy ? in.entropy + at : fill.zero;
     s.weight = in.weight ? in.weight + at : fill.one;
-    s.mask = in.mask ? in.mask + at : fill.all;
+    s.on = in.mask ? on : fill.all;
+    for (int j = 0; in.mask && j < n; j++) on[j] = in.mask[at + j] ? -1 : 0;
     s.grad_logp = out.grad_logp + at;
     s.grad_entropy = out.grad_entropy ? out.grad_entropy + at : nullptr;
     s.n = n;
@@ -54,10 +56,11 @@ template <typename Visit>
 void each_block(const PolicyInput& in, const PolicyOutput& out, const Filler& fill,
                 const Item& item, Visit visit) {
     const int64_t blocks = (item.end - item.start + SPAN - 1) / SPAN;
+    int32_t on[SPAN];
     if (!in.credit) {
         for (int64_t k = 0; k < blocks; k++) {
             const int64_t at = item.start + k * SPAN, left = item.end - at;
-            visit(span_of(in, out, fill, at, (int)(left < SPAN ? left : SPAN)));
+            visit(span_of(in, out, fill, at, (int)(left < SPAN ? left : SPAN), on));
         }
         return;
     }
@@ -65,7 +68,7 @@ void each_block(const PolicyInput& in, const PolicyOutput& out, const Filler& fi
     CreditWalk walk(*in.credit, item.completion);
     for (int64_t k = blocks - 1; k >= 0; k--) {
         const int64_t at = item.start + k * SPAN, left = item.end - at;
-        Span s = span_of(in, out, fill, at, (int)(left < SPAN ? left : SPAN));
+        Span s = span_of(in, out, fill, at, (int)(left < SPAN ? left : SPAN), on);
         walk.back(at, s.n, advantage);
         s.advantage = advantage;
         visit(s);
@@ -79,184 +82,167 @@ struct Whole {
     float v, share;  // gmpo: -exp(mean l) mean(A) mean(w), and d(sum over tokens) / dl_t
 };
 
-enum Mode {
-    OWN,
-    SHARED,
-    HELD
-};  // ratio of the token; of the completion; its value, token's gradient
+// ratio of the token; of the completion; its value, with the token's gradient
+enum Mode { OWN, SHARED, HELD };
 
-// The inputs of one block with unusable tokens set to 0; arrays, so that every loop vectorises.
-struct Clean {
-    int good[SPAN];
-    float logp[SPAN], d[SPAN], advantage[SPAN], r[SPAN], weight[SPAN];
+// The inputs of LANES tokens; those of an unusable one are 0. `on`: unmasked; `good`: and finite.
+// EXTRA: weights or entropies are given.
+struct Tokens {
+    VecI on, good;
+    Vec logp, d, advantage, r, weight, entropy;
 };
 
-void clean(const Span& s, Clean& c, double* sums) {
-    const float* __restrict logp = s.logp, * __restrict old = s.old_logp;
-    const float* __restrict advantage = s.advantage, * __restrict ref = s.ref_logp;
-    const float* __restrict entropy = s.entropy, * __restrict weight = s.weight;
-    const uint8_t* __restrict mask = s.mask;
-    int tokens = 0, kept = 0;
-    for (int j = 0; j < s.n; j++) c.good[j] = mask[j] != 0;
-#pragma omp simd reduction(+ : tokens, kept)
-    for (int j = 0; j < s.n; j++) {
-        const float x = logp[j], o = old[j], a = advantage[j], f = ref[j], w = weight[j];
-        const bool good = (c.good[j] != 0) & is_finite(x) & is_finite(o) & is_finite(a) &
-                          is_finite(f) & is_finite(w) & is_finite(entropy[j]);
-        tokens += c.good[j];
-        kept += good ? 1 : 0;
-        c.good[j] = good ? 1 : 0;
-        c.logp[j] = good ? x : 0.0f;
-        c.d[j] = good ? x - o : 0.0f;
-        c.advantage[j] = good ? a : 0.0f;
-        c.r[j] = good ? f - x : 0.0f;
-        c.weight[j] = good ? w : 0.0f;
-    }
-    sums[SUM_TOKENS] += tokens;
-    sums[SUM_NONFINITE] += tokens - kept;
+template <bool EXTRA>
+INLINE Tokens tokens_at(const Span& s, int j) {
+    const Vec x = load(s.logp + j), o = load(s.old_logp + j), a = load(s.advantage + j);
+    const Vec f = load(s.ref_logp + j);
+    const Vec w = EXTRA ? load(s.weight + j) : all_of<Vec>(1.0f);
+    const Vec h = EXTRA ? load(s.entropy + j) : Vec{};
+    Vec probe = (0.0f * x + 0.0f * o) + (0.0f * a + 0.0f * f);
+    if (EXTRA) probe += 0.0f * w + 0.0f * h;
+    Tokens t;
+    t.on = load_bits(s.on + j);
+    t.good = t.on & (probe == 0.0f);  // inf and NaN times 0 are NaN
+    t.logp = where(t.good, x), t.d = where(t.good, x - o), t.r = where(t.good, f - x);
+    t.advantage = where(t.good, a), t.weight = where(t.good, w), t.entropy = where(t.good, h);
+    return t;
 }
 
-// What the tokens of one block come to, side by side: sums are taken afterwards, since a loop with
-// many sums in double at once runs out of registers.
-struct Terms {
-    float loss[SPAN], grad[SPAN], ratio[SPAN], k[SPAN], low[SPAN], high[SPAN], cut[SPAN];
+// Calls visit(span, j) for every LANES tokens of a block; the last, if fewer, in masked arrays.
+template <typename Visit>
+INLINE void each_vector(const Span& span, Visit visit) {
+    const Span s = span;
+    int j = 0;
+    for (; j + LANES <= s.n; j += LANES) visit(s, j);
+    if (j == s.n) return;
+    float in[6][LANES] = {}, out[2][LANES] = {};
+    int32_t on[LANES] = {};
+    const float* from[6] = {s.logp, s.old_logp, s.advantage, s.ref_logp, s.entropy, s.weight};
+    const int left = s.n - j;
+    for (int k = 0; k < 6; k++) memcpy(in[k], from[k] + j, left * sizeof(float));
+    memcpy(on, s.on + j, left * sizeof(int32_t));
+    memcpy(out[0], s.grad_logp + j, left * sizeof(float));
+    if (s.grad_entropy) memcpy(out[1], s.grad_entropy + j, left * sizeof(float));
+    const Span tail = {in[0], in[1], in[2], in[3], in[4], in[5], on,
+                       out[0], s.grad_entropy ? out[1] : nullptr, left};
+    visit(tail, 0);
+    memcpy(s.grad_logp + j, out[0], left * sizeof(float));
+    if (s.grad_entropy) memcpy(s.grad_entropy + j, out[1], left * sizeof(float));
+}
+
+// Sums over an item, lane by lane. Those of a block are float (counts are exact), blocks add up in
+// double.
+struct Sums {
+    VecD policy, kl, ratio, entropy, moved, tokens, usable, low, high, cut, active;
+    Vec top;
 };
 
-double total(const float* x, int n) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < n; j++) sum += x[j];
-    return sum;
-}
-
-// KL of each token, and what it adds to the gradient, which starts as the policy's part.
-template <int KL>
-void add_kl(const Loss& loss, const Clean& x, int n, Terms& t, float* __restrict grad) {
-    const float coef = loss.kl_coef;
-#pragma omp simd
-    for (int j = 0; j < n; j++) {
-        float slope;
-        t.k[j] = kl_term(KL, x.r[j], &slope);
-        grad[j] += coef * (x.good[j] ? slope : 0.0f);
-    }
-}
-
-// Terms of one block. SHARED leaves the policy part of the gradient to the completion: its sum
-// returns.
-template <int SURROGATE, int MODE>
-double block(const Loss& numbers, const Span& s, const Whole& whole, double* sums) {
+// Terms of one block. SHARED leaves the policy part of the gradient to the completion: its sum is
+// `moved`.
+template <int SURROGATE, int MODE, int KL, bool EXTRA>
+void block(const Loss& numbers, const Span& span, const Whole& whole, Sums& sums) {
     const Loss loss = numbers;
-    const int n = s.n;
-    Clean x;
-    Terms t;
-    clean(s, x, sums);
-    const float scale = (float)whole.scale, mean_d = whole.d, v = whole.v, share = whole.share;
-    float* __restrict grad = s.grad_logp;
-    const float rho = exp_of(clamp_to(mean_d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
-    // an array even where d is one number: an invariant in the loop would stop the vectoriser
-    for (int j = 0; j < n && SURROGATE != GMPO && MODE != OWN; j++) x.d[j] = mean_d;
-#pragma omp simd
-    for (int j = 0; j < n; j++) {
-        const float good = x.good[j] ? 1.0f : 0.0f;
-        Term one;
-        if (SURROGATE == GMPO) {
-            one = gmpo_term(loss, x.d[j], x.advantage[j]);
-            one.grad = one.grad * share;
-            one.loss = good * v;
-            one.ratio = rho;
-        } else {
-            one = surrogate_term(loss, SURROGATE, x.d[j], x.logp[j], x.advantage[j]);
-            one.loss = x.weight[j] * one.loss;
-            one.grad = x.weight[j] * one.grad;
-        }
-        t.loss[j] = one.loss;
-        t.grad[j] = one.grad;
-        t.ratio[j] = good * one.ratio;
-        t.low[j] = one.low, t.high[j] = one.high, t.cut[j] = one.cut;
-        grad[j] = (SURROGATE != GMPO && MODE == SHARED) ? 0.0f : good * one.grad;
-    }
-    double kl = 0;
-    if (s.ref_logp != s.logp) {
-        const int kind = loss.kl_coef != 0.0f ? loss.kl : (int)K3;
-        if (kind == K1) add_kl<K1>(loss, x, n, t, grad);
-        if (kind == K2) add_kl<K2>(loss, x, n, t, grad);
-        if (kind == K3) add_kl<K3>(loss, x, n, t, grad);
-        kl = total(t.k, n);
-    }
+    const float scale = (float)whole.scale, coef = loss.kl_coef, share = whole.share;
     const float eta = -loss.entropy_coef * (float)whole.entropy_scale;
-    const float always = eta != 0.0f ? 1.0f : 0.0f;
-    float top = 0, active = 0, low = 0, high = 0, cut = 0;  // counts, exact
-#pragma omp simd reduction(max : top) reduction(+ : active, low, high, cut)
-    for (int j = 0; j < n; j++) {
-        const float c = grad[j] * scale;
-        grad[j] = c;
-        top = t.ratio[j] > top ? t.ratio[j] : top;
-        active += x.good[j] ? (c != 0.0f ? 1.0f : always) : 0.0f;
-        low += t.low[j], high += t.high[j], cut += t.cut[j];
+    const Vec held = all_of<Vec>(whole.d), one = all_of<Vec>(1.0f), v = all_of<Vec>(whole.v);
+    const Vec rho = exp_of(clamp_to(held, -EXPONENT_LIMIT, EXPONENT_LIMIT));
+    Vec policy = {}, kl = {}, ratio = {}, entropy = {}, moved = {}, top = sums.top;
+    Vec low = {}, high = {}, cut = {};
+    VecI tokens = {}, usable = {}, active = {};  // minus their counts
+    each_vector(span, [&](const Span& s, int j) INLINE_BODY {
+        const Tokens t = tokens_at<EXTRA>(s, j);
+        Term<Vec> term;
+        if (SURROGATE == GMPO) {
+            term = gmpo_term(loss, t.d, t.advantage);
+            term.grad = where(t.good, term.grad * share);
+            term.loss = where(t.good, v);
+            term.ratio = rho;
+        } else {
+            term = surrogate_term(loss, SURROGATE, MODE == OWN ? t.d : held, t.logp, t.advantage);
+            if (EXTRA) term.loss = t.weight * term.loss, term.grad = t.weight * term.grad;
+        }
+        Vec k = {}, slope = {};
+        if (KL >= 0) k = kl_term(KL, t.r, &slope);
+        const Vec own = SURROGATE != GMPO && MODE == SHARED ? Vec{} : term.grad;
+        const Vec c = (own + coef * where(t.good, slope)) * scale;
+        const Vec seen = where(t.good, term.ratio);
+        store(s.grad_logp + j, c);
+        if (EXTRA && s.grad_entropy) store(s.grad_entropy + j, where(t.good, eta * one));
+        policy += term.loss, kl += k, ratio += seen;
+        if (EXTRA) entropy += t.entropy;
+        top = max_of(seen, top);
+        low += term.low, high += term.high, cut += term.cut;
+        tokens += t.on, usable += t.good;
+        active += eta != 0.0f ? t.good : (VecI)(c != 0.0f);
+        if (MODE == SHARED) moved += term.grad;
+    });
+    const auto wide = [](auto x) { return __builtin_convertvector(x, VecD); };
+    sums.policy += wide(policy), sums.kl += wide(kl), sums.ratio += wide(ratio);
+    sums.entropy += wide(entropy), sums.moved += wide(moved), sums.top = top;
+    sums.low += wide(low), sums.high += wide(high), sums.cut += wide(cut);
+    sums.tokens -= wide(tokens), sums.usable -= wide(usable), sums.active -= wide(active);
+}
+
+// An item's sums, whatever its lanes.
+void close(const Loss& loss, const Whole& whole, const Sums& s, double* out) {
+    const double policy = sum_of(s.policy) + loss.kl_coef * sum_of(s.kl);
+    out[SUM_LOSS] = policy * whole.scale -
+                    loss.entropy_coef * sum_of(s.entropy) * whole.entropy_scale;
+    out[SUM_LOW] = sum_of(s.low), out[SUM_HIGH] = sum_of(s.high), out[SUM_CUT] = sum_of(s.cut);
+    out[SUM_KL] = sum_of(s.kl), out[SUM_RATIO] = sum_of(s.ratio);
+    out[SUM_TOKENS] = sum_of(s.tokens), out[SUM_ACTIVE] = sum_of(s.active);
+    out[SUM_NONFINITE] = out[SUM_TOKENS] - sum_of(s.usable);
+    out[SUM_RATIO_MAX] = 0.0;
+    for (int k = 0; k < LANES; k++) {
+        if (s.top[k] > out[SUM_RATIO_MAX]) out[SUM_RATIO_MAX] = s.top[k];
     }
-    double bonus = 0;
-    if (s.grad_entropy) {
-        for (int j = 0; j < n; j++) bonus += x.good[j] ? s.entropy[j] : 0.0f;
-        for (int j = 0; j < n; j++) s.grad_entropy[j] = x.good[j] ? eta : 0.0f;
-    }
-    const double policy = total(t.loss, n) + loss.kl_coef * kl;
-    sums[SUM_LOSS] += policy * whole.scale - loss.entropy_coef * bonus * whole.entropy_scale;
-    sums[SUM_LOW] += low, sums[SUM_HIGH] += high, sums[SUM_CUT] += cut;
-    sums[SUM_KL] += kl, sums[SUM_RATIO] += total(t.ratio, n);
-    if (SURROGATE == GMPO || MODE != SHARED) sums[SUM_ACTIVE] += active;
-    if (top > sums[SUM_RATIO_MAX]) sums[SUM_RATIO_MAX] = top;
-    return MODE == SHARED ? total(t.grad, n) : 0.0;
 }
 
 // Means over the unmasked tokens of a completion: d, and for gmpo l, A and w.
-void look_ahead(const Loss& loss, const PolicyInput& in, const PolicyOutput& out,
+template <bool EXTRA>
+void look_ahead(const Loss& numbers, const PolicyInput& in, const PolicyOutput& out,
                 const Filler& fill, const Item& item, double count, Whole* whole) {
-    double d_sum = 0, l_sum = 0, a_sum = 0, w_sum = 0, used = 0;
-    each_block(in, out, fill, item, [&](const Span& s) {
-        double d = 0, l = 0, a = 0, w = 0, n = 0, ignored[SUM_COUNT] = {};
-        Clean x;
-        clean(s, x, ignored);
-        const Loss numbers = loss;
-#pragma omp simd reduction(+ : d, l, a, w, n)
-        for (int j = 0; j < s.n; j++) {
-            d += x.d[j];
-            l += gmpo_term(numbers, x.d[j], x.advantage[j]).loss;
-            a += x.advantage[j];
-            w += x.weight[j];
-            n += x.good[j];
-        }
-        d_sum += d, l_sum += l, a_sum += a, w_sum += w, used += n;
+    const Loss loss = numbers;
+    VecD d = {}, l = {}, a = {}, w = {}, used = {};
+    each_block(in, out, fill, item, [&](const Span& span) {
+        each_vector(span, [&](const Span& s, int j) INLINE_BODY {
+            const Tokens t = tokens_at<EXTRA>(s, j);
+            d += __builtin_convertvector(t.d, VecD);
+            l += __builtin_convertvector(gmpo_term(loss, t.d, t.advantage).loss, VecD);
+            a += __builtin_convertvector(t.advantage, VecD);
+            w += __builtin_convertvector(t.weight, VecD);
+            used -= __builtin_convertvector(t.good, VecD);
+        });
     });
-    whole->d = (float)(d_sum / count);
-    const float l = (float)(l_sum / count), x = clamp_to(l, -EXPONENT_LIMIT, EXPONENT_LIMIT);
-    const double v = -(double)exp_of(x) * (a_sum / count) * (w_sum / count);
+    whole->d = (float)(sum_of(d) / count);
+    const float mean = (float)(sum_of(l) / count);
+    const float x = clamp_to(mean, -EXPONENT_LIMIT, EXPONENT_LIMIT);
+    const double v = -(double)exp_of(x) * (sum_of(a) / count) * (sum_of(w) / count);
     whole->v = (float)v;
-    whole->share = x == l ? (float)(v * used / count) : 0.0f;
+    whole->share = x == mean ? (float)(v * sum_of(used) / count) : 0.0f;
 }
 
-template <int SURROGATE, int MODE>
+template <int SURROGATE, int MODE, int KL, bool EXTRA>
 void completion(const Loss& loss, const PolicyInput& in, const PolicyOutput& out,
-                const Filler& fill, const Item& item, Whole whole, double count, double* sums) {
-    if (MODE != OWN) look_ahead(loss, in, out, fill, item, count, &whole);
-    double shared = 0;
+                const Filler& fill, const Item& item, Whole whole, double count, double* result) {
+    if (MODE != OWN) look_ahead<EXTRA>(loss, in, out, fill, item, count, &whole);
+    Sums sums = {};
     each_block(in, out, fill, item,
-               [&](const Span& s) { shared += block<SURROGATE, MODE>(loss, s, whole, sums); });
+               [&](const Span& s) { block<SURROGATE, MODE, KL, EXTRA>(loss, s, whole, sums); });
+    close(loss, whole, sums, result);
     if (SURROGATE == GMPO || MODE != SHARED) return;
-    const float part = (float)(shared / count * whole.scale);
-    const float always = loss.entropy_coef * whole.entropy_scale != 0.0 ? 1.0f : 0.0f;
-    each_block(in, out, fill, item, [&](const Span& s) {
-        double ignored[SUM_COUNT] = {};
-        Clean x;
-        clean(s, x, ignored);
-        float active = 0;
-#pragma omp simd reduction(+ : active)
-        for (int j = 0; j < s.n; j++) {
-            const float good = x.good[j] ? 1.0f : 0.0f, c = good * (s.grad_logp[j] + part);
-            s.grad_logp[j] = c;
-            active += good * (c != 0.0f ? 1.0f : always);
-        }
-        sums[SUM_ACTIVE] += active;
+    const float part = (float)(sum_of(sums.moved) / count * whole.scale);
+    const bool always = loss.entropy_coef * whole.entropy_scale != 0.0;
+    VecD active = {};
+    each_block(in, out, fill, item, [&](const Span& span) {
+        each_vector(span, [&](const Span& s, int j) INLINE_BODY {
+            const VecI good = tokens_at<EXTRA>(s, j).good;
+            const Vec c = where(good, load(s.grad_logp + j) + part);
+            store(s.grad_logp + j, c);
+            active -= __builtin_convertvector(always ? good : (VecI)(c != 0.0f), VecD);
+        });
     });
+    result[SUM_ACTIVE] = sum_of(active);
 }
 
 int64_t list_items(const PolicyInput& in, bool whole, bool plain, Item* items) {
@@ -272,8 +258,8 @@ int64_t list_items(const PolicyInput& in, bool whole, bool plain, Item* items) {
     return n;
 }
 
-template <int SURROGATE, int MODE>
-void run(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int threads) {
+template <int SURROGATE, int MODE, int KL, bool EXTRA>
+void run_all(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int threads) {
     const Filler fill;
     // a token ratio with one divisor for all tokens does not see completions at all
     const bool plain = MODE == OWN && !in.per_completion && !in.credit;
@@ -290,7 +276,7 @@ void run(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int t
         whole.scale = 1.0 / (in.per_completion ? in.divisor * count : in.divisor);
         whole.entropy_scale = in.entropy_divisor != 0.0 ? 1.0 / in.entropy_divisor : whole.scale;
         if (count == 0.0) whole.scale = whole.entropy_scale = 0.0;
-        completion<SURROGATE, MODE>(loss, in, out, fill, item, whole, count > 0.0 ? count : 1.0,
+        completion<SURROGATE, MODE, KL, EXTRA>(loss, in, out, fill, item, whole, count > 0.0 ? count : 1.0,
                                     sums + i * SUM_COUNT);
     }
     for (int64_t i = 0; i < n; i++) {
@@ -304,6 +290,22 @@ void run(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int t
     }
     delete[] sums;
     delete[] items;
+}
+
+template <int SURROGATE, int MODE, bool EXTRA>
+void run_kl(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int threads) {
+    const int kl = loss.kl_coef != 0.0f ? loss.kl : (int)K3;  // k3 where it is only shown
+    if (!in.ref_logp) return run_all<SURROGATE, MODE, -1, EXTRA>(loss, in, out, threads);
+    if (kl == K1) return run_all<SURROGATE, MODE, K1, EXTRA>(loss, in, out, threads);
+    if (kl == K2) return run_all<SURROGATE, MODE, K2, EXTRA>(loss, in, out, threads);
+    run_all<SURROGATE, MODE, K3, EXTRA>(loss, in, out, threads);
+}
+
+template <int SURROGATE, int MODE>
+void run(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, int threads) {
+    const bool extra = in.weight || in.entropy || out.grad_entropy;
+    extra ? run_kl<SURROGATE, MODE, true>(loss, in, out, threads)
+          : run_kl<SURROGATE, MODE, false>(loss, in, out, threads);
 }
 
 }  // namespace

@@ -92,15 +92,15 @@ __device__ Whole look_ahead(const Loss& loss, const PolicyTask& task, const Stre
     return whole;
 }
 
-__device__ Term term_of(const Loss& loss, const Whole& whole, const Token& t) {
+__device__ Term<float> term_of(const Loss& loss, const Whole& whole, const Token& t) {
     const float d = loss.ratio == TOKEN ? t.d : whole.d;
     if (loss.surrogate != GMPO) {
-        Term term = surrogate_term(loss, loss.surrogate, d, t.logp, t.advantage);
+        Term<float> term = surrogate_term(loss, loss.surrogate, d, t.logp, t.advantage);
         term.loss *= t.weight;
         term.grad *= t.weight;
         return term;
     }
-    Term term = gmpo_term(loss, t.d, t.advantage);
+    Term<float> term = gmpo_term(loss, t.d, t.advantage);
     term.grad *= whole.share;
     term.loss = whole.v;
     term.ratio = exp_of(clamp_to(d, -EXPONENT_LIMIT, EXPONENT_LIMIT));
@@ -139,7 +139,7 @@ __device__ void stretch(const Loss& loss, const PolicyTask& task, const Stretch&
         lost += t.on && !t.good;
         float c = 0.0f, slope;
         if (t.good) {
-            const Term term = term_of(loss, whole, t);
+            const Term<float> term = term_of(loss, whole, t);
             const float k = kl_term(loss.kl_coef != 0.0f ? loss.kl : (int)K3, t.r, &slope);
             c = ((shared ? 0.0f : term.grad) + loss.kl_coef * slope) * (float)scale;
             policy += (term.loss + loss.kl_coef * k) * scale + (double)eta * t.entropy;

@@ -1,0 +1,77 @@
+// Vectors as wide as the instruction set that a source is compiled for, a token in each lane.
+#pragma once
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#include "../ops.h"
+
+namespace reasonrl {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+// registers stay registers across small functions and the bodies of loops
+#define INLINE_BODY __attribute__((always_inline))
+#define INLINE inline INLINE_BODY
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t VecI __attribute__((vector_size(4 * LANES)));
+typedef double VecD __attribute__((vector_size(8 * LANES)));
+
+inline Vec load(const float* from) {
+    Vec x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline void store(float* to, Vec x) {
+    memcpy(to, &x, sizeof x);
+}
+
+inline VecI load_bits(const int32_t* from) {
+    VecI x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+// x where the mask has bits, else 0, whatever x is.
+inline Vec where(VecI mask, Vec x) {
+    return (Vec)((VecI)x & mask);
+}
+
+inline double sum_of(VecD x) {
+    double sum = 0.0;
+    for (int k = 0; k < LANES; k++) sum += x[k];
+    return sum;
+}
+
+}  // namespace
+
+// One instruction each, which compilers do not always make of a < b ? a : b.
+#if defined(__AVX512F__)
+#define REASONRL_VEC(op) _mm512_##op##_ps
+#elif defined(__AVX2__)
+#define REASONRL_VEC(op) _mm256_##op##_ps
+#elif defined(__SSE2__)
+#define REASONRL_VEC(op) _mm_##op##_ps
+#endif
+#ifdef REASONRL_VEC
+template <>
+INLINE Vec min_of(Vec a, Vec b) {
+    return (Vec)REASONRL_VEC(min)(a, b);
+}
+template <>
+INLINE Vec max_of(Vec a, Vec b) {
+    return (Vec)REASONRL_VEC(max)(a, b);
+}
+#endif
+
+}  // namespace reasonrl
