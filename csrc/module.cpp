@@ -197,10 +197,11 @@ void bind_segments(py::module_& m) {
     m.def(
         "step_reduce_grad",
         [](uintptr_t value, uintptr_t step, int64_t tokens, int64_t steps, int how, uintptr_t index,
-           uintptr_t grad, uintptr_t out) {
+           uintptr_t grad, uintptr_t out, int threads) {
             py::gil_scoped_release release;
             step_reduce_grad(at<const float>(value), at<const int64_t>(step), tokens, steps, how,
-                             at<const int64_t>(index), at<const float>(grad), at<float>(out));
+                             at<const int64_t>(index), at<const float>(grad), at<float>(out),
+                             threads);
         },
         "Gradient of step_reduce by the values.");
     m.def(

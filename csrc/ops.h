@@ -89,6 +89,13 @@ struct PolicyOutput {
     double* sums;         // (SUM_COUNT,) added to
 };
 
+// Neighbouring tokens of one step: mostly all of it.
+struct Run {
+    int64_t step, tokens, end;  // `end`: the token after the last
+    double value;               // their sum or product
+};
+enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
+
 #define REASONRL_DECLARE(isa)                                                                    \
     namespace isa {                                                                              \
     void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy,         \
@@ -100,6 +107,8 @@ struct PolicyOutput {
                  double gamma, bool forward, float* out, int threads);                           \
     void walk_credit(const Credit&, float* out, int threads);                                    \
     double token_mean(const float* x, const uint8_t* mask, int64_t n);                           \
+    int64_t list_runs(const float* value, const int64_t* step, int64_t start, int64_t stop,      \
+                      int what, Run* out, bool* ascending);                                      \
     void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out, \
                 int threads);                                                                    \
     }
@@ -117,6 +126,7 @@ struct Ops {
     decltype(&portable::returns) returns;
     decltype(&portable::walk_credit) walk_credit;
     decltype(&portable::token_mean) token_mean;
+    decltype(&portable::list_runs) list_runs;
     decltype(&portable::whiten) whiten;
 };
 
@@ -129,7 +139,7 @@ void group_advantage(const float* reward, const int64_t* group, const uint8_t* s
 void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int how,
                  float* out, int64_t* index, int threads);
 void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, int64_t steps,
-                      int how, const int64_t* index, const float* grad, float* out);
+                      int how, const int64_t* index, const float* grad, float* out, int threads);
 void credit_advantage(const CreditInput&, float* out, int threads);
 // the fused core: rewards to the loss and its gradient, without advantages in memory
 void credit_loss(const Loss&, PolicyInput, const CreditInput&, const PolicyOutput&, int threads);

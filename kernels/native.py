@@ -343,7 +343,7 @@ class _StepReduce(torch.autograd.Function):
         grad, out = grad.contiguous(), torch.empty_like(value)
         core().step_reduce_grad(
             pointer(value), pointer(step), value.numel(), index.numel(), ctx.how, pointer(index),
-            pointer(grad), pointer(out),
+            pointer(grad), pointer(out), threads(),
         )  # fmt: skip
         return out, None, None, None
 

@@ -17,6 +17,7 @@ SEGMENTS = "csrc/cpu/segments.cpp"
 CREDIT = "csrc/cpu/credit.cpp"
 WALK = "csrc/cpu/credit.h"
 SCAN = "csrc/cpu/scan.h"
+STEPS = "csrc/cpu/steps.cpp"
 WHITEN = "csrc/cpu/whiten.cpp"
 
 CPU = [
@@ -52,19 +53,25 @@ CPU = [
     ("std ignores ddof", SEGMENTS, "std::max((double)n - ddof, 1.0)", "std::max((double)n, 1.0)", "group"),
     ("rloo of all", SEGMENTS, "(sum - r) / (double)(n - 1) : mean", "sum / (double)n : mean", "group"),
     ("ties go last", SEGMENTS, "smallest ? x < best : x > best", "smallest ? x <= best : x >= best", "step"),
-    ("mean of a step by one too few", SEGMENTS, "out.push_back({s, end - i, run});", "out.push_back({s, end - i - 1, run});", "step"),
     ("process baseline of all", CREDIT, "a = {1.0, -(sum - own) / others}", "a = {1.0, -sum / others}", "tokens or prime"),
     ("verl term missed", CREDIT, "a.scale += 1.0 / others;", "a.scale += 0.0;", "tokens or prime"),
     ("places of all groups together", CREDIT, "id[b] * places + (s - in.step_cu[b])", "(s - in.step_cu[b])", "steps"),
     ("steps not shared out", CREDIT, "out.value[s] = in.process_weight * worth[s] / share;", "out.value[s] = in.process_weight * worth[s];", "steps"),
     ("outcome weight missed", CREDIT, "{in.outcome_weight * outcome[b], 0.0, 0.0, true}", "{outcome[b], 0.0, 0.0, true}", "steps"),
     ("carry lost between blocks", WALK, "in.gamma, worth, carry, out);", "in.gamma, worth, 0.0, out);", "core"),
-    ("step paid at its first token", WALK, "following = step;", "following = -1;", "steps or core"),
-    ("masked token pays", WALK, "if (on) carry = worth + (returned ? gamma * carry : 0.0);", "carry = worth + (returned ? gamma * carry : 0.0);", "steps or core"),
-    ("gamma of one too few", SCAN, "Four{g4, g2 * gamma, g2, gamma}", "Four{g2 * gamma, g2, gamma, 1.0}", "returns or tokens"),
-    ("four sums of two", SCAN, "return x + square * REASONRL_LANES(x, 2, 3, 4, 5);", "return x;", "returns or tokens"),
-    ("carry of the wrong lane", SCAN, "BY < 0 ? REASONRL_LANES(x[k], 0, 0, 0, 0)", "BY < 0 ? REASONRL_LANES(x[k], 1, 1, 1, 1)", "returns or tokens"),
-    ("masked token discounts", SCAN, "const double by[2] = {1.0, gamma};", "const double by[2] = {gamma, gamma};", "returns or tokens"),
+    ("mean of a step by one too many", SEGMENTS, "run.value / (double)run.tokens", "run.value / (double)(run.tokens + 1)", "step"),
+    ("a chunk's end splits a step", SEGMENTS, "join(open, first, product);", "open = first;", "step"),
+    ("a step's last run alone", SEGMENTS, "join(all[run.step], run, product);", "all[run.step] = run;", "step"),
+    ("next run summed too", STEPS, "number < n - k ? load_wide(value + k) : nothing", "load_wide(value + k)", "step"),
+    ("last values left out", STEPS, "all[0] + rest", "all[0]", "step"),
+    ("runs end with the chunk", STEPS, "bits |= (uint64_t)last << k;", "bits |= (uint64_t)(at + k + 1 == stop) << k;", "step"),
+    ("step paid at every token", WALK, "if (step[j] == following) continue;", "", "steps or core"),
+    ("masked step pays", WALK, "in.mask ? in.mask + at + start : nullptr", "nullptr", "steps or core"),
+    ("carry of the wrong lane", SCAN, "return by < 0 ? x[0] : x[WIDE - 1];", "return by < 0 ? x[WIDE - 1] : x[0];", "returns or tokens"),
+    ("masked token discounts", SCAN, "factor = on ? discount : one;", "factor = discount;", "returns or tokens"),
+    ("half of a scan", SCAN, "gather<BY, 2>(x, factor);", "", "returns or tokens"),
+    ("half of an even scan", SCAN, "x += g2 * moved<-2 * BY>(x, Wide{});", "", "returns or tokens"),
+    ("masked token pays", SCAN, "x = (Wide)((WideI)x & on);", "", "returns or tokens"),
     ("biased variance", WHITEN, "all.count > 2.0 ? all.count - 1.0 : 1.0", "all.count > 2.0 ? all.count : 1.0", "whiten or prime"),
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ from simt import core  # noqa: E402
 TODAY = random.Random(datetime.date.today().toordinal() + 1)
 ALONE = ("module.cpp", "dispatch.cpp")  # in csrc: no formula stands there
 ONCE = ("segments.cpp", "credit.cpp")  # in csrc/cpu
-PER_ISA = ("logp.cpp", "policy.cpp", "returns.cpp", "whiten.cpp")
+PER_ISA = ("logp.cpp", "policy.cpp", "returns.cpp", "steps.cpp", "whiten.cpp")
 FLAGS = "-std=gnu++17 -O1 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"
 
 

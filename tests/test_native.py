@@ -268,6 +268,28 @@ def test_step_reduce_and_its_gradient(native, how):
     assert (x.grad[step < 0] == 0).all()
 
 
+@pytest.mark.parametrize("order", ["ascending", "with gaps", "twice"])
+def test_long_steps_cross_the_chunks(native, isa, order):
+    """150,000 tokens in steps of 1 to 9,000: the kernel's chunks end inside of steps."""
+    g = torch.Generator().manual_seed(4)
+    lengths = (9000 * torch.rand(64, generator=g) ** 3).long() + 1
+    step = torch.arange(64).repeat_interleave(lengths)
+    if order == "with gaps":
+        step[torch.rand(step.shape, generator=g) < 0.01] = -1
+    elif order == "twice":
+        step = torch.cat([step, step])
+    value = torch.rand(step.shape, generator=g) - 0.5
+    assert len(step) > 4 * 32_768
+    for how in ("sum", "mean", "prod"):
+        x = value * 2e-4 + 1 if how == "prod" else value
+        got = native.step_reduce(x, step, 65, how)
+        close(got, reference.step_reduce(x.double(), step, 65, how))
+    marks = torch.arange(65.0) + 1
+    for where in ("all", "last"):
+        got = native.step_expand(marks, step, where)
+        assert torch.equal(got, reference.step_expand(marks.double(), step, where).float())
+
+
 @pytest.mark.parametrize("where", ["all", "last"])
 def test_step_expand_and_its_gradient(native, where):
     step = torch.tensor([-1, 2, 2, 0, -1, 0, 4])

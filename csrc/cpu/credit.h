@@ -18,8 +18,14 @@ class CreditWalk {
             memset(out, 0, n * sizeof(float));
         } else if (in.token_reward) {
             tokens(at, n, out);
+        } else if (in.pay == PAY_RETURN) {
+            steps_returned(at, n, out);
         } else {
-            in.mask ? steps<true>(at, n, out) : steps<false>(at, n, out);
+            for (int64_t j = 0; j < n; j++) {
+                const int64_t step = in.step[at + j];
+                const bool on = !in.mask || in.mask[at + j];
+                out[j] = on ? (float)((step >= 0 ? value[step] : 0.0) + own.outcome) : 0.0f;
+            }
         }
     }
 
@@ -30,18 +36,22 @@ class CreditWalk {
         carry = scan<-1>(in.token_reward + at, mask, n - 1, n, in.gamma, worth, carry, out);
     }
 
-    template <bool MASKED>
-    void steps(int64_t at, int64_t n, float* out) {
-        const double outcome = own.outcome, gamma = in.gamma;
-        const bool returned = in.pay == PAY_RETURN;
-        for (int64_t j = n - 1; j >= 0; j--) {
-            const int64_t step = in.step[at + j];
-            const bool on = !MASKED || in.mask[at + j];
-            double worth = 0.0;
-            if (step >= 0 && (step != following || !returned)) worth = value[step];
-            following = step;
-            if (on) carry = worth + (returned ? gamma * carry : 0.0);
-            out[j] = on ? (float)(carry + outcome) : 0.0f;
+    // a step's reward lies at its last token, and is lost where that is masked
+    void steps_returned(int64_t at, int64_t n, float* out) {
+        constexpr int64_t BLOCK = 256;
+        const Worth as_it_is = {1.0, 0.0, own.outcome};
+        double reward[BLOCK];
+        for (int64_t stop = n; stop > 0; stop -= BLOCK) {
+            const int64_t start = stop > BLOCK ? stop - BLOCK : 0, size = stop - start;
+            const int64_t* step = in.step + at + start;
+            for (int64_t j = size - 1; j >= 0; j--) {
+                reward[j] = 0.0;
+                if (step[j] == following) continue;
+                following = step[j];
+                if (following >= 0) reward[j] = value[following];
+            }
+            const uint8_t* mask = in.mask ? in.mask + at + start : nullptr;
+            carry = scan<-1>(reward, mask, size - 1, size, in.gamma, as_it_is, carry, out + start);
         }
     }
 

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
-#include <numeric>
+#include <memory>
 #include <vector>
 
 #include "../ops.h"
@@ -85,31 +85,114 @@ static void pick(const float* value, const int64_t* step, int64_t tokens, int64_
     for (int64_t s = 0; s < steps; s++) out[s] = index[s] < 0 ? 0.0f : value[index[s]];
 }
 
-// A run of neighbouring tokens of one step: mostly a whole step.
-struct Run {
-    int64_t step, tokens;
-    double value;  // their sum or product
+namespace {
+
+// The runs of WAVE chunks of tokens at a time, listed side by side.
+class Waves {
+  public:
+    static constexpr int WAVE = 16;
+    int64_t count[WAVE];
+
+    Waves(const float* value, const int64_t* step, int64_t tokens, int what, int threads)
+        : value(value), step(step), tokens(tokens), what(what), threads(threads),
+          size(std::min<int64_t>(1 << 15, tokens)), buffer(new Run[WAVE * size]) {}
+
+    bool next() {
+        if (at >= tokens) return false;
+        bool each[WAVE];
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int w = 0; w < WAVE; w++) {
+            const int64_t start = std::min(tokens, at + w * size);
+            const int64_t stop = std::min(tokens, start + size);
+            count[w] = ops().list_runs(value, step, start, stop, what, runs(w), &each[w]);
+        }
+        at += WAVE * size;
+        for (int w = 0; w < WAVE; w++) {
+            if (count[w] == 0) continue;
+            rises = rises && each[w] && runs(w)[0].step >= last;
+            last = runs(w)[count[w] - 1].step;
+        }
+        return true;
+    }
+
+    // so far no step has two runs, but for those that a chunk's end has split
+    bool ascending() const { return rises; }
+    Run* runs(int w) { return buffer.get() + w * size; }
+
+  private:
+    const float* value;
+    const int64_t* step;
+    const int64_t tokens;
+    const int what, threads;
+    const int64_t size;
+    std::unique_ptr<Run[]> buffer;
+    int64_t at = 0, last = -1;
+    bool rises = true;
 };
 
-void list_runs(const float* value, const int64_t* step, int64_t start, int64_t stop, bool product,
-               std::vector<Run>& out) {
-    out.clear();
-    for (int64_t i = start, end; i < stop; i = end) {
-        const int64_t s = step[i];
-        for (end = i + 1; end < stop && step[end] == s; end++) {
+void join(Run& all, const Run& run, bool product) {
+    all.value = product ? all.value * run.value : all.value + run.value;
+    all.tokens += run.tokens;
+    all.end = run.end;
+}
+
+// Calls done(run) once for every step that has tokens, from any thread; false, and half done, where
+// the steps do not ascend.
+template <typename Done>
+bool each_step(Waves waves, bool product, int threads, Done done) {
+    Run open = {-1, 0, 0, 0.0};  // may go on in the next chunk
+    while (waves.next()) {
+        if (!waves.ascending()) return false;
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int w = 0; w < Waves::WAVE; w++) {
+            for (int64_t k = 1; k < waves.count[w] - 1; k++) done(waves.runs(w)[k]);
         }
-        if (s < 0) continue;
-        double run = product ? 1.0 : 0.0, even = 0.0, odd = 0.0;
-        if (product) {
-            for (int64_t k = i; k < end; k++) run *= value[k];
-        } else {
-            int64_t k = i;
-            for (; k + 1 < end; k += 2) even += value[k], odd += value[k + 1];
-            run = even + odd + (k < end ? (double)value[k] : 0.0);
+        for (int w = 0; w < Waves::WAVE; w++) {
+            const int64_t n = waves.count[w];
+            if (n == 0) continue;
+            const Run first = waves.runs(w)[0];
+            if (first.step == open.step) {
+                join(open, first, product);
+            } else {
+                if (open.step >= 0) done(open);
+                open = first;
+            }
+            if (n > 1) done(open), open = waves.runs(w)[n - 1];
         }
-        out.push_back({s, end - i, run});
+    }
+    if (open.step >= 0) done(open);
+    return true;
+}
+
+// The same for steps in any order, by one number a step.
+template <typename Done>
+void each_step_of_any(Waves waves, int64_t steps, bool product, Done done) {
+    std::vector<Run> all(steps, Run{-1, 0, 0, product ? 1.0 : 0.0});
+    while (waves.next()) {
+        for (int w = 0; w < Waves::WAVE; w++) {
+            for (int64_t k = 0; k < waves.count[w]; k++) {
+                const Run& run = waves.runs(w)[k];
+                join(all[run.step], run, product);
+                all[run.step].step = run.step;
+            }
+        }
+    }
+    for (const Run& run : all) {
+        if (run.step >= 0) done(run);
     }
 }
+
+template <typename Done>
+void all_steps(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int what,
+               int threads, Done done) {
+    const auto waves = [&] { return Waves(value, step, tokens, what, threads); };
+    const bool product = what == RUN_PRODUCT;
+    if (!each_step(waves(), product, threads, done)) {
+        each_step_of_any(waves(), steps, product, done);
+    }
+}
+
+}  // namespace
 
 // `index` (S,): the token chosen (min, max, last) or the number of tokens (mean).
 void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_t steps, int how,
@@ -117,31 +200,14 @@ void step_reduce(const float* value, const int64_t* step, int64_t tokens, int64_
     if (how == STEP_MIN || how == STEP_MAX || how == STEP_LAST) {
         return pick(value, step, tokens, steps, how, out, index);
     }
-    constexpr int64_t CHUNK = 1 << 15;
-    constexpr int WAVE = 16;  // chunks whose runs are kept at one time, then added in order
-    const bool product = how == STEP_PROD;
-    std::vector<double> total(steps, product ? 1.0 : 0.0);
-    std::vector<Run> runs[WAVE];
-    std::fill(index, index + steps, (int64_t)0);
-    for (int64_t base = 0; base < tokens; base += WAVE * CHUNK) {
+    const bool product = how == STEP_PROD, mean = how == STEP_MEAN;
 #pragma omp parallel for num_threads(threads) schedule(static)
-        for (int w = 0; w < WAVE; w++) {
-            const int64_t start = std::min(tokens, base + w * CHUNK);
-            const int64_t stop = std::min(tokens, start + CHUNK);
-            list_runs(value, step, start, stop, product, runs[w]);
-        }
-        for (const std::vector<Run>& part : runs) {
-            for (const Run& run : part) {
-                index[run.step] += run.tokens;
-                total[run.step] =
-                    product ? total[run.step] * run.value : total[run.step] + run.value;
-            }
-        }
-    }
-    for (int64_t s = 0; s < steps; s++) {
-        const double n = how == STEP_MEAN && index[s] > 0 ? (double)index[s] : 1.0;
-        out[s] = (float)(total[s] / n);
-    }
+    for (int64_t s = 0; s < steps; s++) out[s] = product ? 1.0f : 0.0f, index[s] = 0;
+    const auto done = [=](const Run& run) {
+        out[run.step] = (float)(mean ? run.value / (double)run.tokens : run.value);
+        index[run.step] = run.tokens;
+    };
+    all_steps(value, step, tokens, steps, product ? RUN_PRODUCT : RUN_SUM, threads, done);
 }
 
 // Every factor's gradient is the product of the others: by division, but exact around zeros.
@@ -167,9 +233,10 @@ static void prod_grad(const float* value, const int64_t* step, int64_t tokens, i
 }
 
 void step_reduce_grad(const float* value, const int64_t* step, int64_t tokens, int64_t steps,
-                      int how, const int64_t* index, const float* grad, float* out) {
+                      int how, const int64_t* index, const float* grad, float* out, int threads) {
     if (how == STEP_PROD) return prod_grad(value, step, tokens, steps, grad, out);
     const bool chosen = how == STEP_MIN || how == STEP_MAX || how == STEP_LAST;
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < tokens; i++) {
         const int64_t s = step[i];
         out[i] = 0.0f;
@@ -189,12 +256,10 @@ void step_expand(const float* value, const int64_t* step, int64_t tokens, int64_
         for (int64_t i = 0; i < tokens; i++) out[i] = step[i] < 0 ? 0.0f : value[step[i]];
         return;
     }
-    std::vector<uint8_t> seen(steps, 0);
-    for (int64_t i = tokens - 1; i >= 0; i--) {
-        const bool take = step[i] >= 0 && !seen[step[i]];
-        out[i] = take ? value[step[i]] : 0.0f;
-        if (take) seen[step[i]] = 1;
-    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < tokens; i++) out[i] = 0.0f;
+    const auto done = [=](const Run& run) { out[run.end - 1] = value[run.step]; };
+    all_steps(nullptr, step, tokens, steps, RUN_ENDS, threads, done);
 }
 
 }  // namespace reasonrl
