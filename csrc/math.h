@@ -259,6 +259,7 @@ struct LogSumExp {
 MATH LogSumExp merge(LogSumExp a, LogSumExp b) {
     if (b.s == 0.0) return a;
     if (a.s == 0.0) return b;
+    if (a.m == b.m) return {a.m, a.s + b.s, a.q + b.q};
     LogSumExp out;
     out.m = max_of(a.m, b.m);
     const double shift_a = (double)a.m - out.m, shift_b = (double)b.m - out.m;

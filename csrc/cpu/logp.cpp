@@ -30,7 +30,8 @@ inline float tanh_of(float x, float* slope) {
     return x != x ? x : (x < 0.0f ? -t : t);
 }
 
-// scores of one block in place; `slope` (may be null) receives ds/du
+// Scores of one block in place; `slope` (may be null) receives ds/du under a softcap: without one
+// it is 1 / tau.
 inline void score(const Logits& logits, int n, float* __restrict u, float* __restrict slope) {
     const float tau = logits.temperature, cap = logits.softcap;
     if (cap > 0.0f) {
@@ -47,21 +48,31 @@ inline void score(const Logits& logits, int n, float* __restrict u, float* __res
 #pragma omp simd
         for (int j = 0; j < n; j++) u[j] = u[j] / tau;
     }
-    if (slope) {
-        const float flat = 1.0f / tau;
-        for (int j = 0; j < n; j++) slope[j] = flat;
+}
+
+// The scores of n logits: where they lie, if nothing is to be done to them, else in `u`. The next
+// block is called for meanwhile.
+template <int DTYPE>
+inline const float* scores(const Logits& logits, int64_t at, int n, float* u, float* slope) {
+    const int width = DTYPE == F32 ? 4 : 2;
+    const char* next = (const char*)logits.data + (at + n) * width;
+    for (int k = 0; k < n * width; k += 64) __builtin_prefetch(next + k);
+    if (DTYPE == F32 && logits.temperature == 1.0f && !(logits.softcap > 0.0f)) {
+        return (const float*)logits.data + at;
     }
+    read<DTYPE>(logits.data, at, n, u);
+    score(logits, n, u, slope);
+    return u;
 }
 
 template <int DTYPE>
 LogSumExp row_sums(const Logits& logits, int64_t row, bool* broken) {
     LogSumExp total = {-INFINITY, 0.0, 0.0};
     int bad = 0;
-    float u[BLOCK];
+    float buffer[BLOCK];
     for (int64_t at = 0; at < logits.vocab; at += BLOCK) {
         const int n = (int)(logits.vocab - at < BLOCK ? logits.vocab - at : BLOCK);
-        read<DTYPE>(logits.data, row * logits.vocab + at, n, u);
-        score(logits, n, u, nullptr);
+        const float* __restrict u = scores<DTYPE>(logits, row * logits.vocab + at, n, buffer, nullptr);
         float top = -INFINITY;
 #pragma omp simd reduction(max : top) reduction(+ : bad)
         for (int j = 0; j < n; j++) {
@@ -112,20 +123,23 @@ void forward(const Logits& logits, const int64_t* target, float* logp, float* en
 template <int DTYPE>
 void row_grad(const Logits& logits, const RowStats& stats, int64_t row, int64_t target, float c,
               float h, void* out, int64_t out_row) {
-    float target_slope;
+    const bool capped = logits.softcap > 0.0f;
+    const float flat = capped ? 1.0f : 1.0f / logits.temperature, c1 = c * flat, h1 = h * flat;
+    const float top = stats.max, log_sum = stats.log_sum, whole = stats.entropy;
+    float buffer[BLOCK], slope[BLOCK], made[BLOCK], target_slope = flat;
     const float target_score = score_at<DTYPE>(logits, row, target, &target_slope);
-    float u[BLOCK], slope[BLOCK];
     for (int64_t at = 0; at < logits.vocab; at += BLOCK) {
         const int n = (int)(logits.vocab - at < BLOCK ? logits.vocab - at : BLOCK);
-        read<DTYPE>(logits.data, row * logits.vocab + at, n, u);
-        score(logits, n, u, slope);
+        const float* u = scores<DTYPE>(logits, row * logits.vocab + at, n, buffer, slope);
+        float* to = DTYPE == F32 ? (float*)out + out_row * logits.vocab + at : made;
 #pragma omp simd
         for (int j = 0; j < n; j++) {
-            const float x = max_of(u[j] - stats.max, LOWEST) - stats.log_sum;
+            const float x = max_of(u[j] - top, LOWEST) - log_sum;
             const float p = x < -87.0f ? 0.0f : exp_of(x);
-            u[j] = -p * (c + h * (x + stats.entropy)) * slope[j];
+            to[j] = -p * (c1 + h1 * (x + whole));
         }
-        write<DTYPE>(out, out_row * logits.vocab + at, n, u);
+        for (int j = 0; capped && j < n; j++) to[j] *= slope[j];
+        if (DTYPE != F32) write<DTYPE>(out, out_row * logits.vocab + at, n, made);
     }
     const double log_p = (double)target_score - stats.max - stats.log_sum;
     const double p = exp(log_p), bonus = p > 0.0 ? h * p * (log_p + stats.entropy) : 0.0;
