@@ -75,7 +75,16 @@ class Head:
         self.wants_dw = False
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
-        """Which gradients to make; rows that are skipped keep dX = 0."""
+        """Which gradients to make; rows that are skipped keep dX = 0.
+
+        Half-precision products of several chunks need an fp32 sum of dW beside the chunk: one
+        chunk that takes less memory than both is taken instead.
+        """
+        vocab, width = self.weight.shape
+        if weight and self.dtype.itemsize == 2 and not CHUNK_ROWS:
+            whole = max(1, self.count) * vocab * 2
+            if whole <= CHUNK_BYTES + vocab * width * 4:
+                self.size = max(1, self.count)
         if hidden:
             self.dx = torch.zeros_like(self.hidden)
         self.wants_dw = weight
