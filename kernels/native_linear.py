@@ -68,23 +68,33 @@ class Head:
         self.matrix = self.weight if self.widened else self.weight.to(self.dtype)
         self.addend = None if self.bias is None else self.bias.to(self.dtype)
         self.count = self.hidden.shape[0] if self.rows is None else self.rows.numel()
-        vocab = self.weight.shape[0]
-        rows = CHUNK_BYTES // max(1, vocab * self.dtype.itemsize) // 32 * 32
-        self.size = max(1, min(CHUNK_ROWS or max(rows, 32), self.count))
+        self.size = self.chunk(CHUNK_BYTES)
         self.dx = self.dw = self.db = None
         self.wants_dw = False
+
+    def chunk(self, size: int) -> int:
+        """Rows of `size` bytes of logits, a multiple of 32 where more than that."""
+        rows = size // max(1, self.weight.shape[0] * self.dtype.itemsize) // 32 * 32
+        return max(1, min(CHUNK_ROWS or max(rows, 32), self.count))
+
+    def even(self, count: int) -> int:
+        """Rows of a chunk that leaves no small one behind: as even as rows by 32 allow."""
+        chunks = max(1, -(-count // self.size))
+        return min(self.size, -(-count // chunks // 32) * 32)
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Which gradients to make; rows that are skipped keep dX = 0.
 
-        Half-precision products of several chunks need an fp32 sum of dW beside the chunk: one
-        chunk that takes less memory than both is taken instead.
+        Every chunk passes all of dW through memory: chunks grow with it, to 3/8 of its size (an
+        eighth of what plain torch takes for N = D). Half-precision products of several chunks need
+        an fp32 sum of dW beside the chunk: one chunk of all rows is taken if it is no larger.
         """
-        vocab, width = self.weight.shape
-        if weight and self.dtype.itemsize == 2 and not CHUNK_ROWS:
-            whole = max(1, self.count) * vocab * 2
-            if whole <= CHUNK_BYTES + vocab * width * 4:
-                self.size = max(1, self.count)
+        if weight:
+            total = 4 * self.weight.numel()
+            half = self.dtype.itemsize == 2
+            self.size = self.chunk(max(CHUNK_BYTES, total * 3 // 8))
+            if half and 2 * self.count * self.weight.shape[0] <= CHUNK_BYTES + total:
+                self.size = CHUNK_ROWS or max(1, self.count)
         if hidden:
             self.dx = torch.zeros_like(self.hidden)
         self.wants_dw = weight
@@ -95,7 +105,8 @@ class Head:
         return self.wants_dw or self.dx is not None or self.db is not None
 
     def spans(self) -> list[tuple[int, int]]:
-        return [(s, min(s + self.size, self.count)) for s in range(0, self.count, self.size)]
+        size = max(1, self.even(self.count))
+        return [(s, min(s + size, self.count)) for s in range(0, self.count, size)]
 
     def inputs(self, rows: slice | Tensor) -> Tensor:
         index = rows if self.rows is None else self.rows[rows]
@@ -261,7 +272,7 @@ def backward_only(head: Head, target: Tensor, stats: Tensor, c: Tensor, eta: Ten
     """The gradients for given coefficients; rows without one are dropped before the logits."""
     live = c != 0 if eta is None else (c != 0) | (eta != 0)
     rows = live.nonzero()[:, 0]
-    for part in rows.split(head.size) if len(rows) else ():
+    for part in rows.split(head.even(len(rows))) if len(rows) else ():
         whole = part.numel() == int(part[-1]) - int(part[0]) + 1
         pick = slice(int(part[0]), int(part[-1]) + 1) if whole else part
         x = head.inputs(pick)
