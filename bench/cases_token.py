@@ -1,4 +1,4 @@
-"""Ops on tokens: the policy loss, returns, steps, PRIME's advantages, the fused core."""
+"""Ops on tokens: the policy loss and the fused core."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.race import Case, Goal, Side, against, over_floor
+from bench.cases_reward import block, gen, kernel_case
+from bench.race import Case, Goal, against
 from reasonrl import LossSpec, StepCredit, ops, policy_loss
 from reasonrl.kernels import native
 
@@ -15,17 +16,8 @@ SPEC = LossSpec.named("dapo", kl_coef=0.04)
 
 
 def cases(small: bool) -> list[Case]:
-    batch, long, longest = (4, 64, 128) if small else (64, 4096, 16_384)
-    many = 1 << (14 if small else 25)
-    return [
-        loss_case(batch, long),
-        loss_kernel(many),
-        returns_case(batch, longest),
-        returns_kernel(many),
-        steps_case(batch, longest),
-        steps_kernel(many),
-        core_case(batch, long),
-    ]
+    batch, long = (4, 64) if small else (64, 4096)
+    return [loss_case(batch, long), loss_kernel(1 << (14 if small else 25)), core_case(batch, long)]
 
 
 def tokens(n: int, seed: int = 4) -> dict[str, Tensor]:
@@ -126,132 +118,6 @@ def loss_kernel(n: int) -> Case:
     return kernel_case("policy_loss", n, make, ours, stock, 1, "TRL's arithmetic")
 
 
-def returns_case(batch: int, length: int) -> Case:
-    def make() -> dict[str, Any]:
-        reward = torch.randn(batch, length, generator=gen(6))
-        return {"reward": reward, "mask": torch.rand(batch, length, generator=gen(7)) > 0.1}
-
-    def ours(x: dict[str, Any]) -> list[Tensor]:
-        return [ops.returns(x["reward"], mask=x["mask"], gamma=0.99, impl="native")]
-
-    def loop(x: dict[str, Any]) -> list[Tensor]:
-        """The trainers' way: a Python loop over time, a few tensor ops each."""
-        running, out, mask = torch.zeros(batch), [], x["mask"].float()
-        for t in reversed(range(length)):
-            fresh = x["reward"][:, t] + 0.99 * running
-            running = torch.where(mask[:, t] > 0, fresh, running)
-            out.append(running * mask[:, t])
-        return [torch.stack(out[::-1], 1)]
-
-    def vectorised(x: dict[str, Any]) -> list[Tensor]:
-        """Doubling: log2(T) whole-tensor passes; masked tokens are moved to the end first."""
-        order = torch.argsort(~x["mask"], dim=1, stable=True)
-        total = torch.where(x["mask"], x["reward"], 0.0).gather(1, order)
-        shift = 1
-        while shift < length:
-            total[:, :-shift] = total[:, :-shift] + 0.99**shift * total[:, shift:]
-            shift *= 2
-        back = torch.empty_like(total).scatter_(1, order, total)
-        return [torch.where(x["mask"], back, 0.0)]
-
-    return Case(
-        key="returns",
-        title=f"returns, gamma 0.99, masked, {batch} x {length}",
-        make=make,
-        sides={"ours": ours, "python loop": loop, "torch vectorised": vectorised},
-        truth=lambda x: [ops.returns(x["reward"].double(), mask=x["mask"], gamma=0.99)],
-        stock="torch vectorised",
-        goals=[
-            Goal("times as fast as the Python loop", against("python loop"), ">=", 150.0),
-            Goal("times as fast as torch", against("torch vectorised"), ">=", 3.0),
-        ],
-    )
-
-
-def returns_kernel(n: int) -> Case:
-    rows = 1 << 10
-
-    def make() -> dict[str, Any]:
-        reward, out = torch.randn(n, generator=gen(8)), torch.empty(n)
-        cu = torch.arange(rows + 1) * (n // rows)
-        return {"reward": reward, "c": out, "cu": cu} | block(n, 2)
-
-    def ours(x: dict[str, Any]) -> list[Tensor]:
-        native.core().returns(
-            native.pointer(x["reward"]), native.pointer(x["cu"]), 0, rows, 1.0, False,
-            native.pointer(x["c"]), native.threads(),
-        )  # fmt: skip
-        return [x["c"]]
-
-    def stock(x: dict[str, Any]) -> list[Tensor]:
-        return [x["reward"].view(rows, -1).flip(1).cumsum(1).flip(1).reshape(-1)]
-
-    return kernel_case("returns", n, make, ours, stock, 0, "torch flip, cumsum, flip")
-
-
-def steps_case(batch: int, length: int) -> Case:
-    """Step rewards from token values and back: the mean of each step, given to its last token."""
-    width = 16
-
-    def make() -> dict[str, Any]:
-        n = batch * length
-        value = torch.rand(n, generator=gen(9))
-        return {"value": value, "step": torch.arange(n) // width, "count": n // width}
-
-    def ours(x: dict[str, Any]) -> list[Tensor]:
-        found = ops.step_reduce(x["value"], x["step"], x["count"], how="mean", impl="native")
-        return [ops.step_expand(found, x["step"], where="last", impl="native")]
-
-    def loop(x: dict[str, Any]) -> list[Tensor]:
-        """Per step, as reward managers do it: slice, mean, assign."""
-        out = torch.zeros_like(x["value"])
-        for start in range(0, len(out), width):
-            out[start + width - 1] = x["value"][start : start + width].mean()
-        return [out]
-
-    def vectorised(x: dict[str, Any]) -> list[Tensor]:
-        total = torch.zeros(x["count"]).index_add_(0, x["step"], x["value"])
-        size = torch.bincount(x["step"], minlength=x["count"])
-        last = torch.zeros(x["count"], dtype=torch.long).scatter_reduce_(
-            0, x["step"], torch.arange(len(x["step"])), "amax"
-        )
-        return [torch.zeros_like(x["value"]).index_copy_(0, last, total / size)]
-
-    return Case(
-        key="step_reduce",
-        title=f"step_reduce (mean) and step_expand (last), {batch} x {length}, steps of {width}",
-        make=make,
-        sides={"ours": ours, "python loop": loop, "torch vectorised": vectorised},
-        stock="torch vectorised",
-        goals=[
-            Goal("times as fast as the Python loop", against("python loop"), ">=", 150.0),
-            Goal("times as fast as torch", against("torch vectorised"), ">=", 3.0),
-        ],
-    )
-
-
-def steps_kernel(n: int) -> Case:
-    width = 16
-
-    def make() -> dict[str, Any]:
-        value, step = torch.rand(n, generator=gen(10)), torch.arange(n) // width
-        out, index = torch.empty(n // width), torch.empty(n // width, dtype=torch.long)
-        return {"value": value, "step": step, "c": out, "index": index} | block(n, 3)
-
-    def ours(x: dict[str, Any]) -> list[Tensor]:
-        native.core().step_reduce(
-            native.pointer(x["value"]), native.pointer(x["step"]), n, n // width,
-            native.HOWS["sum"], native.pointer(x["c"]), native.pointer(x["index"]),
-            native.threads(),
-        )  # fmt: skip
-        return [x["c"]]
-
-    def stock(x: dict[str, Any]) -> list[Tensor]:
-        return [torch.zeros(n // width).index_add_(0, x["step"], x["value"])]
-
-    return kernel_case("step_reduce", n, make, ours, stock, 0, "torch index_add")
-
-
 def core_case(batch: int, length: int) -> Case:
     """Step rewards and outcomes to loss and gradient: the core, our ops one by one, plain torch."""
     width, group = 16, min(8, batch)
@@ -312,33 +178,3 @@ def core_case(batch: int, length: int) -> Case:
         gradients=1,
         memory=("ours", "our ops one by one", "torch"),
     )
-
-
-def kernel_case(
-    op: str, n: int, make: Any, ours: Side, stock: Side, gradients: int, rival: str
-) -> Case:
-    def copy(x: dict[str, Any]) -> list[Tensor]:
-        return [x["to"].copy_(x["from"])]
-
-    return Case(
-        key=f"{op}/kernel",
-        title=f"{op}, the kernel itself at {n} tokens, against a copy of the same bytes",
-        make=make,
-        sides={"ours": ours, rival: stock},
-        stock=rival,
-        gradients=gradients,
-        tolerance=1e-2,
-        floors={"copy": copy},
-        goals=[Goal("times a copy of the same bytes", over_floor("copy"), "<=", 1.5)],
-        rounds=5,
-    )
-
-
-def block(n: int, words: int) -> dict[str, Tensor]:
-    """Two buffers whose copy moves as many bytes as `words` fp32 numbers a token."""
-    size = n * words // 2
-    return {"from": torch.ones(size), "to": torch.zeros(size)}
-
-
-def gen(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.cases_token import SPEC, gen, tokens
+from bench.cases_reward import gen
+from bench.cases_token import SPEC, tokens
 from bench.race import race
 from reasonrl import StepCredit, ops, policy_loss
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import cases_head, cases_token, growth, rivals
+from bench import cases_head, cases_reward, cases_token, growth, rivals
 from bench.machine import high_water, machine, reset_high_water, resident
 from bench.race import Case, run
 from reasonrl import linear_logp
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def table(options: argparse.Namespace) -> list[Case]:
-    return [*cases_token.cases(options.small), *cases_head.cases(options.small, options.dtypes)]
+    tokens = [*cases_token.cases(options.small), *cases_reward.cases(options.small)]
+    return [*tokens, *cases_head.cases(options.small, options.dtypes)]
 
 
 def alone(options: argparse.Namespace) -> float:

@@ -168,9 +168,9 @@ def nonnegative(name: str, value: float) -> float:
 def finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
     if torch.compiler.is_compiling():
         return
-    # NaN and inf survive any addition, so a finite sum settles it in one pass; masked values may
-    # be anything
-    if where is None and math.isfinite(float(x.detach().sum())):
+    # NaN and inf survive any addition, so a finite sum settles it in one pass; another one may be
+    # that of values that do not count
+    if math.isfinite(float(x.detach().sum())):
         return
     bad = ~torch.isfinite(x) if where is None else ~torch.isfinite(x) & where
     if bool(bad.any()):

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases_token, growth, ops, race  # noqa: E402
+from bench import cases_reward, cases_token, growth, ops, race  # noqa: E402
 
 
 def case(sides, **options):
@@ -92,7 +92,10 @@ def test_slope():
     assert abs(growth.slope(sizes, [1e-9 * n**2 for n in sizes]) - 2) < 1e-12
 
 
-@pytest.mark.parametrize("made", cases_token.cases(small=True), ids=lambda c: c.key)
+SMALL = [*cases_token.cases(small=True), *cases_reward.cases(small=True)]
+
+
+@pytest.mark.parametrize("made", SMALL, ids=lambda c: c.key)
 def test_every_token_case_is_green(made, require):
     from reasonrl.kernels import native
 

@@ -28,16 +28,43 @@ void walk_credit(const Credit& credit, float* out, int threads) {
     }
 }
 
+namespace {
+
+template <bool MASKED>
+double mean_of(const float* x, const uint8_t* mask, int64_t n) {
+    constexpr int CHAINS = 4;  // sums side by side, to hide the time that one addition takes
+    Wide part[CHAINS] = {};
+    WideI counts = {};  // minus them
+    int64_t i = 0;
+    for (; i + CHAINS * WIDE <= n; i += CHAINS * WIDE) {
+        for (int k = 0; k < CHAINS; k++) {
+            const Wide value = load_wide(x + i + k * WIDE);
+            if (MASKED) {
+                const WideI on = load_wide_mask(mask + i + k * WIDE);
+                part[k] += (Wide)((WideI)value & on);
+                counts += on;
+            } else {
+                part[k] += value;
+            }
+        }
+    }
+    const Wide all = (part[0] + part[1]) + (part[2] + part[3]);
+    double sum = 0.0;
+    int64_t count = MASKED ? 0 : i;
+    for (int k = 0; k < WIDE; k++) sum += all[k], count -= counts[k];
+    for (; i < n; i++) {
+        if (MASKED && !mask[i]) continue;
+        sum += x[i];
+        count++;
+    }
+    return count > 0 ? sum / (double)count : 0.0;
+}
+
+}  // namespace
+
 // Mean of the unmasked of n token rewards; 0 without any.
 double token_mean(const float* x, const uint8_t* mask, int64_t n) {
-    double sum = 0.0, count = 0.0;
-#pragma omp simd reduction(+ : sum, count)
-    for (int64_t i = 0; i < n; i++) {
-        const bool on = !mask || mask[i];
-        sum += on ? (double)x[i] : 0.0;
-        count += on ? 1.0 : 0.0;
-    }
-    return count > 0.0 ? sum / count : 0.0;
+    return mask ? mean_of<true>(x, mask, n) : mean_of<false>(x, mask, n);
 }
 
 }  // namespace ISA
