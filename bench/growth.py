@@ -1,9 +1,15 @@
-"""How time grows with the number of tokens, and memory with the rows of a head; a plot of both."""
+"""How time grows with tokens, vocabulary and group size, memory with the rows of a head; a plot.
+
+Every point is the median of interleaved rounds. `call` is the time of the smallest input, one
+completion: what Python and the checks cost whatever the size. Slopes are log-log by least squares,
+of the time as it is and, `net`, of what exceeds the call.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +18,118 @@ import torch
 from bench.cases_reward import gen
 from bench.cases_token import SPEC, tokens
 from bench.race import race
-from reasonrl import StepCredit, ops, policy_loss
+from reasonrl import LossSpec, StepCredit, linear_policy_loss, logp, ops, policy_loss
 
-LENGTH = 1024
+LENGTH, WIDTH, DENSE = 1024, 16, 64  # tokens of a completion, of a step; D
 GOAL = (0.95, 1.05)
+Made = Callable[[int], Callable[[], Any]]  # size -> the call to time
 
 
 def measure(small: bool, seed: int = 0) -> dict[str, Any]:
-    """Seconds of each op at 2^13 .. 2^17 tokens, interleaved, and the log-log slopes."""
-    sizes = [2**k for k in ((9, 10, 11) if small else (13, 14, 15, 16, 17))]
-    found: dict[str, Any] = {"sizes": sizes, "seconds": {}, "slope": {}, "goal": GOAL}
-    for name, side in OPS.items():
-        inputs = {n: drawn(n) for n in sizes}
-        sides = {str(n): (lambda _, x=inputs[n], side=side: side(x)) for n in sizes}
+    """For each axis its sizes, and each op's seconds, seconds of a call, and slopes."""
+    return {name: along(axis, small, seed) for name, axis in axes(small).items()}
+
+
+def axes(small: bool) -> dict[str, tuple[list[int], int, dict[str, Made]]]:
+    """Sizes, the size that counts as none, ops."""
+    powers = [2**k for k in ((9, 10, 11) if small else (13, 14, 15, 16, 17))]
+    groups = [2, 4, 8] if small else [2, 4, 8, 16, 32, 64]
+    rows = groups[-1]
+    return {
+        "tokens": (powers, 16, TOKENS),
+        "vocabulary": (powers, 16, VOCABULARY),
+        "group size": (groups, 0, {name: made(rows) for name, made in GROUPS.items()}),
+    }
+
+
+def along(axis: tuple[list[int], int, dict[str, Made]], small: bool, seed: int) -> dict[str, Any]:
+    sizes, least, ops_of = axis
+    found: dict[str, Any] = {"sizes": sizes, "ops": {}}
+    for name, made in ops_of.items():
+        calls = {n: made(n) for n in ([least] if least else []) + sizes}
+        sides = {str(n): (lambda _, call=call: call()) for n, call in calls.items()}
         times = race(sides, {}, 5 if small else 15, seed)
-        medians = [sorted(times[str(n)])[len(times[str(n)]) // 2] for n in sizes]
-        found["seconds"][name] = medians
-        found["slope"][name] = slope(sizes, medians)
+        medians = {n: statistics.median(times[str(n)]) for n in calls}
+        seconds = [medians[n] for n in sizes]
+        row: dict[str, Any] = {"seconds": seconds, "slope": slope(sizes, seconds)}
+        if least:
+            row["call"] = medians[least]
+            row["net"] = slope(sizes, [max(s - medians[least], 1e-9) for s in seconds])
+        found["ops"][name] = row
     return found
 
 
-def drawn(n: int) -> dict[str, Any]:
-    rows, width = max(1, n // LENGTH), 16
+def drawn(n: int, group: int = 8) -> dict[str, Any]:
+    rows = max(1, n // LENGTH)
     x: dict[str, Any] = dict(tokens(n))
     x["cu"] = torch.arange(rows + 1) * (n // rows)
-    x["step"] = torch.arange(n) // width
-    x["credit"] = StepCredit(
-        torch.rand(rows, generator=gen(1)),
-        torch.arange(rows) // 8,
-        torch.rand(n // width, generator=gen(2)),
-        x["step"],
-        x["cu"] // width,
-    )
+    x["step"] = torch.arange(n) // WIDTH
+    x["outcome"], x["group"] = torch.rand(rows, generator=gen(1)), torch.arange(rows) // group
+    worth = torch.rand(n // WIDTH, generator=gen(2))
+    x["credit"] = StepCredit(x["outcome"], x["group"], worth, x["step"], x["cu"] // WIDTH)
     return x
 
 
-def loss(x: dict[str, Any], advantage: Any):
-    leaf = x["logp"].detach().requires_grad_()
-    out = policy_loss(
-        leaf, x["old"], advantage, SPEC, cu_seqlens=x["cu"], ref_logp=x["ref"], impl="native"
-    )
-    return [out.loss, *torch.autograd.grad(out.loss, leaf)]
+def loss(x: dict[str, Any], key: str) -> Callable[[], Any]:
+    def call():
+        leaf = x["logp"].detach().requires_grad_()
+        known = {"cu_seqlens": x["cu"], "ref_logp": x["ref"], "impl": "native"}
+        out = policy_loss(leaf, x["old"], x[key], SPEC, **known)
+        return torch.autograd.grad(out.loss, leaf)
+
+    return call
 
 
-OPS = {
-    "policy_loss": lambda x: loss(x, x["advantage"]),
-    "fused core": lambda x: loss(x, x["credit"]),
-    "returns": lambda x: [ops.returns(x["advantage"], cu_seqlens=x["cu"], impl="native")],
-    "step_reduce": lambda x: [
-        ops.step_reduce(x["advantage"], x["step"], len(x["step"]) // 16, impl="native")
-    ],
+def returns(x: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: ops.returns(x["advantage"], cu_seqlens=x["cu"], impl="native")
+
+
+def steps(x: dict[str, Any]) -> Callable[[], Any]:
+    count = len(x["step"]) // WIDTH
+    return lambda: ops.step_reduce(x["advantage"], x["step"], count, impl="native")
+
+
+def prime(x: dict[str, Any]) -> Callable[[], Any]:
+    given = (x["advantage"], x["outcome"], x["group"])
+    return lambda: ops.prime_advantage(*given, cu_seqlens=x["cu"], impl="native")
+
+
+def head(n: int, vocabulary: int) -> Callable[[], Any]:
+    """linear_policy_loss of n rows, on logits of D = 64."""
+    hidden = torch.randn(n, DENSE, generator=gen(3)).requires_grad_()
+    weight = (0.1 * torch.randn(vocabulary, DENSE, generator=gen(4))).requires_grad_()
+    target = torch.randint(0, vocabulary, (n,), generator=gen(5))
+    advantage = torch.randn(n, generator=gen(6))
+    spec = LossSpec.named("dapo")
+
+    def call():
+        out = linear_policy_loss(hidden, weight, target, None, advantage, spec, impl="native")
+        return torch.autograd.grad(out.loss, (hidden, weight))
+
+    return call
+
+
+def logits(vocabulary: int) -> Callable[[], Any]:
+    u = torch.randn(128, vocabulary, generator=gen(7))
+    target = torch.randint(0, vocabulary, (128,), generator=gen(8))
+    return lambda: logp(u, target, entropy=True, impl="native")
+
+
+TOKENS: dict[str, Made] = {
+    "policy_loss": lambda n: loss(drawn(n), "advantage"),
+    "fused core": lambda n: loss(drawn(n), "credit"),
+    "returns": lambda n: returns(drawn(n)),
+    "step_reduce": lambda n: steps(drawn(n)),
+    "prime_advantage": lambda n: prime(drawn(n)),
+    "linear_policy_loss, V 2,000": lambda n: head(n, 2000),
+}
+VOCABULARY: dict[str, Made] = {
+    "logp + entropy, 128 rows": logits,
+    "linear_policy_loss, 256 rows": lambda v: head(256, v),
+}
+GROUPS: dict[str, Callable[[int], Made]] = {
+    "fused core": lambda rows: lambda g: loss(drawn(rows * LENGTH, g), "credit"),
+    "prime_advantage": lambda rows: lambda g: prime(drawn(rows * LENGTH, g)),
 }
 
 
@@ -73,25 +141,45 @@ def slope(sizes: Sequence[int], seconds: Sequence[float]) -> float:
     return top / sum((a - middle[0]) ** 2 for a in x)
 
 
+def text(growth: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
+    lines = []
+    for axis, found in growth.items():
+        lines.append(f"\ntime against {axis}, {found['sizes'][0]} to {found['sizes'][-1]}")
+        for name, row in found["ops"].items():
+            ms = " ".join(f"{1e3 * s:.3g}" for s in row["seconds"])
+            line = f"  {name:30} {ms} ms, slope {row['slope']:.3f}"
+            if "net" in row:
+                if axis == "tokens":
+                    verdict = "met" if GOAL[0] <= row["slope"] <= GOAL[1] else "MISSED"
+                    line += f" (goal {GOAL[0]} to {GOAL[1]}: {verdict})"
+                line += f", {row['net']:.3f} beyond the call's {1e3 * row['call']:.3g} ms"
+            lines.append(line)
+    for name, mib in memory.get("mib", {}).items():
+        pairs = ", ".join(f"{n}: {m}" for n, m in zip(memory["sizes"], mib, strict=True))
+        lines.append(f"  extra memory, MiB, {name}: {pairs}")
+    return "\n".join(lines)
+
+
 def plot(growth: Mapping[str, Any], memory: Mapping[str, Any], path: Path) -> None:
-    """Cost against N on the left, extra memory of linear_logp against N on the right."""
+    """Cost against each axis, and extra memory of linear_logp against its rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, seconds in growth["seconds"].items():
-        label = f"{name} (slope {growth['slope'][name]:.2f})"
-        axes[0].loglog(growth["sizes"], [1e3 * s for s in seconds], "o-", label=label)
-    axes[0].set(xlabel="tokens", ylabel="ms, forward and backward", title="time")
-    axes[0].legend(fontsize=7)
+    figure, panels = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    panels = panels.reshape(-1)
+    for ax, (axis, found) in zip(panels, growth.items(), strict=False):
+        for name, row in found["ops"].items():
+            label = f"{name} (slope {row['slope']:.2f})"
+            ax.loglog(found["sizes"], [1e3 * s for s in row["seconds"]], "o-", label=label)
+        ax.set(xlabel=axis, ylabel="ms", title=f"time against {axis}")
     for name, mib in memory["mib"].items():
-        axes[1].plot(memory["sizes"], mib, "o-", label=name)
-    axes[1].set(xlabel="tokens", ylabel="MiB beside inputs", title="extra memory, log p of a head")
-    axes[1].set_ylim(bottom=0)
-    axes[1].legend(fontsize=7)
-    for ax in axes:
+        panels[3].plot(memory["sizes"], mib, "o-", label=name)
+    panels[3].set(xlabel="rows", ylabel="MiB beside inputs", title="extra memory, log p of a head")
+    panels[3].set_ylim(bottom=0)
+    for ax in panels:
+        ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if not options.only or options.only in "growth":
         report["growth"] = growth.measure(options.small, options.seed)
         report["memory"] = head_memory(options) if options.memory else {}
-        print(growth_text(report["growth"], report["memory"]), flush=True)
+        print(growth.text(report["growth"], report["memory"]), flush=True)
     report["machine"]["load_after"] = os.getloadavg()
     print(facts(report["machine"]))
     if options.out:
@@ -122,18 +122,6 @@ def text(row: Mapping[str, Any]) -> str:
         found = "not measured" if goal["found"] is None else f"{goal['found']:.2f}"
         met = {True: "met", False: "MISSED", None: "-"}[goal["met"]]
         lines.append(f"  goal: {found} {goal['text']}, {goal['sign']} {goal['target']}: {met}")
-    return "\n".join(lines)
-
-
-def growth_text(found: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
-    low, high = found["goal"]
-    lines = [f"\ntime against tokens, {found['sizes'][0]} to {found['sizes'][-1]}: log-log slope"]
-    for name, slope in found["slope"].items():
-        verdict = "met" if low <= slope <= high else "MISSED"
-        lines.append(f"  {name:26} {slope:.3f}  goal {low} to {high}: {verdict}")
-    for name, mib in memory.get("mib", {}).items():
-        pairs = ", ".join(f"{n}: {m}" for n, m in zip(memory["sizes"], mib, strict=True))
-        lines.append(f"  extra memory, MiB, {name}: {pairs}")
     return "\n".join(lines)
 
 
