@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import rivals
-from bench.race import Case, Goal, against, best_rival, over_floor
+from bench.race import Case, Goal, against, best_rival, impl_of, over_floor
 from reasonrl import LossSpec, linear_logp, linear_policy_loss, logp, policy_loss
 
 SPEC = LossSpec.named("dapo", clip_high=0.28)
@@ -59,7 +59,7 @@ def logits_case(dtype: str, rows: int, vocabulary: int, gradient: bool) -> Case:
         return taken, -(log_p.exp() * log_p).sum(-1)
 
     sides = {
-        "ours": side(lambda u, t: logp(u, t, entropy=True, impl="native")),
+        "ours": side(lambda u, t: logp(u, t, entropy=True, impl=impl_of(u))),
         "torch": side(stock),
         "torch.compile": side(torch.compile(stock)),
     }
@@ -117,7 +117,7 @@ HEAD = ("hidden", "weight")
 
 def ours(hidden: Tensor, weight: Tensor, x: dict[str, Any]) -> Tensor:
     known = {"cu_seqlens": x["cu"], "mask": x["mask"]}
-    impl = "reference" if hidden.dtype == torch.float64 else "native"
+    impl = impl_of(hidden)
     old, advantage = (None if v is None else v.to(full(hidden)) for v in (x["old"], x["advantage"]))
     return linear_policy_loss(
         hidden, weight, x["target"], old, advantage, SPEC, impl=impl, **known
@@ -152,19 +152,18 @@ def linear_sides() -> dict[str, Any]:
         fused = verl.FusedLinearForPPO()
         sides["verl"] = trained(after(lambda h, w, t: fused(h[None], w, t[None])[0][0]))
     if cce := rivals.cut_cross_entropy():
-        sides["cce torch_compile"] = trained(
-            after(
-                lambda h, w, t: (
-                    -cce.linear_cross_entropy(h, w, t, reduction="none", impl="torch_compile")
-                )
-            )
-        )
+        for impl in ("torch_compile", "cce") if torch.cuda.is_available() else ("torch_compile",):
+            sides[f"cce {impl}"] = trained(after(cce_logp(cce, impl)))
     return sides
+
+
+def cce_logp(cce: Any, impl: str):
+    return lambda h, w, t: -cce.linear_cross_entropy(h, w, t, reduction="none", impl=impl)
 
 
 def liger_loss(liger: Any, hidden: Tensor, weight: Tensor, x: dict[str, Any]) -> Tensor:
     fused = liger.LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=False, use_ref_model=False, epsilon_low=SPEC.clip_low,
+        beta=0.0, compiled=hidden.is_cuda, use_ref_model=False, epsilon_low=SPEC.clip_low,
         epsilon_high=SPEC.clip_high, loss_type="bnpo",
     )  # fmt: skip
     length = hidden.shape[0] // ROWS

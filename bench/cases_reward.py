@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.race import Case, Goal, Side, against, over_floor
+from bench.race import Case, Goal, Side, against, impl_of, over_floor
 from reasonrl import ops
 from reasonrl.credit import Packed
 from reasonrl.kernels import native, native_credit
 
+GIVEN = ("reward", "outcome", "group")
 GROUP = 4  # completions of a prompt, as PRIME samples them
 
 
@@ -41,7 +42,7 @@ def returns_case(batch: int, length: int) -> Case:
         return {"reward": reward, "mask": torch.rand(batch, length, generator=gen(7)) > 0.1}
 
     def ours(x: dict[str, Any]) -> list[Tensor]:
-        return [ops.returns(x["reward"], mask=x["mask"], gamma=0.99, impl="native")]
+        return [ops.returns(x["reward"], mask=x["mask"], gamma=0.99, impl=impl_of(x["reward"]))]
 
     def loop(x: dict[str, Any]) -> list[Tensor]:
         """The trainers' way: a Python loop over time, a few tensor ops each."""
@@ -83,6 +84,8 @@ def returns_kernel(n: int) -> Case:
         return {"reward": reward, "c": out, "cu": cu} | block(n, 2)
 
     def ours(x: dict[str, Any]) -> list[Tensor]:
+        if x["reward"].device.type != "cpu":
+            return [ops.returns(x["reward"], cu_seqlens=x["cu"])]
         native.core().returns(
             native.pointer(x["reward"]), native.pointer(x["cu"]), 0, rows, 1.0, False,
             native.pointer(x["c"]), native.threads(),
@@ -105,8 +108,10 @@ def steps_case(batch: int, length: int) -> Case:
         return {"value": value, "step": torch.arange(n) // width, "count": n // width}
 
     def ours(x: dict[str, Any]) -> list[Tensor]:
-        found = ops.step_reduce(x["value"], x["step"], x["count"], how="mean", impl="native")
-        return [ops.step_expand(found, x["step"], where="last", impl="native")]
+        found = ops.step_reduce(
+            x["value"], x["step"], x["count"], how="mean", impl=impl_of(x["value"])
+        )
+        return [ops.step_expand(found, x["step"], where="last", impl=impl_of(found))]
 
     def loop(x: dict[str, Any]) -> list[Tensor]:
         """Per step, as reward managers do it: slice, mean, assign."""
@@ -142,6 +147,8 @@ def steps_kernel(n: int) -> Case:
         return {"value": value, "step": step, "c": out, "index": index} | block(n, 3)
 
     def ours(x: dict[str, Any]) -> list[Tensor]:
+        if x["value"].device.type != "cpu":
+            return [ops.step_reduce(x["value"], x["step"], n // width)]
         native.core().step_reduce(
             native.pointer(x["value"]), native.pointer(x["step"]), n, n // width,
             native.HOWS["sum"], native.pointer(x["c"]), native.pointer(x["index"]),
@@ -169,8 +176,8 @@ def prime_case(batch: int, length: int) -> Case:
 
     def ours(x: dict[str, Any], kind: torch.dtype = torch.float32) -> list[Tensor]:
         reward, outcome = x["reward"].to(kind), x["outcome"].to(kind)
-        impl = "native" if kind == torch.float32 else "reference"
-        return [ops.prime_advantage(reward, outcome, x["group"], mask=x["mask"], impl=impl)]
+        known = {"mask": x["mask"], "impl": impl_of(reward)}
+        return [ops.prime_advantage(reward, outcome, x["group"], **known)]
 
     def loop(x: dict[str, Any]) -> list[Tensor]:
         """The trainers' way: baselines row by row, returns by a Python loop over time."""
@@ -231,6 +238,8 @@ def prime_kernel(n: int) -> Case:
         return x | {"task": native_credit.given(given, x["cu"], None)} | block(n, 2)
 
     def ours(x: dict[str, Any]) -> list[Tensor]:
+        if x["reward"].device.type != "cpu":
+            return [ops.prime_advantage(*(x[k] for k in GIVEN), cu_seqlens=x["cu"])]
         native.core().credit_advantage(x["task"], native.pointer(x["c"]), native.threads())
         return [x["c"]]
 

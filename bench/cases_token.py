@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.cases_reward import block, gen, kernel_case
-from bench.race import Case, Goal, against
+from bench.race import Case, Goal, against, impl_of
 from reasonrl import LossSpec, StepCredit, ops, policy_loss
 from reasonrl.kernels import native
 
@@ -56,10 +56,9 @@ def loss_case(batch: int, length: int) -> Case:
     def ours(x: dict[str, Any], kind: torch.dtype = torch.float32) -> list[Tensor]:
         v = {k: x[k].to(kind) for k in ("logp", "old", "ref", "advantage")}
         leaf = v["logp"].detach().requires_grad_()
-        impl = "native" if kind == torch.float32 else "reference"
         mask = x["mask"].bool()
         out = policy_loss(
-            leaf, v["old"], v["advantage"], SPEC, mask=mask, ref_logp=v["ref"], impl=impl
+            leaf, v["old"], v["advantage"], SPEC, mask=mask, ref_logp=v["ref"], impl=impl_of(leaf)
         )
         return [out.loss, *torch.autograd.grad(out.loss, leaf)]
 
@@ -105,6 +104,10 @@ def loss_kernel(n: int) -> Case:
         return x | held | block(n, 5)
 
     def ours(x: dict[str, Any]) -> list[Tensor]:
+        if x["logp"].device.type != "cpu":
+            leaf = x["logp"].detach().requires_grad_()
+            out = policy_loss(leaf, x["old"], x["advantage"], SPEC, ref_logp=x["ref"])
+            return [out.loss[None], *torch.autograd.grad(out.loss, leaf)]
         x["sums"].zero_()
         out = (native.pointer(x["c"]), 0, native.pointer(x["sums"]), native.threads())
         native.core().policy_loss(x["numbers"], x["task"], *out)
@@ -149,7 +152,13 @@ def core_case(batch: int, length: int) -> Case:
     def finish(x: dict[str, Any], advantage: Any) -> list[Tensor]:
         leaf = x["logp"].detach().requires_grad_()
         out = policy_loss(
-            leaf, x["old"], advantage, SPEC, cu_seqlens=x["cu"], ref_logp=x["ref"], impl="native"
+            leaf,
+            x["old"],
+            advantage,
+            SPEC,
+            cu_seqlens=x["cu"],
+            ref_logp=x["ref"],
+            impl=impl_of(leaf),
         )
         return [out.loss, *torch.autograd.grad(out.loss, leaf)]
 

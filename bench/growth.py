@@ -17,17 +17,17 @@ import torch
 
 from bench.cases_reward import gen
 from bench.cases_token import SPEC, tokens
-from bench.race import race
+from bench.race import impl_of, placed, race
 from reasonrl import LossSpec, StepCredit, linear_policy_loss, logp, ops, policy_loss
 
 LENGTH, WIDTH, DENSE = 1024, 16, 64  # tokens of a completion, of a step; D
 GOAL = (0.95, 1.05)
-Made = Callable[[int], Callable[[], Any]]  # size -> the call to time
+Made = Callable[[int, str], Callable[[], Any]]  # size, device -> the call to time
 
 
-def measure(small: bool, seed: int = 0) -> dict[str, Any]:
+def measure(small: bool, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
     """For each axis its sizes, and each op's seconds, seconds of a call, and slopes."""
-    return {name: along(axis, small, seed) for name, axis in axes(small).items()}
+    return {name: along(axis, small, seed, device) for name, axis in axes(small).items()}
 
 
 def axes(small: bool) -> dict[str, tuple[list[int], int, dict[str, Made]]]:
@@ -42,13 +42,15 @@ def axes(small: bool) -> dict[str, tuple[list[int], int, dict[str, Made]]]:
     }
 
 
-def along(axis: tuple[list[int], int, dict[str, Made]], small: bool, seed: int) -> dict[str, Any]:
+def along(
+    axis: tuple[list[int], int, dict[str, Made]], small: bool, seed: int, device: str
+) -> dict[str, Any]:
     sizes, least, ops_of = axis
     found: dict[str, Any] = {"sizes": sizes, "ops": {}}
     for name, made in ops_of.items():
-        calls = {n: made(n) for n in ([least] if least else []) + sizes}
+        calls = {n: made(n, device) for n in ([least] if least else []) + sizes}
         sides = {str(n): (lambda _, call=call: call()) for n, call in calls.items()}
-        times = race(sides, {}, 5 if small else 15, seed)
+        times = race(sides, {"at": torch.empty(0, device=device)}, 5 if small else 15, seed)
         medians = {n: statistics.median(times[str(n)]) for n in calls}
         seconds = [medians[n] for n in sizes]
         row: dict[str, Any] = {"seconds": seconds, "slope": slope(sizes, seconds)}
@@ -59,7 +61,7 @@ def along(axis: tuple[list[int], int, dict[str, Made]], small: bool, seed: int) 
     return found
 
 
-def drawn(n: int, group: int = 8) -> dict[str, Any]:
+def drawn(n: int, device: str, group: int = 8) -> dict[str, Any]:
     rows = max(1, n // LENGTH)
     x: dict[str, Any] = dict(tokens(n))
     x["cu"] = torch.arange(rows + 1) * (n // rows)
@@ -67,13 +69,13 @@ def drawn(n: int, group: int = 8) -> dict[str, Any]:
     x["outcome"], x["group"] = torch.rand(rows, generator=gen(1)), torch.arange(rows) // group
     worth = torch.rand(n // WIDTH, generator=gen(2))
     x["credit"] = StepCredit(x["outcome"], x["group"], worth, x["step"], x["cu"] // WIDTH)
-    return x
+    return placed(x, device)
 
 
 def loss(x: dict[str, Any], key: str) -> Callable[[], Any]:
     def call():
         leaf = x["logp"].detach().requires_grad_()
-        known = {"cu_seqlens": x["cu"], "ref_logp": x["ref"], "impl": "native"}
+        known = {"cu_seqlens": x["cu"], "ref_logp": x["ref"], "impl": impl_of(leaf)}
         out = policy_loss(leaf, x["old"], x[key], SPEC, **known)
         return torch.autograd.grad(out.loss, leaf)
 
@@ -81,55 +83,56 @@ def loss(x: dict[str, Any], key: str) -> Callable[[], Any]:
 
 
 def returns(x: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: ops.returns(x["advantage"], cu_seqlens=x["cu"], impl="native")
+    return lambda: ops.returns(x["advantage"], cu_seqlens=x["cu"], impl=impl_of(x["advantage"]))
 
 
 def steps(x: dict[str, Any]) -> Callable[[], Any]:
     count = len(x["step"]) // WIDTH
-    return lambda: ops.step_reduce(x["advantage"], x["step"], count, impl="native")
+    return lambda: ops.step_reduce(x["advantage"], x["step"], count, impl=impl_of(x["advantage"]))
 
 
 def prime(x: dict[str, Any]) -> Callable[[], Any]:
     given = (x["advantage"], x["outcome"], x["group"])
-    return lambda: ops.prime_advantage(*given, cu_seqlens=x["cu"], impl="native")
+    return lambda: ops.prime_advantage(*given, cu_seqlens=x["cu"], impl=impl_of(x["advantage"]))
 
 
-def head(n: int, vocabulary: int) -> Callable[[], Any]:
+def head(n: int, vocabulary: int, device: str) -> Callable[[], Any]:
     """linear_policy_loss of n rows, on logits of D = 64."""
-    hidden = torch.randn(n, DENSE, generator=gen(3)).requires_grad_()
-    weight = (0.1 * torch.randn(vocabulary, DENSE, generator=gen(4))).requires_grad_()
-    target = torch.randint(0, vocabulary, (n,), generator=gen(5))
-    advantage = torch.randn(n, generator=gen(6))
-    spec = LossSpec.named("dapo")
+    hidden = torch.randn(n, DENSE, generator=gen(3)).to(device).requires_grad_()
+    weight = 0.1 * torch.randn(vocabulary, DENSE, generator=gen(4))
+    weight = weight.to(device).requires_grad_()
+    target = torch.randint(0, vocabulary, (n,), generator=gen(5)).to(device)
+    advantage = torch.randn(n, generator=gen(6)).to(device)
+    given = (hidden, weight, target, None, advantage, LossSpec.named("dapo"))
 
     def call():
-        out = linear_policy_loss(hidden, weight, target, None, advantage, spec, impl="native")
-        return torch.autograd.grad(out.loss, (hidden, weight))
+        loss = linear_policy_loss(*given, impl=impl_of(hidden)).loss
+        return torch.autograd.grad(loss, (hidden, weight))
 
     return call
 
 
-def logits(vocabulary: int) -> Callable[[], Any]:
-    u = torch.randn(128, vocabulary, generator=gen(7))
-    target = torch.randint(0, vocabulary, (128,), generator=gen(8))
-    return lambda: logp(u, target, entropy=True, impl="native")
+def logits(vocabulary: int, device: str) -> Callable[[], Any]:
+    u = torch.randn(128, vocabulary, generator=gen(7)).to(device)
+    target = torch.randint(0, vocabulary, (128,), generator=gen(8)).to(device)
+    return lambda: logp(u, target, entropy=True, impl=impl_of(u))
 
 
 TOKENS: dict[str, Made] = {
-    "policy_loss": lambda n: loss(drawn(n), "advantage"),
-    "fused core": lambda n: loss(drawn(n), "credit"),
-    "returns": lambda n: returns(drawn(n)),
-    "step_reduce": lambda n: steps(drawn(n)),
-    "prime_advantage": lambda n: prime(drawn(n)),
-    "linear_policy_loss, V 2,000": lambda n: head(n, 2000),
+    "policy_loss": lambda n, at: loss(drawn(n, at), "advantage"),
+    "fused core": lambda n, at: loss(drawn(n, at), "credit"),
+    "returns": lambda n, at: returns(drawn(n, at)),
+    "step_reduce": lambda n, at: steps(drawn(n, at)),
+    "prime_advantage": lambda n, at: prime(drawn(n, at)),
+    "linear_policy_loss, V 2,000": lambda n, at: head(n, 2000, at),
 }
 VOCABULARY: dict[str, Made] = {
     "logp + entropy, 128 rows": logits,
-    "linear_policy_loss, 256 rows": lambda v: head(256, v),
+    "linear_policy_loss, 256 rows": lambda v, at: head(256, v, at),
 }
 GROUPS: dict[str, Callable[[int], Made]] = {
-    "fused core": lambda rows: lambda g: loss(drawn(rows * LENGTH, g), "credit"),
-    "prime_advantage": lambda rows: lambda g: prime(drawn(rows * LENGTH, g)),
+    "fused core": lambda rows: lambda g, at: loss(drawn(rows * LENGTH, at, g), "credit"),
+    "prime_advantage": lambda rows: lambda g, at: prime(drawn(rows * LENGTH, at, g)),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -43,12 +44,23 @@ def resident() -> int:
     return int(line.split()[1]) // 1024
 
 
-def machine() -> dict[str, Any]:
+def gpu() -> str:
+    """Name, driver and clocks as the driver tells them; the name alone where it does not."""
+    asked = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem"
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{torch.cuda.get_device_name()}, clocks unknown ({error})"
+    return told.splitlines()[torch.cuda.current_device()]
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     names = [s for s in info.read_text().splitlines() if "model name" in s] if info.exists() else []
     installed = {d.metadata["Name"] for d in metadata.distributions()}
-    return {
+    found = {
         "cpu": names[0].split(":")[1].strip() if names else cpu,
         "cores": os.cpu_count(),
         "isa": native.core().isa() if native.available() is None else "no native code",
@@ -57,3 +69,4 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
     }
+    return found | ({"gpu": gpu()} if device != "cpu" else {})

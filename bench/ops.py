@@ -23,7 +23,7 @@ import torch
 
 from bench import cases_head, cases_reward, cases_token, growth, rivals
 from bench.machine import high_water, machine, reset_high_water, resident
-from bench.race import Case, run
+from bench.race import Case, on_device, placed, run
 from reasonrl import linear_logp
 
 SIDES = {"linear_logp": "ours", "torch logits": "torch"}
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     chosen = [c for c in table(options) if options.only in c.key]
     if absent := rivals.missing():
         print(f"bench ops: not installed, so not compared: {', '.join(absent)} (make bench)")
-    report: dict[str, Any] = {"bench": "ops", "machine": machine(), "rows": []}
+    report: dict[str, Any] = {"bench": "ops", "machine": machine(options.device), "rows": []}
     for case in chosen:
-        row = run(case, options.rounds, options.seed)
+        row = run(case, options.rounds, options.seed, options.device)
         if options.memory:
             for side in case.memory:
                 if side in row["sides"] and not row["sides"][side]["reason"]:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         print(text(row), flush=True)
         report["rows"].append(row)
     if not options.only or options.only in "growth":
-        report["growth"] = growth.measure(options.small, options.seed)
+        report["growth"] = growth.measure(options.small, options.seed, options.device)
         report["memory"] = head_memory(options) if options.memory else {}
         print(growth.text(report["growth"], report["memory"]), flush=True)
     report["machine"]["load_after"] = os.getloadavg()
@@ -70,13 +70,19 @@ def alone(options: argparse.Namespace) -> float:
     key, side = options.alone
     if key == "linear_logp":
         n, width, vocabulary = int(side.split("/")[1]), 64, 2003 if options.small else 32_000
-        hidden, weight = torch.randn(n, width), torch.randn(vocabulary, width)
-        target = torch.zeros(n, dtype=torch.long)
+        x = {"hidden": torch.randn(n, width), "weight": torch.randn(vocabulary, width)}
+        x = placed(x | {"target": torch.zeros(n, dtype=torch.long)}, options.device)
         log_p = linear_logp if side.startswith("ours") else cases_head.naive
-        call, x = (lambda x: log_p(hidden, weight, target)), {}
+        call = lambda x: log_p(x["hidden"], x["weight"], x["target"])  # noqa: E731
     else:
         (case,) = [c for c in table(options) if c.key == key]
-        call, x = case.sides[side], case.make()
+        case, x = on_device(case, options.device)
+        call = case.sides[side]
+    if options.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(x)
+        return (torch.cuda.max_memory_allocated() - before) >> 20
     reset_high_water()
     before = resident()
     call(x)
@@ -85,7 +91,8 @@ def alone(options: argparse.Namespace) -> float:
 
 def apart(options: argparse.Namespace, key: str, side: str) -> float:
     command = [sys.executable, "-m", "bench", "ops", "--alone", key, side]
-    command += ["--dtypes", *options.dtypes] + ["--small"] * options.small
+    command += ["--device", options.device, "--dtypes", *options.dtypes]
+    command += ["--small"] * options.small
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=True)
@@ -128,6 +135,8 @@ def text(row: Mapping[str, Any]) -> str:
 def facts(m: Mapping[str, Any]) -> str:
     load = f"load {m['load_before'][0]:.2f} -> {m['load_after'][0]:.2f}"
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    if "gpu" in m:
+        load += f"; {m['gpu']}"
     return f"\n{m['cpu']}, {m['isa']}, {m['threads']} threads, {load}; {versions}"
 
 
@@ -149,6 +158,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     made.add_argument("--rounds", type=int, help="of every case; default: each case's own")
     made.add_argument("--threads", type=int)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    made.add_argument("--device", choices=("cpu", "cuda"), default=default)
     made.add_argument("--seed", type=int, default=0, help="of the order of the sides")
     made.add_argument("--small", action="store_true", help="tiny sizes, to see that it works")
     made.add_argument("--no-memory", dest="memory", action="store_false")

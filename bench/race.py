@@ -4,6 +4,8 @@ A side is a function of the task's inputs that returns its outputs (values, grad
 count only behind a green gate: each output against float64, ours by the stratified rule's factors
 (2 times the stock error forward, 3 times for gradients), rivals by what separates a slow side from
 a wrong one. Times are medians of rounds with their range, ratios medians of each round's ratio.
+On a GPU inputs are moved there, a round's time is that of Triton's do_bench, and no CPU goal is
+judged.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -57,9 +59,11 @@ class Case:
     memory: Sequence[str] = ()  # sides whose peak memory is taken, each in its own process
 
 
-def run(case: Case, rounds: int | None = None, seed: int = 0) -> dict[str, Any]:
+def run(
+    case: Case, rounds: int | None = None, seed: int = 0, device: str = "cpu"
+) -> dict[str, Any]:
     """The row of a case: gates, times, ratios, errors, goals."""
-    x = case.make()
+    case, x = on_device(case, device)
     verdicts = gates(case, x)
     green = [name for name in case.sides if not verdicts[name]["reason"]]
     times = race(
@@ -82,10 +86,67 @@ def run(case: Case, rounds: int | None = None, seed: int = 0) -> dict[str, Any]:
     return row
 
 
+def impl_of(x: Tensor) -> str:
+    """Which of our implementations a benchmark means for tensors like x."""
+    if x.dtype == torch.float64:
+        return "reference"
+    return "native" if x.device.type == "cpu" else "auto"
+
+
+def placed(x: Any, device: str) -> Any:
+    """Tensors of a dict or dataclass on the device, everything else as it is."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {name: placed(value, device) for name, value in x.items()}
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: placed(getattr(x, f.name), device) for f in fields(x)})
+    return x
+
+
+def on_device(case: Case, device: str) -> tuple[Case, dict[str, Any]]:
+    """The case and its inputs there; what its sides make themselves is made there too."""
+    x = case.make()
+    if device == "cpu":
+        return case, x
+
+    def there(side: Side) -> Side:
+        def call(x: dict[str, Any], *more: Any) -> Sequence[Tensor]:
+            with torch.device(device):
+                return side(x, *more)
+
+        return call
+
+    def all_there(sides: Mapping[str, Side]) -> dict[str, Side]:
+        return {name: there(side) for name, side in sides.items()}
+
+    case = replace(
+        case, sides=all_there(case.sides), floors=all_there(case.floors), goals=(),
+        truths=all_there(case.truths), truth=case.truth and there(case.truth),
+    )  # fmt: skip
+    return case, placed(x, device)
+
+
+def gpu_seconds(side: Side, x: dict[str, Any]) -> float:
+    """One round on a GPU: the median of do_bench's runs, its cache flushed before each."""
+    from triton.testing import do_bench
+
+    return float(do_bench(lambda: side(x), return_mode="median")) / 1e3
+
+
+def where_of(x: Any) -> str:
+    """The device type of the first tensor."""
+    for value in x.values() if isinstance(x, dict) else ():
+        if isinstance(value, Tensor):
+            return value.device.type
+    return "cpu"
+
+
 def race(
     sides: Mapping[str, Side], x: dict[str, Any], rounds: int, seed: int
 ) -> dict[str, list[float]]:
     """Seconds of every side in every round; the order is drawn anew for each round."""
+    gpu = where_of(x) != "cpu"
     repeats = {}
     for name, side in sides.items():
         side(x)
@@ -98,6 +159,9 @@ def race(
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
+            if gpu:
+                times[name].append(gpu_seconds(sides[name], x))
+                continue
             began = time.perf_counter()
             for _ in range(repeats[name]):
                 sides[name](x)

@@ -107,6 +107,31 @@ def test_every_token_case_is_green(made, require):
     assert not any(known.values()), known
 
 
+@pytest.mark.parametrize("made", SMALL, ids=lambda c: c.key)
+def test_a_case_moved_to_a_device_is_the_same_case(made):
+    """ "cpu:0" is not "cpu" by name: inputs are moved and sides run as they would on a GPU."""
+    there, x = race.on_device(made, "cpu:0")
+    assert not there.goals and set(there.sides) == set(made.sides)
+    same = made.make()
+    for name in ("ours", made.stock):
+        for a, b in zip(there.sides[name](x), made.sides[name](same), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_rounds_on_a_gpu_are_timed_by_do_bench(monkeypatch):
+    monkeypatch.setattr(race, "where_of", lambda x: "cuda")
+    monkeypatch.setattr(race, "gpu_seconds", lambda side, x: float(side(x)))
+    found = race.race({"a": lambda x: 1.0, "b": lambda x: 2.0}, {}, 3, 0)
+    assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
+
+
+def test_credits_move_with_their_tensors():
+    x = cases_token.core_case(8, 32).make()
+    moved = race.placed(x, "meta")
+    assert moved["credit"].step.device.type == "meta" and moved["credit"].kind == "grpo"
+    assert race.where_of(moved) == "meta" and race.impl_of(moved["logp"]) == "auto"
+
+
 def test_the_command_writes_what_it_found(tmp_path, require, capsys):
     from reasonrl.kernels import native
 
