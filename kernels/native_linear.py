@@ -73,27 +73,24 @@ class Head:
         self.wants_dw = False
 
     def chunk(self, size: int) -> int:
-        """Rows of `size` bytes of logits, a multiple of 32 where more than that."""
         rows = size // max(1, self.weight.shape[0] * self.dtype.itemsize) // 32 * 32
         return max(1, min(CHUNK_ROWS or max(rows, 32), self.count))
 
     def even(self, count: int) -> int:
         """Rows of a chunk that leaves no small one behind: as even as rows by 32 allow."""
-        chunks = max(1, -(-count // self.size))
-        return min(self.size, -(-count // chunks // 32) * 32)
+        return min(self.size, -(-count // max(1, -(-count // self.size)) // 32) * 32)
 
     def want(self, hidden: bool, weight: bool, bias: bool) -> None:
         """Which gradients to make; rows that are skipped keep dX = 0.
 
-        Every chunk passes all of dW through memory: chunks grow with it, to 3/8 of its size (an
-        eighth of what plain torch takes for N = D). Half-precision products of several chunks need
-        an fp32 sum of dW beside the chunk: one chunk of all rows is taken if it is no larger.
+        Each chunk passes dW through memory, so chunks grow with it. Half precision needs an fp32
+        sum of dW beside several chunks: one chunk of all rows is taken if it is no larger.
         """
         if weight:
             total = 4 * self.weight.numel()
-            half = self.dtype.itemsize == 2
             self.size = self.chunk(max(CHUNK_BYTES, total * 3 // 8))
-            if half and 2 * self.count * self.weight.shape[0] <= CHUNK_BYTES + total:
+            all_rows = 2 * self.count * self.weight.shape[0]
+            if self.dtype.itemsize == 2 and all_rows <= CHUNK_BYTES + total:
                 self.size = CHUNK_ROWS or max(1, self.count)
         if hidden:
             self.dx = torch.zeros_like(self.hidden)
@@ -105,12 +102,11 @@ class Head:
         return self.wants_dw or self.dx is not None or self.db is not None
 
     def spans(self) -> list[tuple[int, int]]:
-        size = max(1, self.even(self.count))
-        return [(s, min(s + size, self.count)) for s in range(0, self.count, size)]
+        starts = range(0, self.count, max(1, self.even(self.count)))
+        return [(s, min(s + starts.step, self.count)) for s in starts]
 
     def inputs(self, rows: slice | Tensor) -> Tensor:
-        index = rows if self.rows is None else self.rows[rows]
-        return self.hidden[index].to(self.dtype)
+        return self.hidden[rows if self.rows is None else self.rows[rows]].to(self.dtype)
 
     def tiles(self):
         """(columns of the logits, their rows of the weight), widened ones one at a time."""
@@ -204,7 +200,7 @@ def add_product(total: Tensor | None, du: Tensor, x: Tensor, last: bool) -> Tens
         return total.addmm_(du.t(), x)
     first = total is None
     if first:
-        total = torch.empty(du.shape[1], x.shape[1], dtype=torch.float32)
+        total = torch.empty(du.shape[1], x.shape[1])
     for start in range(0, total.shape[0], TILE):
         part = torch.mm(du[:, start : start + TILE].t(), x)
         rows = total[start : start + TILE]
@@ -250,8 +246,7 @@ class _LinearLogp(torch.autograd.Function):
         head = Head(hidden, weight, bias, ctx.scale)
         head.want(*ctx.needs_input_grad[:3])
         c = torch.zeros(head.count) if grad_logp is None else grad_logp.contiguous()
-        eta = detached(grad_entropy)
-        backward_only(head, target, stats, c, eta)
+        backward_only(head, target, stats, c, detached(grad_entropy))
         return *head.grads(), None, None, None
 
 
@@ -385,23 +380,20 @@ def whole_spans(head: Head, cu: Tensor) -> list[tuple[int, int]] | None:
 def one_pass(head: Head, policy: Policy, target, known, cu, spans) -> None:
     """Each chunk of logits gives its loss and its gradients before the next one takes its place."""
     entropy = policy.spec.entropy_coef != 0
-    growing = head.growing()
     for start, end in spans:
         x = head.inputs(slice(start, end))
-        u = head.logits(x)
-        ids = target[start:end]
+        u, ids = head.logits(x), target[start:end]
         taken, ent, stats = row_stats(u, ids, head.scale, entropy)
         old, advantage, ref, weight = (None if k is None else k[start:end] for k in known)
         inside = (cu.clamp(start, end) - start).contiguous()
         c, eta = policy.add(taken, old, advantage, ref, ent, weight, None, inside)
-        if growing:
+        if head.growing():
             head.grow(u, x, ids, stats, c, eta, start)
 
 
 def two_passes(head: Head, policy: Policy, target, known, cu) -> None:
     """All log-probabilities first, then the coefficients, then the gradients of the live rows."""
-    entropy = policy.spec.entropy_coef != 0
-    taken, ent, stats = forward_only(head, target, entropy)
+    taken, ent, stats = forward_only(head, target, policy.spec.entropy_coef != 0)
     old, advantage, ref, weight = known
     c, eta = policy.add(taken, old, advantage, ref, ent, weight, None, cu.contiguous())
     if head.growing():

@@ -107,7 +107,10 @@ def test_every_token_case_is_green(made, require):
     assert not any(known.values()), known
 
 
-@pytest.mark.parametrize("made", SMALL, ids=lambda c: c.key)
+MOVED = [c for c in SMALL if not c.key.endswith("/kernel")]  # those take pointers on a CPU
+
+
+@pytest.mark.parametrize("made", MOVED, ids=lambda c: c.key)
 def test_a_case_moved_to_a_device_is_the_same_case(made):
     """ "cpu:0" is not "cpu" by name: inputs are moved and sides run as they would on a GPU."""
     there, x = race.on_device(made, "cpu:0")
