@@ -177,6 +177,8 @@ def plot(growth: Mapping[str, Any], memory: Mapping[str, Any], path: Path) -> No
             label = f"{name} (slope {row['slope']:.2f})"
             ax.loglog(found["sizes"], [1e3 * s for s in row["seconds"]], "o-", label=label)
         ax.set(xlabel=axis, ylabel="ms", title=f"time against {axis}")
+        ax.set_xticks(found["sizes"], [f"{n:,}" for n in found["sizes"]])
+        ax.minorticks_off()
     for name, mib in memory["mib"].items():
         panels[3].plot(memory["sizes"], mib, "o-", label=name)
     panels[3].set(xlabel="rows", ylabel="MiB beside inputs", title="extra memory, log p of a head")

@@ -72,7 +72,8 @@ LogSumExp row_sums(const Logits& logits, int64_t row, bool* broken) {
     float buffer[BLOCK];
     for (int64_t at = 0; at < logits.vocab; at += BLOCK) {
         const int n = (int)(logits.vocab - at < BLOCK ? logits.vocab - at : BLOCK);
-        const float* __restrict u = scores<DTYPE>(logits, row * logits.vocab + at, n, buffer, nullptr);
+        const float* __restrict u =
+            scores<DTYPE>(logits, row * logits.vocab + at, n, buffer, nullptr);
         float top = -INFINITY;
 #pragma omp simd reduction(max : top) reduction(+ : bad)
         for (int j = 0; j < n; j++) {

@@ -123,8 +123,9 @@ INLINE void each_vector(const Span& span, Visit visit) {
     memcpy(on, s.on + j, left * sizeof(int32_t));
     memcpy(out[0], s.grad_logp + j, left * sizeof(float));
     if (s.grad_entropy) memcpy(out[1], s.grad_entropy + j, left * sizeof(float));
-    const Span tail = {in[0], in[1], in[2], in[3], in[4], in[5], on,
-                       out[0], s.grad_entropy ? out[1] : nullptr, left};
+    const Span tail = {
+        in[0], in[1], in[2], in[3], in[4], in[5], on, out[0], s.grad_entropy ? out[1] : nullptr,
+        left};
     visit(tail, 0);
     memcpy(s.grad_logp + j, out[0], left * sizeof(float));
     if (s.grad_entropy) memcpy(s.grad_entropy + j, out[1], left * sizeof(float));
@@ -186,8 +187,8 @@ void block(const Loss& numbers, const Span& span, const Whole& whole, Sums& sums
 // An item's sums, whatever its lanes.
 void close(const Loss& loss, const Whole& whole, const Sums& s, double* out) {
     const double policy = sum_of(s.policy) + loss.kl_coef * sum_of(s.kl);
-    out[SUM_LOSS] = policy * whole.scale -
-                    loss.entropy_coef * sum_of(s.entropy) * whole.entropy_scale;
+    out[SUM_LOSS] =
+        policy * whole.scale - loss.entropy_coef * sum_of(s.entropy) * whole.entropy_scale;
     out[SUM_LOW] = sum_of(s.low), out[SUM_HIGH] = sum_of(s.high), out[SUM_CUT] = sum_of(s.cut);
     out[SUM_KL] = sum_of(s.kl), out[SUM_RATIO] = sum_of(s.ratio);
     out[SUM_TOKENS] = sum_of(s.tokens), out[SUM_ACTIVE] = sum_of(s.active);
@@ -276,8 +277,8 @@ void run_all(const Loss& loss, const PolicyInput& in, const PolicyOutput& out, i
         whole.scale = 1.0 / (in.per_completion ? in.divisor * count : in.divisor);
         whole.entropy_scale = in.entropy_divisor != 0.0 ? 1.0 / in.entropy_divisor : whole.scale;
         if (count == 0.0) whole.scale = whole.entropy_scale = 0.0;
-        completion<SURROGATE, MODE, KL, EXTRA>(loss, in, out, fill, item, whole, count > 0.0 ? count : 1.0,
-                                    sums + i * SUM_COUNT);
+        completion<SURROGATE, MODE, KL, EXTRA>(loss, in, out, fill, item, whole,
+                                               count > 0.0 ? count : 1.0, sums + i * SUM_COUNT);
     }
     for (int64_t i = 0; i < n; i++) {
         const double* part = sums + i * SUM_COUNT;

@@ -103,8 +103,13 @@ class Waves {
     int64_t count[WAVE];
 
     Waves(const float* value, const int64_t* step, int64_t tokens, int what, int threads)
-        : value(value), step(step), tokens(tokens), what(what), threads(threads),
-          size(std::min<int64_t>(1 << 15, tokens)), buffer(new Run[WAVE * size]) {}
+        : value(value),
+          step(step),
+          tokens(tokens),
+          what(what),
+          threads(threads),
+          size(std::min<int64_t>(1 << 15, tokens)),
+          buffer(new Run[WAVE * size]) {}
 
     bool next() {
         if (at >= tokens) return false;
