@@ -59,7 +59,7 @@ def caught(folder: Path, mutant: tuple) -> bool:
     command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     env = os.environ | {"PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
     if only:  # numpy's products as test_triton.py has them
-        env = {"OPENBLAS_CORETYPE": "Prescott"} | env | {"TRITON_INTERPRET": "1"}
+        env |= {"OPENBLAS_CORETYPE": "Prescott", "TRITON_INTERPRET": "1"}
     command += [str(ROOT / "tests" / name) for name in names]
     run = subprocess.run(command, env=env, cwd=where, capture_output=True, text=True)
     assert run.returncode in (0, 1), run.stdout[-3000:] + run.stderr[-3000:]

@@ -133,15 +133,14 @@ def test_a_data_file_trains_by_any_recipe(tmp_path):
 
 
 def test_rl_learns_beyond_the_cold_start(tmp_path):
-    """Outcomes of the last ten steps are above those of the first ten, by more than three times
-    the error of such a difference (0.014 to 0.02); how much depends on the CPU's rounding."""
-    changes = ["model_options={width: 64, layers: 2, heads: 4}", "eval_problems=0", "steps=50"]
+    """Outcomes of the last ten steps are plainly above those of the first ten."""
+    changes = ["model_options={width: 64, layers: 2, heads: 4}", "eval_problems=0", "steps=70"]
     changes += ["cold_start_steps=160", "cold_start.batch=32", "cold_start.learning_rate=4e-3"]
     changes += ["cold_start.warmup=5", "prompts_per_step=16", "group=8", "learning_rate=1e-3"]
     changes += ["optim.warmup=2", "optim.schedule=linear", "log.completions_every=0"]
     train(small(*changes), tmp_path / "run", quiet=True)
     reward = [r["reward"] for r in rows(tmp_path / "run")]
-    assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.06
+    assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.1
 
 
 def test_a_nan_gradient_leaves_the_parameters_and_stops_after_three(tmp_path):

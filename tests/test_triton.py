@@ -36,7 +36,7 @@ def triton_here(require):
 
 @pytest.mark.parametrize("cases", ["triton_cases.py", "triton_memory_cases.py"])
 def test_in_the_interpreter(cases):
-    env = BLAS | os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | BLAS | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     where = str(HERE / cases)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", where]
     run = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)

@@ -131,8 +131,8 @@ INLINE void each_vector(const Span& span, Visit visit) {
     if (s.grad_entropy) memcpy(s.grad_entropy + j, out[1], left * sizeof(float));
 }
 
-// Sums over an item, lane by lane. Those of a block are float (counts are exact), blocks add up in
-// double.
+// Sums over an item, lane by lane. In a block those that cannot cancel are float (counts are
+// exact), blocks add up in double.
 struct Sums {
     VecD policy, kl, ratio, entropy, moved, tokens, usable, low, high, cut, active;
     Vec top;
@@ -147,7 +147,8 @@ void block(const Loss& numbers, const Span& span, const Whole& whole, Sums& sums
     const float eta = -loss.entropy_coef * (float)whole.entropy_scale;
     const Vec held = all_of<Vec>(whole.d), one = all_of<Vec>(1.0f), v = all_of<Vec>(whole.v);
     const Vec rho = exp_of(clamp_to(held, -EXPONENT_LIMIT, EXPONENT_LIMIT));
-    Vec policy = {}, kl = {}, ratio = {}, entropy = {}, moved = {}, top = sums.top;
+    Vec ratio = {}, entropy = {}, top = sums.top;
+    VecD policy = {}, kl = {}, moved = {};  // of both signs: they cancel
     Vec low = {}, high = {}, cut = {};
     VecI tokens = {}, usable = {}, active = {};  // minus their counts
     each_vector(span, [&](const Span& s, int j) INLINE_BODY {
@@ -169,17 +170,19 @@ void block(const Loss& numbers, const Span& span, const Whole& whole, Sums& sums
         const Vec seen = where(t.good, term.ratio);
         store(s.grad_logp + j, c);
         if (EXTRA && s.grad_entropy) store(s.grad_entropy + j, where(t.good, eta * one));
-        policy += term.loss, kl += k, ratio += seen;
+        policy += __builtin_convertvector(term.loss, VecD);
+        if (KL >= 0) kl += __builtin_convertvector(k, VecD);
+        ratio += seen;
         if (EXTRA) entropy += t.entropy;
         top = max_of(seen, top);
         low += term.low, high += term.high, cut += term.cut;
         tokens += t.on, usable += t.good;
         active += eta != 0.0f ? t.good : (VecI)(c != 0.0f);
-        if (MODE == SHARED) moved += term.grad;
+        if (MODE == SHARED) moved += __builtin_convertvector(term.grad, VecD);
     });
     const auto wide = [](auto x) { return __builtin_convertvector(x, VecD); };
-    sums.policy += wide(policy), sums.kl += wide(kl), sums.ratio += wide(ratio);
-    sums.entropy += wide(entropy), sums.moved += wide(moved), sums.top = top;
+    sums.policy += policy, sums.kl += kl, sums.ratio += wide(ratio);
+    sums.entropy += wide(entropy), sums.moved += moved, sums.top = top;
     sums.low += wide(low), sums.high += wide(high), sums.cut += wide(cut);
     sums.tokens -= wide(tokens), sums.usable -= wide(usable), sums.active -= wide(active);
 }
