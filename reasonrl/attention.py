@@ -128,8 +128,16 @@ class Decode:
     dropped with `keep`.
     """
 
-    def __init__(self, prefill: Packed, owner: Tensor, prompt_length: Tensor, new_tokens: int):
+    def __init__(
+        self,
+        prefill: Packed,
+        owner: Tensor,  # (B,) prompt of every row
+        prompt_length: Tensor,  # (P,)
+        new_tokens: int,
+        first: Tensor | None = None,  # (P,) position of the first new token; the length by default
+    ):
         self.length = prompt_length[owner]  # (B,)
+        self.ahead = (prompt_length if first is None else first)[owner] - self.length
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, (k, v) in (prefill.cache or {}).items():
             width = k.shape[2]
@@ -139,6 +147,11 @@ class Decode:
                 full[:, :, :width] = prompt.index_select(0, owner)
             self.cache[layer] = pair
         self._advance()
+
+    @property
+    def position(self) -> Tensor:
+        """(B,) position of every row's new token (an image's tokens share some)."""
+        return self.length + self.ahead
 
     def _advance(self) -> None:
         self.row = torch.arange(len(self.length), device=self.length.device)
@@ -164,5 +177,5 @@ class Decode:
             layer: (k.index_select(0, rows), v.index_select(0, rows))
             for layer, (k, v) in self.cache.items()
         }
-        self.length = self.length[rows]
+        self.length, self.ahead = self.length[rows], self.ahead[rows]
         self._advance()

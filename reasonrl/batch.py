@@ -50,10 +50,16 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
         logp=flat(parts, "logp"),
         pieces=flat(parts, "pieces"),
         sampling_logp=flat(parts, "sampling_logp"),
-        images=flat(parts, "images"),
+        images=_images(parts),
         outcome=flat(parts, "outcome"),
         stale=any(part.stale for part in parts),
     )
+
+
+def _images(parts: Sequence[Rollout]) -> Sequence[Any]:
+    if not any(part.images for part in parts):
+        return ()
+    return [i for part in parts for i in part.images or [None] * len(part.problems)]
 
 
 def flat(parts: Sequence[Any], field: str) -> Any:
@@ -131,7 +137,8 @@ def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[i
 
 def _batch(rollout, rows, advantage, old_logp, ref_logp) -> Batch:
     ids: list[int] = []
-    positions: list[int] = []
+    positions: list[Tensor] = []
+    seen: list[Any] = []
     predict: list[int] = []
     layout: list[tuple[int, int, list[int]]] = []
     group = -1
@@ -142,13 +149,17 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp) -> Batch:
             prompt = rollout.prompt_ids[g]
             layout.append((len(ids), len(prompt), []))
             ids.extend(prompt)
-            positions.extend(range(len(prompt)))
+            image = rollout.images[g] if rollout.images else None
+            seen += [] if image is None else [image]
+            own = torch.arange(len(prompt)) if image is None else image.positions
+            positions.append(own)
+            after = first_position(image, len(prompt))
             group = g
         start, length, sizes = layout[-1]
         # the last prompt token predicts the first token of every completion of the group
         predict.append(start + length - 1)
         predict.extend(range(len(ids), len(ids) + len(completion) - 1))
-        positions.extend(range(length, length + len(completion)))
+        positions.append(torch.arange(after, after + len(completion)))
         ids.extend(completion)
         sizes.append(len(completion))
     at = places(rollout, rows)
@@ -156,7 +167,7 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp) -> Batch:
     sizes = [0, *accumulate(len(rollout.completion_ids[b]) for b in rows)]
     return Batch(
         input_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
+        position_ids=join_positions(positions, bool(seen)),
         layout=layout,
         predict=torch.tensor(predict),
         target=target,
@@ -166,4 +177,17 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp) -> Batch:
         ref_logp=None if ref_logp is None else ref_logp[at],
         mask=torch.ones(len(target), dtype=torch.bool),
         rows=torch.tensor(rows),
+        images=seen,
     )
+
+
+def first_position(image: Any, length: int) -> int:
+    """Where a completion begins behind a prompt of so many tokens, with its images or without."""
+    return length if image is None else int(image.positions.max()) + 1
+
+
+def join_positions(parts: Sequence[Tensor], images: bool) -> Tensor:
+    """Positions end to end, (L,); with images (3, L): text has the same one three times."""
+    if images:
+        parts = [part if part.dim() == 2 else part.expand(3, -1) for part in parts]
+    return torch.cat(list(parts), -1) if parts else torch.zeros(0, dtype=torch.long)

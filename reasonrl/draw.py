@@ -24,6 +24,7 @@ from reasonrl.config import Filter
 from reasonrl.ranks import any_rank
 from reasonrl.records import Problem, Rollout, Score
 from reasonrl.rollout import Sampling
+from reasonrl.vision import prepare
 
 Waiting = tuple[int, Rollout]  # number of the problem in the task's train split, its group
 
@@ -110,9 +111,10 @@ class Source:
         problem = self.algo.task.problem("train", plain["number"])
         sampling = plain["sampling_logp"]
         rows = len(plain["text"])
+        prompts, images = prepare(self.algo.policy, [problem], [plain["prompt"]])
         rollout = Rollout(
             problems=[problem],
-            prompt_ids=[plain["prompt"]],
+            prompt_ids=prompts,
             group=torch.zeros(rows, dtype=torch.long),
             completion_ids=plain["completions"],
             text=plain["text"],
@@ -122,6 +124,7 @@ class Source:
             sampling_logp=sampling,
             outcome=[Score(*score) for score in plain["outcome"]],
             stale=True,
+            images=images,
         )
         return plain["number"], rollout
 

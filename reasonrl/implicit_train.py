@@ -24,6 +24,7 @@ from reasonrl.ranks import gathered, summed
 from reasonrl.records import InputError, NonFiniteStop, Problem, Rewards, Rollout
 from reasonrl.rewards.implicit import ImplicitPRM
 from reasonrl.state_file import load_state, save_state
+from reasonrl.vision import Seen
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite
 
@@ -173,6 +174,7 @@ def _plain(one: Labelled) -> dict[str, Any]:
         "known": one.known,
         "count": one.count,
         "ref": one.ref,
+        "images": [None if i is None else (i.pixels, i.grid, i.positions) for i in rollout.images],
     }
 
 
@@ -187,5 +189,6 @@ def _labelled(plain: dict[str, Any]) -> Labelled:
         finished=(),
         logp=(),
         pieces=(),
+        images=[None if i is None else Seen(*i) for i in plain.get("images", ())],
     )
     return Labelled(rollout, plain["outcome"], plain["known"], plain["count"], plain["ref"])

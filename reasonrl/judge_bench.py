@@ -108,7 +108,7 @@ def make_cases(
     problems = task.problems(split, first, count)
     index = 0
     for name, policy in generators.items():
-        prompts = [render(policy.tokenizer, p.prompt) for p in problems]
+        prompts = [render(policy.tokenizer, p.prompt, images=len(p.images)) for p in problems]
         rollout = sample(policy, problems, prompts, samples, sampling, seed)
         asked = [rollout.problems[g] for g in rollout.group.tolist()]
         grades = task.verdicts(asked, rollout.text)

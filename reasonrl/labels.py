@@ -38,7 +38,7 @@ def sampled(
     split, first, problems = span
     for start in range(first, first + problems, CHUNK):
         chosen = task.problems(split, start, min(CHUNK, first + problems - start))
-        prompts = [render(policy.tokenizer, problem.prompt) for problem in chosen]
+        prompts = [render(policy.tokenizer, p.prompt, images=len(p.images)) for p in chosen]
         rollout = sample(policy, chosen, prompts, group, sampling, seed * 1_000_003 + start)
         yield from rows(task, rollout, delimiter)
 

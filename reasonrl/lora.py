@@ -21,7 +21,9 @@ def trainable(initial: Policy, lora_rank: int = 0, seed: int = 0) -> Policy:
     """`initial` itself made ready to learn: all of its weights, or a LoRA adapter on them."""
     model = initial.model
     if lora_rank == 0:
-        return Policy(model.requires_grad_(True), initial.tokenizer, initial.compute)
+        return Policy(
+            model.requires_grad_(True), initial.tokenizer, initial.compute, initial.processor
+        )
     try:
         import peft
     except ImportError:
@@ -32,7 +34,7 @@ def trainable(initial: Policy, lora_rank: int = 0, seed: int = 0) -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings).get_base_model()
-    return Policy(model, initial.tokenizer, initial.compute)
+    return Policy(model, initial.tokenizer, initial.compute, initial.processor)
 
 
 def save(prm: Policy, folder: Path) -> None:
@@ -43,7 +45,9 @@ def save(prm: Policy, folder: Path) -> None:
         merged(prm).save_pretrained(folder / "prm")
     else:
         prm.model.save_pretrained(folder / "prm")
-    prm.tokenizer.save_pretrained(folder / "prm")
+    for part in (prm.tokenizer, prm.processor):
+        if part is not None:
+            part.save_pretrained(folder / "prm")
 
 
 def restore(prm: Policy, folder: Path) -> None:

@@ -10,17 +10,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, heads, smollm2, tiny
+from reasonrl import attention, heads, smollm2, tiny, tiny_vl, vision
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
@@ -34,6 +40,7 @@ class Policy:
     model: Any  # transformers PreTrainedModel, parameters in fp32
     tokenizer: Any
     compute: torch.dtype = torch.float32
+    processor: Any = None  # of images, where the model has eyes
 
     @property
     def device(self) -> torch.device:
@@ -51,12 +58,18 @@ class Policy:
     def context(self) -> int:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, plan: Any) -> Tensor:
-        """Packed ids (L,) and positions (L,) -> last hidden states (L, D)."""
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor, plan: Any, images: Sequence[Any] = ()
+    ) -> Tensor:
+        """Packed ids (L,) and positions (L,) or (3, L), images of the prompts among them -> last
+        hidden states (L, D)."""
+        if images:
+            return vision.hidden(self, input_ids, position_ids, plan, images)
         decoder = self.model.get_decoder()
+        flat = position_ids.dim() == 1
         out = decoder(
             input_ids=input_ids[None],
-            position_ids=position_ids[None],
+            position_ids=position_ids[None] if flat else position_ids[:, None],
             plan=plan,
             use_cache=False,
         )
@@ -69,7 +82,7 @@ class Policy:
         with self.autocast():
             plan = attention.Packed(batch.layout, device)
             ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
-            hidden = self.hidden(ids, positions, plan)
+            hidden = self.hidden(ids, positions, plan, batch.images)
         hidden = hidden.index_select(0, batch.predict.to(device))
         return heads.at_head(self.model, hidden, function, self.compute)
 
@@ -95,7 +108,13 @@ class Policy:
     def frozen(self) -> Policy:
         """A copy of the weights as they are now, without gradients: a reference."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        return Policy(model, self.tokenizer, self.compute)
+        return Policy(model, self.tokenizer, self.compute, self.processor)
+
+    def save(self, folder: Path) -> None:
+        """In the Hugging Face layout, loadable by `load` and from_pretrained."""
+        for part in (self.model, self.tokenizer, self.processor):
+            if part is not None:
+                part.save_pretrained(folder)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
@@ -152,19 +171,35 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def load(
     name: str, *, dtype: str = "auto", device: str = "cpu", seed: int = 0, **options
 ) -> Policy:
-    """The policy called `name`; InputError where the folder holds no usable model."""
+    """The policy called `name`; InputError where the folder holds no usable model.
+
+    options: the sizes of a model built here; vision_tower: frozen | trained, for one with images.
+    """
     _bound_kernel_cache()
     target = torch.device(device)
+    how = options.pop("vision_tower", None)
+    processor = None
     if name == "tiny":
         model, tokenizer = tiny.build(seed=seed, **options)
+    elif name == "tiny-vl":
+        model, tokenizer, processor = tiny_vl.build(seed=seed, **options)
     else:
         if options:
-            raise InputError(f"model_options: only model=tiny takes options, got {sorted(options)}")
+            raise InputError(
+                f"model_options: only model=tiny and tiny-vl take options, got {sorted(options)}"
+            )
         folder = smollm2.fetch() if name == "smollm2" else name
-        model, tokenizer = _pretrained(str(folder))
+        model, tokenizer, processor = _pretrained(str(folder))
     _check(name, model, tokenizer)
-    model.set_attn_implementation(attention.NAME)
-    return Policy(model.to(target), tokenizer, compute_dtype(dtype, target))
+    if processor is None:
+        if how is not None:
+            raise InputError(f"model_options.vision_tower: {name} has no images to look at")
+        model.set_attn_implementation(attention.NAME)
+    else:
+        vision.set_tower(model, how or "trained")
+        # packed attention for the text; an image's patches attend as the model has it
+        model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+    return Policy(model.to(target), tokenizer, compute_dtype(dtype, target), processor)
 
 
 def _bound_kernel_cache() -> None:
@@ -190,13 +225,21 @@ def _pretrained(folder: str):
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        eyes = vision.is_vision(config)
+        kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        processor = AutoImageProcessor.from_pretrained(folder) if eyes else None
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"model {folder}: {reason}") from error
     if config.is_encoder_decoder:
         raise InputError(f"model {folder}: expected a decoder-only model, got {config.model_type}")
-    return model, tokenizer
+    if eyes and not vision.usable(model):
+        raise InputError(
+            f"model {folder}: {config.model_type} reads images in a way that packed training does"
+            " not know (Qwen2-VL, Qwen2.5-VL and Qwen3-VL are known)"
+        )
+    return model, tokenizer, processor
 
 
 def _check(name: str, model, tokenizer) -> None:

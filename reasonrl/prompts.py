@@ -17,6 +17,7 @@ from jinja2.exceptions import TemplateError
 
 from reasonrl.records import InputError, Message
 
+PLACE = "<|vision_start|><|image_pad|><|vision_end|>"  # of an image, where no template writes it
 PROBE = "0"  # content of the turns rendered only to learn the template's manners
 
 
@@ -26,13 +27,16 @@ def render(
     *,
     system: str | None = None,
     template: bool | None = None,
+    images: int = 0,
 ) -> list[int]:
     """Token ids of a prompt, up to where the completion begins.
 
     system: text of the system turn (added below the prompt's own one if it has one); None = no more
     than the prompt brings. template: use the tokenizer's chat template; None = where there is one.
+    images: how many belong to it; a prompt without places for them gets them in front.
     """
-    text, plain = render_text(tokenizer, prompt, system=system, template=template)
+    prompt = with_places(prompt, images)
+    text, plain = render_text(tokenizer, prompt, system=system, template=template, marks=images > 0)
     ids = list(tokenizer(text, add_special_tokens=plain)["input_ids"])
     if not ids:
         raise InputError("prompt: expected some text, got none")
@@ -48,8 +52,10 @@ def render_text(
     *,
     system: str | None = None,
     template: bool | None = None,
+    marks: bool = False,
 ) -> tuple[str, bool]:
-    """The text of `render`, and whether it is plain (without a chat template)."""
+    """The text of `render`, and whether it is plain (without a chat template); images leave their
+    marks in plain text where asked to."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if template and not has_template:
         raise InputError("prompt: the tokenizer has no chat template")
@@ -57,10 +63,32 @@ def render_text(
     if not (has_template if template is None else template):
         if isinstance(prompt, str) and system is None:
             return prompt, True
-        return "".join(f"{_text(message['content'])}\n" for message in messages), True
+        write = _written if marks else _text
+        if isinstance(prompt, Places) and system is None:
+            return write(messages[0]["content"]), True
+        return "".join(f"{write(message['content'])}\n" for message in messages), True
     if messages[0]["role"] == "system":
         return _apply(tokenizer, messages, True), False
     return _without_default_system(tokenizer, messages), False
+
+
+class Places(list):
+    """A text and the places of its images, as chat messages that were none."""
+
+
+def with_places(prompt: str | Sequence[Message], images: int) -> str | Sequence[Message]:
+    """The prompt with a place for each of its images: as it is where it has some, else in front of
+    its first user turn."""
+    if not images:
+        return prompt
+    messages = _messages(prompt)
+    if any(_places(message["content"]) for message in messages):
+        return prompt
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+    text = {"type": "text", "text": _text(messages[first]["content"])}
+    turn = {**messages[first], "content": [*({"type": "image"} for _ in range(images)), text]}
+    made = [*messages[:first], turn, *messages[first + 1 :]]
+    return Places(made) if isinstance(prompt, str) else made
 
 
 def plain(prompt: str | Sequence[Message]) -> str:
@@ -95,6 +123,19 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+
+
+def _places(content: Any) -> int:
+    parts = () if isinstance(content, str) else content
+    return sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
+def _written(content: Any) -> str:
+    """A content as text, its images as their marks."""
+    if isinstance(content, str):
+        return content
+    parts = [part for part in content if isinstance(part, Mapping)]
+    return "".join(PLACE if p.get("type") == "image" else p.get("text", "") for p in parts)
 
 
 def _apply(tokenizer: Any, messages: Sequence[Message], answer_next: bool) -> str:

@@ -45,7 +45,7 @@ class Problem:
     answer: str | None = None
     answer_type: str = "text"  # numerical | choice | ocr | text | math | code
     task: str = ""
-    images: tuple[str, ...] = ()
+    images: tuple[Any, ...] = ()  # paths, or pictures that draw themselves (images.py)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,7 +92,7 @@ class Rollout:
     logp: Sequence[Tensor]  # B x (T_b,) fp32, un-truncated distribution at the sampling temperature
     pieces: Sequence[Sequence[int]]  # B x (T_b + 1) where each token starts in `text`
     sampling_logp: Sequence[Tensor] | None = None  # as `logp`, after top-k/top-p truncation
-    images: Sequence[Any] = ()  # P, decoded once per prompt (vision tasks)
+    images: Sequence[Any] = ()  # P of vision.Seen or None, made once per prompt; () without any
     outcome: Sequence[Score] | None = None  # B, where the completions were graded when drawn
     stale: bool = False  # an earlier policy wrote some of it; `logp` is what it said of it
 
@@ -117,7 +117,7 @@ class Batch:
     """
 
     input_ids: Tensor  # (L,) int64, prompts and completions packed
-    position_ids: Tensor  # (L,) int64, a completion continues its prompt's positions
+    position_ids: Tensor  # (L,) int64, (3, L) with images; completions continue their prompt's
     layout: Sequence[
         tuple[int, int, Sequence[int]]
     ]  # per group: (start, prompt length, completion lengths)
@@ -129,6 +129,7 @@ class Batch:
     ref_logp: Tensor | None  # (N,) fp32
     mask: Tensor  # (N,) bool
     rows: Tensor  # (B,) int64, rows of the rollout
+    images: Sequence[Any] = ()  # of the groups in `layout` that have some, in their order
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from reasonrl.attention import Decode, Packed
+from reasonrl.batch import first_position, join_positions
 from reasonrl.models import Policy
 from reasonrl.records import InputError, Problem, Rollout
 from reasonrl.segment import decode, pieces
+from reasonrl.vision import prepare
 
 BLOCK = 256  # vocabulary entries summed together by the two-level inverse transform
 
@@ -53,8 +55,10 @@ def sample(
     """`group` completions of each prompt, at most `rows` of them decoded at a time (whole groups).
 
     seed: one for all; or one for each prompt, and then a text depends on its prompt's alone.
-    InputError where a prompt is empty or prompt + max_tokens exceed the model's context.
+    The images of the problems are looked at here. InputError where a prompt is empty, where prompt
+    + max_tokens exceed the model's context, or where images and prompt do not fit together.
     """
+    prompt_ids, images = prepare(policy, problems, prompt_ids)
     for problem, ids in zip(problems, prompt_ids, strict=True):
         if not ids:
             raise InputError(f"problem {problem.id}: the prompt has no tokens")
@@ -69,7 +73,8 @@ def sample(
         for start in range(0, len(prompt_ids), per_call):
             chunk = prompt_ids[start : start + per_call]
             own = seed if isinstance(seed, int) else seed[start : start + per_call]
-            done += _decode(policy, chunk, group, sampling, own, first_row=start * group)
+            seen = images[start : start + per_call]
+            done += _decode(policy, chunk, seen, group, sampling, own, first_row=start * group)
     texts, offsets = [], []
     for row in done:
         texts.append(decode(policy.tokenizer, row.tokens))
@@ -85,19 +90,20 @@ def sample(
         logp=[torch.tensor(row.logp, dtype=torch.float32) for row in done],
         pieces=offsets,
         sampling_logp=[torch.tensor(r.sampling_logp) for r in done] if truncated else None,
+        images=images,
     )
 
 
-def _decode(policy, prompt_ids, group: int, sampling: Sampling, seed, first_row: int):
+def _decode(policy, prompt_ids, images, group: int, sampling: Sampling, seed, first_row: int):
     rows = [_Row([], [], []) for _ in range(len(prompt_ids) * group)]
     if sampling.max_tokens == 0 or not rows:
         return rows
     device = policy.device
     owner = torch.arange(len(prompt_ids), device=device).repeat_interleave(group)
     length = torch.tensor([len(ids) for ids in prompt_ids], device=device)
-    prefill, last = _prefill(policy, prompt_ids)
+    prefill, last, first = _prefill(policy, prompt_ids, images)
     hidden = last.index_select(0, owner)
-    plan = Decode(prefill, owner, length, sampling.max_tokens)
+    plan = Decode(prefill, owner, length, sampling.max_tokens, first)
     if isinstance(seed, int):
         uniform = _uniform(seed, first_row, len(rows), sampling.max_tokens)
     else:
@@ -122,22 +128,29 @@ def _decode(policy, prompt_ids, group: int, sampling: Sampling, seed, first_row:
             plan.keep(kept)
             token = token.index_select(0, kept)
             live = [live[at] for at in going]
-        hidden = policy.hidden(token, plan.length, plan)
+        hidden = policy.hidden(token, plan.position, plan)
         plan.step()
     return rows
 
 
-def _prefill(policy: Policy, prompt_ids) -> tuple[Packed, Tensor]:
+def _prefill(policy: Policy, prompt_ids, images) -> tuple[Packed, Tensor, Tensor]:
+    """The plan with its cache; of every prompt the hidden state that predicts its first new token
+    (P, D), and that token's position (P,)."""
     layout, at = [], 0
     for ids in prompt_ids:
         layout.append((at, len(ids), ()))
         at += len(ids)
     flat = torch.tensor([i for ids in prompt_ids for i in ids], device=policy.device)
-    positions = torch.cat([torch.arange(len(ids)) for ids in prompt_ids]).to(policy.device)
+    looks = images or [None] * len(prompt_ids)
+    seen = [look for look in looks if look is not None]
+    pairs = list(zip(prompt_ids, looks, strict=True))
+    own = [torch.arange(len(ids)) if look is None else look.positions for ids, look in pairs]
+    positions = join_positions(own, bool(seen)).to(policy.device)
+    first = torch.tensor([first_position(look, len(ids)) for ids, look in pairs])
     plan = Packed(layout, policy.device, keep=True)
-    hidden = policy.hidden(flat, positions, plan)
+    hidden = policy.hidden(flat, positions, plan, seen)
     ends = torch.tensor([start + length - 1 for start, length, _ in layout], device=policy.device)
-    return plan, hidden.index_select(0, ends)
+    return plan, hidden.index_select(0, ends), first.to(policy.device)
 
 
 def _uniform(seed: int, first_row: int, rows: int, tokens: int) -> Tensor:

@@ -67,8 +67,7 @@ def save(
     sharded = accelerator.distributed_type.value == "DEEPSPEED"
 
     def write(folder: Path) -> None:
-        policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
+        policy.save(folder)
         if not sharded:
             save_state(folder / "optimizer", learner.optimizer.state_dict())
         save_state(folder / "rng", rng_state())
@@ -108,8 +107,7 @@ def keep_reference(out: Path, policy: Policy) -> None:
     """Keep the weights RL starts from: a resumed run needs them as its reference."""
 
     def write(folder: Path) -> None:
-        policy.model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
+        policy.save(folder)
 
     checkpoint.save(out / "reference", 0, write, {}, keep=1)
 

@@ -38,7 +38,7 @@ STAIR = [
     {"algos"},
     {*"rewards tasks labels prm_train implicit_train template trajectory".split()},
     {
-        *"models rollout batch checkpoint log config lora logprobs heads".split(),
+        *"models rollout batch checkpoint log config lora logprobs heads vision".split(),
         *"prm prm_heads asking encoder asker".split(),
     },
     {
@@ -69,6 +69,8 @@ STAIR = [
             "attention",
             "chat",
             "tiny",
+            "tiny_vl",
+            "images",
             "smollm2",
         ),
     },

@@ -67,7 +67,8 @@ class Algorithm:
 
     def plain_prompt(self, problems: Sequence[Problem]) -> list[list[int]]:
         """The token ids of the prompts as the task states them, for evaluation."""
-        return [render(self.policy.tokenizer, problem.prompt) for problem in problems]
+        words = self.policy.tokenizer
+        return [render(words, p.prompt, images=len(p.images)) for p in problems]
 
     def rollout(
         self, problems: Sequence[Problem], group: int, sampling: Sampling, seed: int

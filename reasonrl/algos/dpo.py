@@ -24,6 +24,7 @@ from reasonrl.records import InputError, Problem, Rewards, Rollout, scored
 from reasonrl.rollout import Sampling
 from reasonrl.segment import decode, pieces
 from reasonrl.systems import dpo_loss
+from reasonrl.vision import prepare
 
 
 @dataclass
@@ -65,15 +66,17 @@ class Dpo(Algorithm):
             for text in texts:
                 row = tokenizer.encode(text, add_special_tokens=False)
                 ids.append([*row, tokenizer.eos_token_id])
+        prompts, images = prepare(self.policy, problems, self.prompt(problems))
         return Rollout(
             problems=problems,
-            prompt_ids=self.prompt(problems),
+            prompt_ids=prompts,
             group=torch.arange(len(problems)).repeat_interleave(2),
             completion_ids=ids,
             text=[decode(tokenizer, row) for row in ids],
             finished=[True] * len(ids),
             logp=[torch.zeros(len(row)) for row in ids],
             pieces=[pieces(tokenizer, row) for row in ids],
+            images=images,
         )
 
     def score(self, rollout: Rollout) -> Rewards:

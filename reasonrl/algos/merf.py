@@ -43,6 +43,7 @@ class Merf(GRPO):
                 self.policy.tokenizer,
                 problem.prompt,
                 system=text if content_share(f"motivated {problem.id}") < share else None,
+                images=len(problem.images),
             )
             for problem in problems
         ]

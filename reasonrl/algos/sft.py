@@ -17,6 +17,7 @@ from reasonrl.algos.base import Algorithm
 from reasonrl.records import InputError, Problem, Rewards, Rollout, scored
 from reasonrl.rollout import Sampling
 from reasonrl.segment import decode, pieces
+from reasonrl.vision import prepare
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,17 @@ class SFT(Algorithm):
             ids.append(
                 [*tokenizer.encode(worked, add_special_tokens=False), tokenizer.eos_token_id]
             )
+        prompts, images = prepare(self.policy, problems, self.prompt(problems))
         return Rollout(
             problems=problems,
-            prompt_ids=self.prompt(problems),
+            prompt_ids=prompts,
             group=torch.arange(len(problems)),
             completion_ids=ids,
             text=[decode(tokenizer, row) for row in ids],
             finished=[True] * len(ids),
             logp=[torch.zeros(len(row)) for row in ids],
             pieces=[pieces(tokenizer, row) for row in ids],
+            images=images,
         )
 
     def score(self, rollout: Rollout) -> Rewards:

@@ -21,6 +21,7 @@ from reasonrl.models import Policy
 from reasonrl.prompts import plain, render
 from reasonrl.records import Problem, Rewards, Rollout, Score, infra, scored, unscorable
 from reasonrl.rollout import Sampling, sample
+from reasonrl.vision import refuse
 
 
 class Down(str):
@@ -51,6 +52,7 @@ class Judge:
         self.think, self.with_cot, self.checklist = think, with_cot, tuple(checklist)
 
     def __call__(self, rollout: Rollout) -> Rewards:
+        refuse(rollout.problems, "a judge")
         prompts = [rollout.problems[g].prompt for g in rollout.group.tolist()]
         verdicts = self.verdicts([plain(p) for p in prompts], rollout.text)
         missing = [v for row in verdicts for v in row if isinstance(v, str)]

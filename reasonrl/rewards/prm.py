@@ -18,6 +18,7 @@ from reasonrl.prm_heads import load
 from reasonrl.records import Rewards, Rollout, Score, Step, scored, unscorable
 from reasonrl.segment import split_steps
 from reasonrl.stepwise import Trace
+from reasonrl.vision import refuse
 
 
 class PRMScorer:
@@ -31,6 +32,7 @@ class PRMScorer:
             raise ValueError(f"alpha must be a finite number, got {alpha}")
 
     def __call__(self, rollout: Rollout) -> Rewards:
+        refuse(rollout.problems, "a process reward model")
         steps = [split_steps(text, self.prm.reading.delimiter) for text in rollout.text]
         found = self.read(rollout, steps)
         known = [f for f in found if not f.reason]
