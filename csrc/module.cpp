@@ -3,6 +3,7 @@
 // over.
 #include <pybind11/pybind11.h>
 
+#include "cpu/groups.h"
 #include "ops.h"
 #ifdef WITH_CUDA
 #include "cuda/bind.h"
@@ -176,6 +177,28 @@ void bind_segments(py::module_& m) {
                             at<const uint8_t>(scored), batch, kind, ddof, eps, at<float>(out));
         },
         "Rewards relative to their group.");
+    m.def(
+        "trust",
+        [](uintptr_t outcome, uintptr_t thinking, uintptr_t group, uintptr_t known, int64_t batch,
+           double weight, float threshold, bool trusting, bool score_wrong, bool keep, int kind,
+           double ddof, double eps, uintptr_t out) {
+            const TrustInput in{at<const float>(outcome),
+                                at<const float>(thinking),
+                                at<const int64_t>(group),
+                                at<const uint8_t>(known),
+                                batch,
+                                weight,
+                                threshold,
+                                trusting,
+                                score_wrong,
+                                keep,
+                                kind,
+                                ddof,
+                                eps};
+            float* to = at<float>(out);
+            trust(in, to, to + batch, to + 2 * batch);
+        },
+        "SophiaVL-R1's advantage, reward and trust weight of every completion.");
     m.def(
         "returns",
         [](uintptr_t reward, uintptr_t cu, uintptr_t mask, int64_t batch, double gamma,

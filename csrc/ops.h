@@ -131,7 +131,6 @@ struct Ops {
 };
 
 const Ops& ops();
-bool use_isa(const char* name);  // false where this CPU cannot run it; for tests
 
 void count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch, int64_t* counts);
 void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored,

@@ -33,7 +33,7 @@ METRICS = (
 
 ELSEWHERE = {
     "native_linear": ("linear_logp", "linear_policy_loss"),
-    "native_credit": ("credit_advantage", "prime_advantage"),
+    "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }
 
 

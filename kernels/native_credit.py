@@ -65,3 +65,27 @@ def prime_advantage(
         known = scored.repeat_interleave(cu.diff(), output_size=reward.numel())
         keep = known if mask is None else known & mask
     return whiten(out, keep, 1e-8)
+
+
+def trust(
+    outcome: Tensor,  # (B,)
+    thinking: Tensor,  # (B,)
+    group: Tensor,  # (B,) int64
+    known: Tensor | None,  # (B,) bool
+    weight: float,
+    threshold: float,
+    trust: bool,
+    score_wrong: bool,
+    keep_degenerate: bool,
+    kind: str,
+    ddof: int,
+    eps: float,
+) -> Tensor:  # (3, B)
+    """SophiaVL-R1's advantage, reward and gamma, a group at a time."""
+    out = outcome.new_empty(3, outcome.numel())
+    core().trust(
+        pointer(outcome), pointer(thinking), pointer(group), pointer(known), outcome.numel(),
+        weight, threshold, trust, score_wrong, keep_degenerate, KINDS[kind], ddof, eps,
+        pointer(out),
+    )  # fmt: skip
+    return out

@@ -202,6 +202,8 @@ def shapes(op, impl, form, tensors, floats, ints) -> list[Tensor]:
     if op == "credit_advantage":
         tokens = first.step if first.token_reward is None else first.token_reward
         return [first.outcome.new_empty(tokens.shape)]
+    if op == "trust":
+        return [first.new_empty((3, *first.shape))]
     if op == "step_reduce":
         return [first.new_empty((args[2],))]
     if op == "step_expand":

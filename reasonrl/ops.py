@@ -7,7 +7,8 @@ S steps, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -193,6 +194,65 @@ def group_advantage(
         ddof,
         checks.nonnegative("eps", eps),
     )
+
+
+class Trusted(NamedTuple):
+    """What SophiaVL-R1 makes of outcomes and thinking rewards, (B,) each."""
+
+    advantage: Tensor
+    reward: Tensor
+    gamma: Tensor
+
+
+def trust_advantage(
+    outcome: Tensor,  # (B,)
+    thinking: Tensor,  # (B,)
+    group: Tensor,  # (B,) int
+    step: float,
+    total_steps: float,
+    *,
+    alpha: float = 0.3,
+    threshold: float = 0.5,
+    trust: bool = True,
+    score_wrong: bool = True,
+    keep_degenerate: bool = False,
+    scored: Tensor | None = None,  # (B,) bool: whose thinking reward is known
+    kind: str = "grpo",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> Trusted:
+    """Trust-GRPO (arXiv 2505.17018 eq. 1-5) from outcomes and thinking rewards to advantages, one
+    walk over each group; the options are those of `trust_reward` and `group_advantage`."""
+    checks.choice("kind", kind, ("grpo", "dr_grpo", "rloo"))
+    checks.choice("ddof", ddof, (0, 1))
+    ids = checks.groups("outcome", outcome, group, scored=None)
+    weight = checks.number("alpha", alpha) * math.exp(
+        -checks.nonnegative("step", step) / checks.positive("total_steps", total_steps)
+    )
+    checks.tensor("thinking", thinking, outcome.shape, "(B,)", checks.FULL, outcome.device)
+    known = scored
+    if not score_wrong:  # a thinking reward that nobody asks for may hold anything
+        asked = outcome.detach().float() >= 0.2
+        known = asked if scored is None else scored & asked
+    checks.groups("thinking", thinking, group, known)
+    out = _run(
+        "trust",
+        impl,
+        outcome.detach(),
+        thinking.detach(),
+        ids,
+        scored,
+        weight,
+        checks.number("threshold", threshold),
+        bool(trust),
+        bool(score_wrong),
+        bool(keep_degenerate),
+        kind,
+        ddof,
+        checks.nonnegative("eps", eps),
+    )
+    return Trusted(*out.unbind())
 
 
 def prime_advantage(

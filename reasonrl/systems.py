@@ -10,14 +10,10 @@ papers' own. Legend: B completions, T tokens, N packed tokens, S steps.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from reasonrl import checks
-
-RIGHT, WRONG, UNSCORED_BELOW = 0.9, 0.1, 0.2  # SophiaVL-R1's thresholds of the outcome
+from reasonrl import checks, ops
 
 
 def trust_weight(
@@ -33,13 +29,9 @@ def trust_weight(
     mu_c, mu_w: mean thinking reward of the right (outcome >= threshold, in float32) and the wrong
     completions; 1 where either is empty.
     """
-    member, known = _members(outcome, thinking, group, scored)
-    right = _at_least(outcome, threshold)
-    rows = _rows(member)
-    mean_right, some_right = _mean(thinking, member, known & right, rows)
-    mean_wrong, some_wrong = _mean(thinking, member, known & ~right, rows)
-    gap = torch.where(some_right & some_wrong, mean_right - mean_wrong, 0.0)
-    return gap.clamp(max=0).exp()[member].to(outcome.dtype)
+    return ops.trust_advantage(
+        outcome, thinking, group, 0, 1, threshold=threshold, scored=scored
+    ).gamma
 
 
 def trust_reward(
@@ -52,32 +44,28 @@ def trust_reward(
     alpha: float = 0.3,
     score_wrong: bool = True,
     keep_degenerate: bool = False,
+    trust: bool = True,
     scored: Tensor | None = None,  # (B,) bool: whose thinking reward is known
 ) -> Tensor:  # (B,)
     """R = outcome + gamma alpha exp(-step / total_steps) thinking; gamma from `trust_weight`.
 
-    score_wrong=False (the released code): where outcome < 0.2, thinking is taken as a known 0.
-    Unknown thinking rewards become the mean of the known ones of their group. Groups all right (>=
-    0.9) or all wrong (<= 0.1) get no thinking reward unless keep_degenerate.
+    trust=False: gamma is 1 (the paper's ablation). score_wrong=False (the released code): where
+    outcome < 0.2, thinking is taken as a known 0. Unknown thinking rewards become the mean of the
+    known ones of their group. Groups all right (>= 0.9) or all wrong (<= 0.1) get no thinking
+    reward unless keep_degenerate. `ops.trust_advantage` gives reward and advantage in one go.
     """
-    ids = checks.groups("outcome", outcome, group, scored=None)
-    steps = checks.positive("total_steps", total_steps)
-    weight = alpha * math.exp(-checks.nonnegative("step", step) / steps)
-    if not score_wrong:
-        checks.tensor("thinking", thinking, outcome.shape, "(B,)", checks.FULL, outcome.device)
-        unasked = ~_at_least(outcome, UNSCORED_BELOW)
-        thinking = torch.where(unasked, 0.0, thinking)
-        scored = None if scored is None else scored | unasked
-    member, known = _members(outcome, thinking, ids, scored)
-    gamma = trust_weight(outcome, thinking, ids, scored=scored)
-    rows = _rows(member)
-    mean, _ = _mean(thinking, member, known, rows)
-    filled = torch.where(known, thinking.double(), mean[member])
-    if not keep_degenerate:
-        wrong = outcome.float() <= torch.tensor(WRONG, dtype=torch.float32, device=outcome.device)
-        mixed = _any(~_at_least(outcome, RIGHT), member, rows) & _any(~wrong, member, rows)
-        filled = torch.where(mixed[member], filled, 0.0)
-    return (outcome.detach().double() + gamma.double() * weight * filled).to(outcome.dtype)
+    return ops.trust_advantage(
+        outcome,
+        thinking,
+        group,
+        step,
+        total_steps,
+        alpha=alpha,
+        score_wrong=score_wrong,
+        keep_degenerate=keep_degenerate,
+        trust=trust,
+        scored=scored,
+    ).reward
 
 
 def reasonflux_step_target(align: Tensor, quality: Tensor, coherence: Tensor) -> Tensor:
@@ -219,33 +207,3 @@ def _log_ratio(
     if keep is not None:
         own, ref = torch.where(keep, own, 0.0), torch.where(keep, ref, 0.0)
     return (own - ref).mul_(beta)  # in place: a second array of this size costs more than the sum
-
-
-def _members(
-    outcome: Tensor, thinking: Tensor, group: Tensor, scored: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    ids = checks.groups("outcome", outcome, group, scored=None)
-    checks.groups("thinking", thinking, group, scored)
-    checks.tensor("thinking", thinking, outcome.shape, "(B,)", checks.FULL, outcome.device)
-    known = torch.ones_like(outcome, dtype=torch.bool) if scored is None else scored
-    return torch.unique(ids, return_inverse=True)[1], known
-
-
-def _rows(member: Tensor) -> int:
-    return int(member.max()) + 1 if member.numel() else 0
-
-
-def _mean(x: Tensor, member: Tensor, keep: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Mean of the kept values of each group (0 if there is none), and whether there is one."""
-    zero = torch.zeros(rows, dtype=torch.float64, device=x.device)
-    total = zero.index_add(0, member, torch.where(keep, x.detach().double(), 0.0))
-    count = zero.index_add(0, member, keep.double())
-    return total / count.clamp(min=1), count > 0
-
-
-def _any(x: Tensor, member: Tensor, rows: int) -> Tensor:
-    return torch.zeros(rows, device=x.device).index_add(0, member, x.float()) > 0
-
-
-def _at_least(outcome: Tensor, threshold: float) -> Tensor:
-    return outcome.float() >= torch.tensor(threshold, dtype=torch.float32, device=outcome.device)

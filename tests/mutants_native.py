@@ -1,8 +1,8 @@
 """Wrong C++ and CUDA kernels that the tests must catch; see mutants.py and test_mutants_native.py.
 
 A mutant: name, source, what stands there once, what is written instead, which tests to try (for the
-CPU a `-k` expression of test_native, test_parity, test_credit, test_native_linear; for CUDA a part of the
-cases' names).
+CPU a `-k` expression of test_native, test_parity, test_credit, test_native_linear, test_trust; for CUDA a part
+of the cases' names).
 """
 
 # one mutant a line
@@ -18,6 +18,8 @@ CREDIT = "csrc/cpu/credit.cpp"
 WALK = "csrc/cpu/credit.h"
 SCAN = "csrc/cpu/scan.h"
 STEPS = "csrc/cpu/steps.cpp"
+TRUST = "csrc/cpu/trust.cpp"
+GROUPS = "csrc/cpu/groups.h"
 WHITEN = "csrc/cpu/whiten.cpp"
 
 CPU = [
@@ -73,6 +75,14 @@ CPU = [
     ("half of a scan", SCAN, "gather<BY, 2>(x, factor);", "", "returns or tokens"),
     ("half of an even scan", SCAN, "x += g2 * moved<-2 * BY>(x, Wide{});", "", "returns or tokens"),
     ("masked token pays", SCAN, "x = (Wide)((WideI)x & on);", "", "returns or tokens"),
+    ("wrong thinking trusted", TRUST, "std::min(right.value() - wrong.value(), 0.0)", "0.0", "trust or formula"),
+    ("trust above one", TRUST, "std::min(right.value() - wrong.value(), 0.0)", "right.value() - wrong.value()", "trust or formula"),
+    ("unasked left out of the mean", TRUST, "return unasked || !in.known || in.known[b];", "return !unasked && (!in.known || in.known[b]);", "trust or formula"),
+    ("threshold missed by its value", TRUST, ">= in.threshold ?", "> in.threshold ?", "float32"),
+    ("saturated group thinks", TRUST, "return right || wrong;", "return wrong;", "trust or formula"),
+    ("unknown thinking is nought", TRUST, "value = every.value();", "value = 0.0;", "trust or formula"),
+    ("alpha missed", TRUST, "(double)weight * in.weight *", "(double)weight *", "trust or formula"),
+    ("groups of neighbours", GROUPS, "std::stable_sort(member.begin(), member.end(), before);", "", "trust or formula or group"),
     ("biased variance", WHITEN, "all.count > 2.0 ? all.count - 1.0 : 1.0", "all.count > 2.0 ? all.count : 1.0", "whiten or prime"),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "groups.h"
 
 namespace reasonrl {
 
@@ -32,8 +33,8 @@ void count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch, int64_t
 }
 
 // Members of one group; a group whose scored rewards are all equal, or fewer than two, stays 0.
-static void one_group(const float* reward, const int64_t* member, int64_t n, int kind, double ddof,
-                      double eps, float* out) {
+void normalise(const float* reward, const int64_t* member, int64_t n, int kind, double ddof,
+               double eps, float* out) {
     if (n < 2) return;
     double sum = 0.0;
     bool equal = true;
@@ -59,22 +60,10 @@ static void one_group(const float* reward, const int64_t* member, int64_t n, int
 
 void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored,
                      int64_t batch, int kind, double ddof, double eps, float* out) {
-    std::vector<int64_t> member;
-    member.reserve(batch);
-    for (int64_t b = 0; b < batch; b++) {
-        out[b] = 0.0f;
-        if (!scored || scored[b]) member.push_back(b);
-    }
-    const auto before = [group](int64_t a, int64_t b) { return group[a] < group[b]; };
-    if (!std::is_sorted(member.begin(), member.end(), before)) {
-        std::stable_sort(member.begin(), member.end(), before);
-    }
-    const int64_t n = (int64_t)member.size();
-    for (int64_t at = 0, end; at < n; at = end) {
-        for (end = at + 1; end < n && group[member[end]] == group[member[at]]; end++) {
-        }
-        one_group(reward, member.data() + at, end - at, kind, ddof, eps, out);
-    }
+    std::fill(out, out + batch, 0.0f);
+    each_group(group, scored, batch, [&](const int64_t* member, int64_t n) {
+        normalise(reward, member, n, kind, ddof, eps, out);
+    });
 }
 
 // Keeps the first NaN, then the first smallest or largest.
