@@ -52,7 +52,7 @@ CPU = [
     ("entropy gradient without H", LOGP, "c1 + h1 * (x + whole)", "c1 + h1 * x", "logp"),
     ("gradient misses the temperature", LOGP, "1.0f / logits.temperature, c1", "1.0f, c1", "logp"),
     ("sums of the last block", LOGP, "total = merge(total, LogSumExp{m, s, q});", "total = LogSumExp{m, s, q};", "logp"),
-    ("unscored counted", SEGMENTS, "if (!scored || scored[b]) member.push_back(b);", "member.push_back(b);", "group"),
+    ("unscored counted", GROUPS, "if (!scored || scored[b]) member.push_back(b);", "member.push_back(b);", "group"),
     ("std ignores ddof", SEGMENTS, "std::max((double)n - ddof, 1.0)", "std::max((double)n, 1.0)", "group"),
     ("rloo of all", SEGMENTS, "(sum - r) / (double)(n - 1) : mean", "sum / (double)n : mean", "group"),
     ("ties go last", SEGMENTS, "smallest ? x < best : x > best", "smallest ? x <= best : x >= best", "step"),
