@@ -45,7 +45,7 @@ class Problem:
     answer: str | None = None
     answer_type: str = "text"  # numerical | choice | ocr | text | math | code
     task: str = ""
-    images: tuple[str, ...] = ()
+    images: tuple[Any, ...] = ()  # paths, or pictures with draw() and key; images.decode
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
