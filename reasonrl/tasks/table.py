@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from reasonrl.records import InputError
 from reasonrl.tasks.arithmetic import Arithmetic
 from reasonrl.tasks.base import Task
+from reasonrl.tasks.charts import Charts
 from reasonrl.tasks.code import Code
 from reasonrl.tasks.gym import Gym
 from reasonrl.tasks.jsonl import Jsonl, is_data_file
@@ -19,6 +20,7 @@ from reasonrl.tasks.knights import Knights
 TASKS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
     "knights": Knights,
+    "charts": Charts,
     "code": Code,
     "gym": Gym,
 }
