@@ -10,6 +10,7 @@ Legend: B rows, N completion tokens, L packed tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any
 
@@ -71,24 +72,28 @@ def flat(parts: Sequence[Any], field: str) -> Any:
 def take(rollout: Rollout, groups: Sequence[int]) -> Rollout:
     """Some groups of a rollout, in the order given, their completions in their own order."""
     rows = [(new, b) for new, g in enumerate(groups) for b in _rows(rollout, g)]
-
-    def chosen(field: str) -> Any:
-        values = getattr(rollout, field)
-        return None if values is None else [values[b] for _, b in rows]
-
-    return Rollout(
+    images = [rollout.images[g] for g in groups] if any(rollout.images) else ()
+    return replace(
+        rows_of(rollout, [b for _, b in rows]),
         problems=[rollout.problems[g] for g in groups],
         prompt_ids=[rollout.prompt_ids[g] for g in groups],
         group=torch.tensor([new for new, _ in rows], dtype=torch.long),
-        completion_ids=chosen("completion_ids"),
-        text=chosen("text"),
-        finished=chosen("finished"),
-        logp=chosen("logp"),
-        pieces=chosen("pieces"),
-        sampling_logp=chosen("sampling_logp"),
-        images=[rollout.images[g] for g in groups] if rollout.images else (),
-        outcome=chosen("outcome"),
-        stale=rollout.stale,
+        images=images if any(images) else (),
+    )
+
+
+def rows_of(rollout: Rollout, rows: Sequence[int]) -> Rollout:
+    """Some completions of a rollout, all problems kept."""
+
+    def chosen(field: str) -> Any:
+        values = getattr(rollout, field)
+        return None if values is None else [values[b] for b in rows]
+
+    fields = "completion_ids text finished logp pieces sampling_logp outcome".split()
+    return replace(
+        rollout,
+        group=rollout.group[torch.tensor(rows, dtype=torch.long)],
+        **{field: chosen(field) for field in fields},
     )
 
 

@@ -94,6 +94,30 @@ def sample(
     )
 
 
+def given(
+    policy: Policy,
+    problems: Sequence[Problem],
+    prompt_ids: Sequence[Sequence[int]],  # P
+    texts: Sequence[str],  # B, as many for every problem, one problem after the other
+) -> Rollout:
+    """Completions that somebody else wrote, with the token that ends them, as a rollout."""
+    words = policy.tokenizer
+    ids = [[*words.encode(t, add_special_tokens=False), words.eos_token_id] for t in texts]
+    prompt_ids, images = prepare(policy, problems, prompt_ids)
+    each = len(texts) // max(1, len(problems))
+    return Rollout(
+        problems=problems,
+        prompt_ids=prompt_ids,
+        group=torch.arange(len(problems)).repeat_interleave(each),
+        completion_ids=ids,
+        text=[decode(words, row) for row in ids],
+        finished=[True] * len(ids),
+        logp=[torch.zeros(len(row)) for row in ids],
+        pieces=[pieces(words, row) for row in ids],
+        images=images,
+    )
+
+
 def _decode(policy, prompt_ids, images, group: int, sampling: Sampling, seed, first_row: int):
     rows = [_Row([], [], []) for _ in range(len(prompt_ids) * group)]
     if sampling.max_tokens == 0 or not rows:

@@ -23,7 +23,7 @@ class Dealt:
 
     def __init__(self, right, unfinished=(), unknown=()):
         self.right, self.unfinished, self.unknown = right, unfinished, unknown
-        self.task = self
+        self.task, self.policy = self, None
         self.seeds = []
 
     def problem(self, split, index):

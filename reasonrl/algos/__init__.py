@@ -7,6 +7,7 @@ from reasonrl.algos.prime import Prime
 from reasonrl.algos.process import Process
 from reasonrl.algos.reasonflux import ReasonFlux
 from reasonrl.algos.sft import SFT
+from reasonrl.algos.sophia import Sophia
 
 ALGOS: dict[str, type[Algorithm]] = {
     "grpo": GRPO,
@@ -14,8 +15,20 @@ ALGOS: dict[str, type[Algorithm]] = {
     "prime": Prime,
     "reasonflux": ReasonFlux,
     "merf": Merf,
+    "sophia": Sophia,
     "dpo": Dpo,
     "sft": SFT,
 }
 
-__all__ = ["ALGOS", "GRPO", "SFT", "Algorithm", "Dpo", "Merf", "Prime", "Process", "ReasonFlux"]
+__all__ = [
+    "ALGOS",
+    "GRPO",
+    "SFT",
+    "Algorithm",
+    "Dpo",
+    "Merf",
+    "Prime",
+    "Process",
+    "ReasonFlux",
+    "Sophia",
+]

@@ -21,10 +21,8 @@ from reasonrl.batch import lengths
 from reasonrl.logprobs import rollout_logp
 from reasonrl.models import Policy
 from reasonrl.records import InputError, Problem, Rewards, Rollout, scored
-from reasonrl.rollout import Sampling
-from reasonrl.segment import decode, pieces
+from reasonrl.rollout import Sampling, given
 from reasonrl.systems import dpo_loss
-from reasonrl.vision import prepare
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Dpo(Algorithm):
         self, problems: Sequence[Problem], group: int, sampling: Sampling, seed: int
     ) -> Rollout:
         """The pairs as they are written: chosen, then rejected."""
-        tokenizer, ids = self.policy.tokenizer, []
+        written = []
         for problem in problems:
             texts = [problem.extra.get(name) for name in ("chosen", "rejected")]
             for name, text in zip(("chosen", "rejected"), texts, strict=True):
@@ -63,21 +61,8 @@ class Dpo(Algorithm):
                     )
             if texts[0] == texts[1]:
                 raise InputError(f"problem {problem.id}: chosen and rejected are the same text")
-            for text in texts:
-                row = tokenizer.encode(text, add_special_tokens=False)
-                ids.append([*row, tokenizer.eos_token_id])
-        prompts, images = prepare(self.policy, problems, self.prompt(problems))
-        return Rollout(
-            problems=problems,
-            prompt_ids=prompts,
-            group=torch.arange(len(problems)).repeat_interleave(2),
-            completion_ids=ids,
-            text=[decode(tokenizer, row) for row in ids],
-            finished=[True] * len(ids),
-            logp=[torch.zeros(len(row)) for row in ids],
-            pieces=[pieces(tokenizer, row) for row in ids],
-            images=images,
-        )
+            written += texts
+        return given(self.policy, problems, self.prompt(problems), written)
 
     def score(self, rollout: Rollout) -> Rewards:
         """Outcome: 1 for the chosen, 0 for the rejected. Metrics: what DPO papers plot."""

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from reasonrl.algos.base import Algorithm
 from reasonrl.records import InputError, Problem, Rewards, Rollout, scored
-from reasonrl.rollout import Sampling
-from reasonrl.segment import decode, pieces
-from reasonrl.vision import prepare
+from reasonrl.rollout import Sampling, given
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,7 @@ class SFT(Algorithm):
     def rollout(
         self, problems: Sequence[Problem], group: int, sampling: Sampling, seed: int
     ) -> Rollout:
-        tokenizer = self.policy.tokenizer
-        ids = []
+        texts = []
         for problem in problems:
             worked = self.task.worked(problem)
             if worked is None:
@@ -36,21 +33,8 @@ class SFT(Algorithm):
                     f"problem {problem.id}: task {self.task.name} has no worked completion to learn"
                     " from (JSONL rows need a `completion` field)"
                 )
-            ids.append(
-                [*tokenizer.encode(worked, add_special_tokens=False), tokenizer.eos_token_id]
-            )
-        prompts, images = prepare(self.policy, problems, self.prompt(problems))
-        return Rollout(
-            problems=problems,
-            prompt_ids=prompts,
-            group=torch.arange(len(problems)),
-            completion_ids=ids,
-            text=[decode(tokenizer, row) for row in ids],
-            finished=[True] * len(ids),
-            logp=[torch.zeros(len(row)) for row in ids],
-            pieces=[pieces(tokenizer, row) for row in ids],
-            images=images,
-        )
+            texts.append(worked)
+        return given(self.policy, problems, self.prompt(problems), texts)
 
     def score(self, rollout: Rollout) -> Rewards:
         return Rewards(outcome=[scored(1.0)] * len(rollout.text))

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 from reasonrl.records import InputError, Problem, Score, Step
 from reasonrl.reward_spec import RewardSpec
+from reasonrl.segment import think_span
 
 Split = Literal["sft", "train", "dev", "test"]
 SPLITS: tuple[str, ...] = ("sft", "train", "dev", "test")
@@ -124,6 +125,11 @@ class Task:
     def steps(self, problem: Problem, completion: str) -> list[Step] | None:
         """Steps with reward 1.0 or 0.0 by rule, as character spans; None where no rule can tell."""
         return None
+
+    def thinking(self, problem: Problem, completion: str) -> str:
+        """The reasoning of a completion, without its answer; empty where there is none."""
+        span = think_span(completion)
+        return "" if span is None else completion[slice(*span)].strip()
 
     def reward_spec(self) -> RewardSpec | None:
         """The outcome as an object that also states it in words; None where nobody wrote it."""
