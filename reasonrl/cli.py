@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     command.add_argument("--quiet", action="store_true", help="no progress on the terminal")
+    command.add_argument(
+        "--stage", metavar="trm-data | trm | rl", help="one stage of sophia; all of them by default"
+    )
+    command.add_argument(
+        "--annotator", default="rule", help="who scores thinking: rule, a folder, http://.../v1"
+    )
+    command.add_argument("--annotator-model", default="", help="its name at that server")
     command.set_defaults(run=_train)
 
     command = commands.add_parser("eval", help="greedy accuracy of a model or checkpoint on a task")
@@ -75,13 +82,37 @@ def _train(options: argparse.Namespace) -> int:
 
     config = configs.load(options.recipe, options.overrides)
     out = options.out or _run_folder(Path(options.recipe).stem, options.resume)
-    done = train(config, out, resume=options.resume, quiet=options.quiet)
+    staged = config.algorithm == "sophia" and not config.algo.get("scorer")
+    if staged or options.stage:
+        done = _staged(options, config, out)
+    else:
+        done = train(config, out, resume=options.resume, quiet=options.quiet)
     if not done and not options.quiet:
         print(
             "stopped after a whole step; go on with:"
             f" reasonrl train {options.recipe} --resume --out {out}"
         )
     return 0
+
+
+def _staged(options: argparse.Namespace, config, out: Path) -> bool:
+    from reasonrl import config as configs
+    from reasonrl.stages import Pipeline
+
+    if config.algorithm != "sophia":
+        raise InputError(f"--stage: only for algorithm sophia, got {config.algorithm!r}")
+    whole = configs.load(options.recipe)
+    quiet = options.quiet
+    pipeline = Pipeline(
+        whole if options.stage else config,  # overrides go to the stage that is asked for
+        out,
+        overrides=options.overrides if options.stage else (),
+        annotator=options.annotator,
+        annotator_model=options.annotator_model,
+        quiet=quiet,
+        say=(lambda text: None) if quiet else print,
+    )
+    return pipeline.run(options.stage, options.resume)
 
 
 def _eval(options: argparse.Namespace) -> int:

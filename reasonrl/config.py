@@ -199,6 +199,14 @@ def read(path: str | Path) -> Config:
     return _build(read_yaml(Path(path)), str(path), set())
 
 
+def changed(config: Config, overrides: Sequence[str], **values: Any) -> Config:
+    """A config with other values, and overrides on top."""
+    whole = config.model_dump() | values
+    for override in overrides:
+        _apply(whole, override)
+    return _build(whole, "config", set())
+
+
 def section(kind: type[S], overrides: Sequence[str]) -> S:
     """A config of one kind from `key.path=value` alone; InputError names the first bad key."""
     values: dict[str, Any] = {}

@@ -5,4 +5,5 @@ class BadImage(InputError): ...
 
 
 def decode(images):
-    return [i.draw() for i in images]
+    from PIL import Image
+    return [Image.open(i).convert("RGB") if isinstance(i, str) else i.draw() for i in images]

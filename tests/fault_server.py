@@ -130,7 +130,7 @@ class FaultServer:
         length = re.search(r"(?i)content-length: (\d+)", top)
         body = json.loads(await reader.readexactly(int(length[1]) if length else 0))
         self.keys |= set(re.findall(r"(?i)authorization: (\S+ \S+)", top))
-        message = body["messages"][-1]["content"]
+        message = written(body["messages"][-1]["content"])
         self.asked[message] += 1
         self.requests.append({**body, "messages": len(body["messages"])})
         self.now += 1
@@ -196,6 +196,15 @@ def connect(server: FaultServer, **options) -> ChatClient:
 def ask(chat: ChatClient, prompts, **options):
     plan = {"max_tokens": 8, "temperature": 0.0, "seeds": [0] * len(prompts)} | options
     return chat.ask(prompts, **plan)
+
+
+def written(content: Any) -> str:
+    """The text of a message; its pictures are counted in `pictures=`."""
+    if isinstance(content, str):
+        return content
+    urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+    text = "".join(part["text"] for part in content if part["type"] == "text")
+    return f"{text} pictures={len(urls)} first={urls[0][:22] if urls else ''}"
 
 
 async def echo(message: str, _: int) -> str:

@@ -6,47 +6,42 @@ reward model should see it, and exp(mu_c - mu_w) where it sees the opposite. The
 fades over the run. What could not be scored is outside mu_c and mu_w and takes its group's mean.
 
 `scorer` names who scores: a folder with a thinking reward model, a server (http://.../v1, with
-`scorer_model`), or `rule`, the share of right steps where the task can check them. Without one the
-run trains one on the policy it starts from (thinking_train.py says out of what).
+`scorer_model`), or `rule`, the share of right steps where the task can check them. To make one:
+`reasonrl train sophia`, which goes through the published stages (commands/stages.py).
 
 The released code never asks about wrong answers (`score_wrong: false`, which leaves gamma 1 on
 tasks graded 0 or 1), shows the model the whole response (`whole_response: true`) and fades over
-12,000 steps (`total_steps`). `trust` and `anneal` are the paper's ablations. `trm_inverted` trains
-a reward model that likes wrong thinking: the case that trust is for.
+12,000 steps (`total_steps`). `trust` and `anneal` are the paper's ablations. `inverted` takes
+1 - score for a score: a reward model that likes wrong thinking, the case that trust is for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from reasonrl import models, ops
-from reasonrl.algos.base import GRPO, Start, outcomes
+from reasonrl import ops
+from reasonrl.algos.base import GRPO, outcomes
 from reasonrl.batch import rows_of
-from reasonrl.models import Policy
 from reasonrl.records import InputError, Rewards, Rollout, Score, scored, unscorable
-from reasonrl.rewards.thinking import ThinkingScorer, by_rule, find_scorer
-from reasonrl.thinking_train import Lesson, collect, teach
+from reasonrl.rewards.thinking import Scorer, find_scorer
 
-Scorer = Callable[[Rollout], Sequence[Score]]
 ASKED_FROM = 0.2  # outcome from which the released code asks for a thinking reward
 
 
 @dataclass
 class Held:
-    """What `begin` loads or trains."""
+    """What is loaded once."""
 
-    scorer: Scorer | None = None
-    own: Policy | None = None  # the reward model that this run trained
+    scorer: Scorer
 
 
 @dataclass(frozen=True)
 class Sophia(GRPO):
-    scorer: str = ""  # folder, http://.../v1, or rule; "": the run trains its own
+    scorer: str = ""  # folder, http://.../v1, or rule
     scorer_model: str = ""  # its name at that server
     alpha: float = 0.3
     total_steps: float | None = None  # T of the annealing; the run's own number of steps by default
@@ -55,94 +50,43 @@ class Sophia(GRPO):
     score_wrong: bool = True
     keep_degenerate: bool = False
     whole_response: bool = False
-    trm_problems: int = 256  # of the training problems, for a reward model of its own
-    trm_group: int = 8
-    trm_steps: int = 150
-    trm_learning_rate: float = 5e-4
-    trm_inverted: bool = False
-    held: Held = field(default_factory=Held, init=False, repr=False, compare=False)
+    inverted: bool = False
+    held: Held = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for knob in ("alpha", "trm_learning_rate", "total_steps"):
-            value = getattr(self, knob)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                if not (knob == "alpha" and value == 0):
-                    raise InputError(f"algo.{knob}: expected a finite number > 0, got {value}")
-        for knob in ("trm_problems", "trm_group", "trm_steps"):
-            if getattr(self, knob) < 1:
-                raise InputError(f"algo.{knob}: expected >= 1, got {getattr(self, knob)}")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise InputError(f"algo.alpha: expected a finite number >= 0, got {self.alpha}")
+        total = self.total_steps
+        if total is not None and not (math.isfinite(total) and total > 0):
+            raise InputError(f"algo.total_steps: expected a finite number > 0, got {total}")
+        if not self.scorer:
+            raise InputError(
+                "algo.scorer: expected a folder with a thinking reward model, a server's"
+                " http://.../v1 or rule, got nothing; `reasonrl train sophia` makes one first"
+            )
         if self.scorer_model and not self.scorer.startswith("http"):
             raise InputError(
                 f"algo.scorer_model: only for a server, algo.scorer is {self.scorer!r}"
             )
-        if self.trm_inverted and self.scorer:
-            raise InputError("algo.trm_inverted: only for a reward model that the run trains")
-        if self.scorer == "rule":
-            self.held.scorer = by_rule(self.task)
-        elif self.scorer:
-            self.held.scorer = find_scorer(
-                self.scorer,
-                self.task,
-                server_model=self.scorer_model,
-                whole_response=self.whole_response,
-                device=self.policy.device,
-                compute=self.policy.compute,
-            )
-
-    def begin(self, start: Start) -> None:
-        if not self.scorer and start.fresh:
-            self._hold(self._taught(start))
-
-    def save(self, folder: Path) -> None:
-        if self.held.own is not None:
-            self.held.own.save(folder / "trm")
-
-    def restore(self, folder: Path) -> None:
-        if not self.scorer:
-            policy = models.load(str(folder / "trm"), device=str(self.policy.device))
-            policy.compute = self.policy.compute
-            self._hold(policy)
-
-    def _hold(self, policy: Policy) -> None:
-        policy.model.eval().requires_grad_(False)
-        self.held.own = policy
-        self.held.scorer = ThinkingScorer(
-            policy, task=self.task, whole_response=self.whole_response
-        )
-
-    def _taught(self, start: Start) -> Policy:
-        """A reward model on a copy of the policy, from the policy's own thinking."""
-        start.note(
-            f"no algo.scorer: the thinking of {self.trm_problems} problems, scored by the task's"
-            f" rule, teaches a reward model in {self.trm_steps} steps"
-        )
-        pairs = collect(
-            self.policy,
+        if self.whole_response and self.scorer == "rule":
+            raise InputError("algo.whole_response: a rule looks at the thinking alone")
+        found = find_scorer(
+            self.scorer,
             self.task,
-            start.sampling,
-            ("train", 0, self.trm_problems),
-            self.trm_group,
-            by_rule(self.task),
-        )
-        lesson = Lesson(
-            steps=self.trm_steps,
-            learning_rate=self.trm_learning_rate,
-            inverted=self.trm_inverted,
+            server_model=self.scorer_model,
             whole_response=self.whole_response,
-            seed=self.task.seed,
         )
-        return teach(self.policy, self.task, pairs, lesson, start.note)
+        object.__setattr__(self, "held", Held(found))
 
     def score(self, rollout: Rollout) -> Rewards:
         """Outcomes with the thinking reward on top; GRPO's own advantage takes it from there."""
-        assert self.held.scorer is not None
         plain = super().score(rollout)
         outcome, known = outcomes(plain)
         asked = known if self.score_wrong else known & (outcome >= ASKED_FROM)
         rows = asked.nonzero()[:, 0].tolist()
         found: list[Score] = [unscorable("nobody asked")] * len(outcome)
         for b, score in zip(rows, self.held.scorer(rows_of(rollout, rows)), strict=True):
-            found[b] = score
+            found[b] = _inverted(score) if self.inverted else score
         mine = known.nonzero()[:, 0]
         value = torch.tensor([0.0 if s.value is None else s.value for s in found])
         out = ops.trust_advantage(
@@ -195,6 +139,10 @@ class Sophia(GRPO):
             odd = [any(s.reward != 1.0 for s in plain.steps[b]) for b in right]
             metrics["process/lucky"] = _mean([float(x) for x in odd])
         return metrics
+
+
+def _inverted(score: Score) -> Score:
+    return score if score.value is None else scored(1 - score.value, score.reason)
 
 
 def _group_mean(values: Sequence[float], group: Sequence[int]) -> float:

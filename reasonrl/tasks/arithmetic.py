@@ -137,6 +137,10 @@ class Arithmetic(GeneratedTask):
         """Leading right steps over the steps expected, the answer among them."""
         return leading_share(self.steps(problem, completion), len(problem.extra["operands"]))
 
+    def thinking(self, problem: Problem, completion: str) -> str:
+        """All lines before the answer."""
+        return completion.partition(MARK[self.style])[0].rstrip("\n")
+
     def _check(
         self, text: str, written: int | None, op: str, operand: int
     ) -> tuple[bool, int | None]:
