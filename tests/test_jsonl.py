@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from reasonrl.records import InputError, Problem
 from reasonrl.tasks import make_task
@@ -31,7 +32,7 @@ def sums(tmp_path):
 
 def test_rows_become_problems(tmp_path):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(b"x")
+    Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / "a.png")
     chat = [{"role": "user", "content": "what?"}]
     path = write(
         tmp_path / "d.jsonl",

@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from reasonrl.answer import final_answer
 from reasonrl.records import InputError, Problem, Score, scored, unscorable
@@ -35,13 +35,19 @@ logger = logging.getLogger("reasonrl.tasks")
 
 @dataclass(frozen=True)
 class Jsonl(Task):
-    """A data file. dev, test: shares held out. eval_file: another file that is "test"."""
+    """A data file. dev, test: shares held out. eval_file: another file that is "test".
+
+    bad_rows: "stop" at a row with a bad field or image (InputError), or "skip" it; `skipped` then
+    says for each file how many there were.
+    """
 
     name: ClassVar[str] = "jsonl"
     path: str = ""
     dev: float = 0.1
     test: float = 0.2
     eval_file: str | None = None
+    bad_rows: Literal["stop", "skip"] = "stop"
+    skipped: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _splits: dict[str, list[Problem]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -55,11 +61,11 @@ class Jsonl(Task):
                 f"task {self.path}: dev, test: expected shares that leave some for training, "
                 f"got {self.dev} and {self.test}"
             )
-        problems = read_problems(self.path)
+        problems = self._read(self.path)
         if self.eval_file is None:
             self._splits.update(divide(problems, self.dev, self.test))
             return
-        held = _distinct(read_problems(self.eval_file))
+        held = _distinct(self._read(self.eval_file))
         contents = {content(problem) for problem in held}
         rest = [problem for problem in problems if content(problem) not in contents]
         if len(rest) < len(problems):
@@ -68,6 +74,16 @@ class Jsonl(Task):
                 *(self.path, len(problems) - len(rest), self.eval_file),
             )
         self._splits.update(divide(rest, self.dev, 0.0) | {"test": held})
+
+    def _read(self, path: str) -> list[Problem]:
+        if self.bad_rows == "stop":
+            return read_problems(path)
+        bad: list[str] = []
+        problems = read_problems(path, bad)
+        self.skipped[path] = len(bad)
+        if bad:
+            logger.warning("%s: %d rows are left out, the first: %s", path, len(bad), bad[0])
+        return problems
 
     @property
     def alphabet(self) -> str:
