@@ -1,14 +1,12 @@
-"""Problems from rows: every field of a problem checked, and answers as numbers or letters."""
+"""Problems from rows: every field of a problem checked."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from reasonrl.answer_forms import parse_choice, parse_number
 from reasonrl.images import BadImage, check
 from reasonrl.records import InputError, Problem
 from reasonrl.rewards.verify import verify_math
@@ -16,11 +14,6 @@ from reasonrl.rows import Refused, brief, clean, field_of, prompt_of, read_rows
 
 ANSWER_TYPES = ("numerical", "choice", "ocr", "text", "math", "code")
 FIELDS = ("id", "prompt", "answer", "answer_type", "task", "images")
-NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
-RATIO = re.compile(r"([-+]?[0-9]+)\s*/\s*([0-9]+)")
-LETTERS = re.compile(r"\(?([A-Za-z])\)?[.:]?(?:\s*,\s*\(?([A-Za-z])\)?[.:]?)*")
-OPTION = re.compile(r"\(?([A-Za-z])(?:\)|[.:])[)]?\s+\S.*", re.DOTALL)  # "B. Paris", "(B) Paris"
-LONGEST = 60  # characters of a number that is looked at
 MATHS = 500  # gold answers that are tried at most when a file is read
 
 
@@ -69,36 +62,6 @@ def _check_maths(path: Path, problems: list[Problem], rows: Mapping[str, int]) -
             raise InputError(
                 f"{path}: row {row}: field 'answer': expected mathematics, got {brief(answer)}"
             )
-
-
-def parse_number(text: str) -> Fraction | None:
-    """A number as it stands in text (1,234.5  3e-5  -7/2  40%), exactly; None where it is none."""
-    text = text.strip().strip("$").strip().rstrip(".")
-    if len(text) > LONGEST:
-        return None
-    text = text.replace("\u2212", "-")
-    percent = text.endswith(("%", "\\%"))
-    text = text.rstrip("%\\").rstrip()
-    if ratio := RATIO.fullmatch(text):
-        value = Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
-    elif NUMBER.fullmatch(text):
-        try:
-            value = Fraction(Decimal(text.replace(",", "")))
-        except InvalidOperation:
-            return None
-    else:
-        return None
-    return value / 100 if value is not None and percent else value
-
-
-def parse_choice(text: str) -> frozenset[str] | None:
-    """The letters of "B", "(b)", "B. Paris" or "A, C"; None where the text is no such thing."""
-    text = text.strip().strip("$").strip()
-    if option := OPTION.fullmatch(text):
-        return frozenset(option[1].upper())
-    if not LETTERS.fullmatch(text):
-        return None
-    return frozenset(re.findall(r"[A-Z]", text.upper()))
 
 
 def _problem(row: Mapping[str, Any], path: Path, default_id: str) -> Problem:
