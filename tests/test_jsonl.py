@@ -9,11 +9,14 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from reasonrl.answer_forms import folded, parse_choice, parse_number
 from reasonrl.records import InputError, Problem
+from reasonrl.rewards.outcome import grade, word_error_rate
 from reasonrl.tasks import make_task
-from reasonrl.tasks.jsonl import content, folded, grade_row, word_error_rate
-from reasonrl.tasks.rows import parse_choice, parse_number, read_problems
+from reasonrl.tasks.jsonl import content
+from reasonrl.tasks.rows import read_problems
 
 
 def write(path, rows):
@@ -31,7 +34,7 @@ def sums(tmp_path):
 
 def test_rows_become_problems(tmp_path):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(b"x")
+    Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / "a.png")
     chat = [{"role": "user", "content": "what?"}]
     path = write(
         tmp_path / "d.jsonl",
@@ -296,7 +299,7 @@ def test_what_cannot_be_graded_is_unscorable_never_zero():
         Problem("c", "q", "many", "numerical"),
         Problem("d", "q", "yes", "choice"),
     ):
-        score = grade_row(problem, "<answer>A</answer>")
+        (score,) = grade([problem], ["<answer>A</answer>"])
         assert score.kind == "unscorable" and score.value is None and score.reason
 
 
@@ -323,10 +326,8 @@ def test_numbers_and_choices():
 
 def test_words():
     assert folded("\u201cA  b\u201d") != "" and folded(" **Yes!** ") == "yes" == folded("\uff39ES.")
-    assert word_error_rate("a b".split(), "a b".split()) == 0
-    assert word_error_rate([], "a b".split()) == 1
-    assert word_error_rate("b a".split(), "a b".split()) == 1
-    assert word_error_rate("a b c d e f".split(), "a b".split()) == 2
+    assert word_error_rate("a b", "a b") == 0 and word_error_rate("", "a b") == 1
+    assert word_error_rate("b a", "a b") == 1 and word_error_rate("a b c d e f", "a b") == 2
 
 
 def test_worked_completions_come_from_the_row(tmp_path):

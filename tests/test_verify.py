@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from reasonrl.rewards import verify
-from reasonrl.rewards._pool import Pool
 from reasonrl.rewards.verify import verify_math
+from reasonrl.workers import Pool
 
 RIGHT = [
     (r"\boxed{\frac12}", "0.5"),

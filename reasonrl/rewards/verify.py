@@ -18,7 +18,7 @@ from pathlib import Path
 
 from reasonrl.answer import final_answer
 from reasonrl.records import Score, infra, scored, unscorable
-from reasonrl.rewards._pool import Pool
+from reasonrl.workers import Pool
 
 SPAN = 8192  # bytes of an answer that are looked at
 REMEMBERED = 65_536

@@ -55,7 +55,7 @@ class Charts(GeneratedTask):
     colours: how many stand in a picture. high: the largest bar, count or side."""
 
     name: ClassVar[str] = "charts"
-    kinds: str = "bars,count,compare,box"
+    kinds: str = "bars,count,compare"
     size: int = 64
     colours: int = 3
     high: int = 5

@@ -1,30 +1,28 @@
-"""Problems from rows: every field of a problem checked, and answers as numbers or letters."""
+"""Problems from rows: every field of a problem checked."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from reasonrl.answer_forms import parse_choice, parse_number
+from reasonrl.images import BadImage, check
 from reasonrl.records import InputError, Problem
 from reasonrl.rewards.verify import verify_math
 from reasonrl.rows import Refused, brief, clean, field_of, prompt_of, read_rows
 
 ANSWER_TYPES = ("numerical", "choice", "ocr", "text", "math", "code")
 FIELDS = ("id", "prompt", "answer", "answer_type", "task", "images")
-NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
-RATIO = re.compile(r"([-+]?[0-9]+)\s*/\s*([0-9]+)")
-LETTERS = re.compile(r"\(?([A-Za-z])\)?[.:]?(?:\s*,\s*\(?([A-Za-z])\)?[.:]?)*")
-OPTION = re.compile(r"\(?([A-Za-z])(?:\)|[.:])[)]?\s+\S.*", re.DOTALL)  # "B. Paris", "(B) Paris"
-LONGEST = 60  # characters of a number that is looked at
 MATHS = 500  # gold answers that are tried at most when a file is read
 
 
-def read_problems(path: str | Path) -> list[Problem]:
-    """The problems of a data file in order; ids are the rows' own or "<file>-<row number>"."""
+def read_problems(path: str | Path, bad: list[str] | None = None) -> list[Problem]:
+    """The problems of a data file in order; ids are the rows' own or "<file>-<row number>".
+
+    A row with a bad field is an InputError, or, where there is a list `bad`, left out and told
+    there. What makes the file unreadable (no JSON, an id twice) stops in both cases.
+    """
     path = Path(path)
     seen: dict[str, int] = {}
     problems = []
@@ -32,7 +30,10 @@ def read_problems(path: str | Path) -> list[Problem]:
         try:
             problem = _problem(row, path, f"{path.stem}-{number}")
         except Refused as error:
-            raise InputError(f"{path}: row {number}: {error}") from None
+            if bad is None:
+                raise InputError(f"{path}: row {number}: {error}") from None
+            bad.append(f"row {number}: {error}")
+            continue
         if problem.id in seen:
             raise InputError(
                 f"{path}: row {number}: field 'id': expected a new one, "
@@ -40,6 +41,8 @@ def read_problems(path: str | Path) -> list[Problem]:
             )
         seen[problem.id] = number
         problems.append(problem)
+    if not problems:
+        raise InputError(f"{path}: no row can be used; {bad[0] if bad else 'it is empty'}")
     _check_maths(path, problems, seen)
     return problems
 
@@ -61,47 +64,19 @@ def _check_maths(path: Path, problems: list[Problem], rows: Mapping[str, int]) -
             )
 
 
-def parse_number(text: str) -> Fraction | None:
-    """A number as it stands in text (1,234.5  3e-5  -7/2  40%), exactly; None where it is none."""
-    text = text.strip().strip("$").strip().rstrip(".")
-    if len(text) > LONGEST:
-        return None
-    text = text.replace("\u2212", "-")
-    percent = text.endswith(("%", "\\%"))
-    text = text.rstrip("%\\").rstrip()
-    if ratio := RATIO.fullmatch(text):
-        value = Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
-    elif NUMBER.fullmatch(text):
-        try:
-            value = Fraction(Decimal(text.replace(",", "")))
-        except InvalidOperation:
-            return None
-    else:
-        return None
-    return value / 100 if value is not None and percent else value
-
-
-def parse_choice(text: str) -> frozenset[str] | None:
-    """The letters of "B", "(b)", "B. Paris" or "A, C"; None where the text is no such thing."""
-    text = text.strip().strip("$").strip()
-    if option := OPTION.fullmatch(text):
-        return frozenset(option[1].upper())
-    if not LETTERS.fullmatch(text):
-        return None
-    return frozenset(re.findall(r"[A-Z]", text.upper()))
-
-
 def _problem(row: Mapping[str, Any], path: Path, default_id: str) -> Problem:
     kind = field_of(row, "answer_type", str, "a string") or "text"
     if kind not in ANSWER_TYPES:
         raise Refused(f"field 'answer_type': expected {', '.join(ANSWER_TYPES)}, got {kind!r}")
     images = field_of(row, "images", list, "a list of paths") or []
+    prompt = prompt_of(row)
+    _check_places(prompt, len(images))
     own = row.get("id")
     if own is not None and (isinstance(own, bool) or not isinstance(own, str | int)):
         raise Refused(f"field 'id': expected a string or an integer, got {brief(own)}")
     return Problem(
         id=default_id if own is None else str(own),
-        prompt=prompt_of(row),
+        prompt=prompt,
         answer=_answer(row, kind),
         answer_type=kind,
         task=field_of(row, "task", str, "a string") or "jsonl",
@@ -131,7 +106,8 @@ def _answer(row: Mapping[str, Any], kind: str) -> str | None:
 
 
 def _image(image: Any, folder: Path) -> str:
-    """The path of an image, inside the data folder even after following links."""
+    """The path of an image, inside the data folder even after following links, its header
+    read."""
     if not isinstance(image, str) or not image or "\0" in image:
         raise Refused(f"field 'images': expected a path, got {brief(image)}")
     root = folder.resolve()
@@ -140,4 +116,21 @@ def _image(image: Any, folder: Path) -> str:
         raise Refused(f"field 'images': expected a path inside {folder}, got {brief(image)}")
     if not target.is_file():
         raise Refused(f"field 'images': expected a file, got {brief(image)}, which is none")
+    try:
+        check(str(target))
+    except BadImage as error:
+        raise Refused(f"field 'images': {brief(image)}: {error.reason}") from None
     return str(target)
+
+
+def _check_places(prompt: str | list[dict[str, Any]], images: int) -> None:
+    """Chat messages have one image part for each image; before a plain text they are put."""
+    if isinstance(prompt, str):
+        return
+    parts = [part for m in prompt if isinstance(m["content"], list) for part in m["content"]]
+    places = sum(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+    if places != images:
+        raise Refused(
+            f"field 'prompt': expected one part of type 'image' for each of {images} images, "
+            f"got {places}"
+        )

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-STARTUP = 60.0  # seconds a worker may take to import sympy
+STARTUP = 60.0  # seconds a worker may take to import what it needs
 
 
 class Worker:
