@@ -12,7 +12,6 @@ interval of 0.1 kept. Left out: the unpublished rules by which theirs were filte
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -107,7 +106,7 @@ def _row(pair: Pair, folder: Path, tokenizer: Any) -> dict[str, Any]:
     row |= {"worked": reply_text(tokenizer, pair.score), "score": pair.score}
     row |= {"problem_id": pair.problem.id, "images": []}
     for picture in pair.problem.images:
-        name = _name(picture)
+        name = images.key(picture)
         path = folder / "images" / f"{name}.png"
         if not path.exists():
             images.decode([picture])[0].save(path)
@@ -128,9 +127,3 @@ def _problem(row: Mapping[str, Any], task: Task, known: dict[str, Problem], file
         if at > 1 << 22:
             raise InputError(f"{file}: problem {wanted!r} is none of task {task.name}'s first ones")
     return known[wanted]
-
-
-def _name(picture: Any) -> str:
-    if not isinstance(picture, str):
-        return picture.key
-    return hashlib.blake2b(picture.encode(), digest_size=16).hexdigest()

@@ -14,8 +14,6 @@ template get a short form and reply with the bare number. Equal requests are ask
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -216,10 +214,6 @@ def _within(score: Score) -> Score:
 
 def _parts(problem: Problem) -> list[dict[str, Any]]:
     """The images of a problem as parts of a message."""
-    out = []
-    for picture in images.decode(problem.images) if problem.images else ():
-        data = io.BytesIO()
-        picture.save(data, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-        out.append({"type": "image_url", "image_url": {"url": url}})
-    return out
+    found = images.decode(problem.images) if problem.images else []
+    urls = [images.data_url(picture) for picture in found]
+    return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
