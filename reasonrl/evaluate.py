@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from reasonrl.algos import Algorithm
-from reasonrl.records import Rollout
+from reasonrl.records import Problem, Rollout, Score
 from reasonrl.rollout import Sampling, sample
+from reasonrl.tasks import Task
 
 
 def evaluate(
@@ -21,7 +23,8 @@ def evaluate(
     """Metrics `eval/...` over `problems` distinct problems of a split, and the completions.
 
     eval/accuracy is the share of right ones among the scored, eval/accuracy_se its standard error;
-    eval/prefix the mean share of leading right steps where the task has rules for them.
+    eval/prefix the mean share of leading right steps where the task has rules for them, eval/steps
+    the mean share of right ones, eval/lucky the share of right answers behind a wrong step.
     """
     chosen = algo.task.problems(split, 0, problems)
     prompts = algo.prompt(chosen) if trained_prompt else algo.plain_prompt(chosen)
@@ -43,4 +46,19 @@ def evaluate(
     }
     if prefix and len(prefix) == len(found):
         metrics["eval/prefix"] = sum(prefix) / len(prefix)
-    return metrics, rollout
+    return metrics | _steps(algo.task, chosen, rollout.text, grades), rollout
+
+
+def _steps(
+    task: Task, problems: Sequence[Problem], texts: Sequence[str], grades: Sequence[Score]
+) -> dict[str, float]:
+    """Shares over the completions whose steps a rule can check; nothing where one has no rule."""
+    found = [task.steps(problem, text) for problem, text in zip(problems, texts, strict=True)]
+    if not found or any(steps is None for steps in found):
+        return {}
+    rewards = [[s.reward for s in steps or ()] for steps in found]
+    shares = [sum(r == 1.0 for r in row) / len(row) if row else 0.0 for row in rewards]
+    right = [row for row, grade in zip(rewards, grades, strict=True) if grade.value == 1.0]
+    lucky = [any(r != 1.0 for r in row) for row in right]
+    out = {"eval/steps": sum(shares) / len(shares)}
+    return out | ({"eval/lucky": sum(lucky) / len(lucky)} if lucky else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
 
 from reasonrl import attention, models, tiny_vl
 from reasonrl.batch import merge, pack, take
+from reasonrl.cli import main
 from reasonrl.logprobs import batch_logp, rollout_logp
 from reasonrl.models import Policy
 from reasonrl.prompts import PLACE, render, with_places
@@ -280,3 +282,34 @@ def test_places_of_images():
     assert with_places(system, 1) == [system[0], {"role": "user", "content": parts}]
     words = qwen2_5().tokenizer
     assert words.decode(render(words, "max:", images=2)).replace(" ", "") == PLACE * 2 + "max:"
+
+
+SMALL = [
+    "model=tiny-vl", "task=charts", "task_options={style: compact}", "steps=2", "group=4",
+    "cold_start_steps=1", "prompts_per_step=2", "eval_problems=2", "max_completion_length=8",
+    "model_options={width: 64, layers: 1, vision_width: 32, vision_layers: 1}", "dtype=fp32",
+    "cold_start.batch=4", "threads=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["prime", "filter={low: 0.0, high: 1.0}"],
+        ["prime", "filter={low: 0.0, high: 1.0}", "algo={reference: policy, prm_replay: 2}"],
+        ["tiny", "algorithm=process", "algo={credit: step}", "loss={name: dapo, kl_coef: 0.01}"],
+        ["tiny", "algorithm=grpo", "algo={}", "updates=2", "model_options.vision_tower=frozen"],
+    ],
+)  # fmt: skip
+def test_text_algorithms_work_on_images(own, tmp_path):
+    assert main(["train", own[0], *SMALL, *own[1:], "--out", str(tmp_path / "r"), "--quiet"]) == 0
+    rows = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+def test_a_reward_model_of_text_refuses_images(tmp_path, capsys):
+    status = main(["train", "reasonflux", *SMALL, "--out", str(tmp_path / "r"), "--quiet"])
+    assert status == 2
+    assert (
+        "a process reward model reads text only, the problem has 1 image" in capsys.readouterr().err
+    )

@@ -37,6 +37,7 @@ from reasonrl.records import InputError, Rewards, Rollout, Score, scored
 from reasonrl.rewards.prm import PRMScorer
 from reasonrl.stepwise import trace_of
 from reasonrl.systems import reasonflux_reward
+from reasonrl.vision import refuse
 
 
 @dataclass
@@ -66,6 +67,7 @@ class ReasonFlux(Process):
         for knob in ("prm_problems", "prm_group", "prm_steps"):
             if getattr(self, knob) < 1:
                 raise InputError(f"algo.{knob}: expected >= 1, got {getattr(self, knob)}")
+        refuse([self.task.problem("train", 0)], "a process reward model")
         if self.prm:
             self._hold(prm_heads.load(self.prm, delimiter=self.task.delimiter))
 

@@ -1,0 +1,245 @@
+"""Trust-GRPO beside its ablations over seeds, with a sound and with a corrupted reward model.
+
+    python recipes/sophia/measure.py --seeds 1 2 3 4 5
+
+Once: a model that reads pictures well (a long cold start), and a thinking reward model made of it
+by the stages `trm-data` (plain GRPO of a weaker policy, its thinking scored by the task's rule) and
+`trm`. A seed: one cold-started policy, then all arms from it: plain GRPO; with the thinking reward,
+untrusted; trusted; trusted and annealed; and the last three with a reward model that likes wrong
+thinking (1 - score). Held-out pictures are judged at the end. Finished runs are not run again.
+Writes results.json (every seed), results.md (means, 95 % t-intervals of paired differences) and
+curve.svg. Two runs at a time with --jobs 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
+STEPS, PROBLEMS, COLD = 40, 500, 220
+ALPHA = 1.0  # the paper has 0.3; a corrupted model must be able to do harm
+SHARED = ["threads=1", "eval.batch=128"]
+STRONG = ["seed=100", "cold_start_steps=800", "cold_start.schedule=linear", "steps=0"]
+WEAK = ["seed=101", f"cold_start_steps={COLD}", "steps=20"]
+TRM = ["steps=300", "eval_problems=200", "learning_rate=5e-4", "prompts_per_step=64"]
+RL = ["cold_start_steps=0", f"steps={STEPS}", f"eval_problems={PROBLEMS}", "eval.at_start=false"]
+PLAIN = ["algorithm=grpo", "algo={kind: dr_grpo}"]
+ARMS = {
+    "plain GRPO": None,
+    "thinking": {"trust": False, "anneal": False},
+    "thinking, trust": {"anneal": False},
+    "thinking, trust, annealed": {},
+    "corrupted": {"trust": False, "anneal": False, "inverted": True},
+    "corrupted, trust": {"anneal": False, "inverted": True},
+    "corrupted, trust, annealed": {"inverted": True},
+}
+MEASURES = {"accuracy": "accuracy", "steps": "right steps", "lucky": "lucky among the right"}
+PAIRS = [
+    ("corrupted, trust", "corrupted"),
+    ("corrupted, trust, annealed", "corrupted"),
+    ("corrupted, trust, annealed", "corrupted, trust"),
+    ("thinking", "plain GRPO"),
+    ("thinking, trust", "thinking"),
+    ("thinking, trust, annealed", "plain GRPO"),
+    ("corrupted", "plain GRPO"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--runs", type=Path, default=Path("runs/sophia-measure"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    options = parser.parse_args()
+    trm = reward_model(options.runs)
+    jobs = [(seed, arm) for seed in options.seeds for arm in ARMS]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        bases = list(pool.map(lambda seed: base(options.runs, seed), options.seeds))
+        done = list(pool.map(lambda job: run_arm(options.runs, trm, *job), jobs))
+    found: dict[int, dict] = {seed: {} for seed in options.seeds}
+    for (seed, arm), row in zip(jobs, done, strict=True):
+        found[seed][arm] = row
+    whole = {
+        "steps": STEPS,
+        "problems": PROBLEMS,
+        "alpha": ALPHA,
+        "reward model": json.loads((options.runs / "pipeline/trm/measured.json").read_text()),
+        "seeds": [
+            {"seed": seed, "base": row, **found[seed]}
+            for seed, row in zip(options.seeds, bases, strict=True)
+        ],
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
+        "versions": {n: version(n) for n in ("reasonrl", "torch", "transformers")},
+    }
+    (HERE / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (HERE / "results.md").write_text(table(whole))
+    picture(whole, HERE / "curve.svg")
+    print(table(whole))
+
+
+def reward_model(runs: Path) -> Path:
+    """The folder of the thinking reward model, made by the stages."""
+    strong, pipeline = runs / "strong", runs / "pipeline"
+    run(strong, ["sophia", *PLAIN, *STRONG, *SHARED, "eval_problems=500"])
+    data = ["sophia", "--stage", "trm-data", "--out", str(pipeline), *WEAK, *SHARED]
+    run(pipeline / "trm-data", data, staged=True)
+    model = f"model={strong}/checkpoint-0"
+    learn = ["sophia", "--stage", "trm", "--out", str(pipeline), *TRM, *SHARED, model]
+    run(pipeline / "trm", learn, staged=True)
+    return max(pipeline.glob("trm/checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+
+
+def base(runs: Path, seed: int) -> dict:
+    """A cold-started policy of a seed, judged."""
+    words = ["sophia", *PLAIN, f"seed={seed}", f"cold_start_steps={COLD}", "steps=0"]
+    return run(runs / f"base-{seed}", [*words, f"eval_problems={PROBLEMS}", *SHARED])
+
+
+def run_arm(runs: Path, trm: Path, seed: int, arm: str) -> dict:
+    name = arm.replace(", ", "-").replace(" ", "-")
+    knobs = ARMS[arm]
+    algo = PLAIN
+    if knobs is not None:
+        algo = [
+            "algo=" + json.dumps({"kind": "dr_grpo", "alpha": ALPHA, "scorer": str(trm)} | knobs)
+        ]
+    model = f"model={runs}/base-{seed}/checkpoint-0"
+    words = ["sophia", model, f"seed={seed}", *RL, *SHARED, *algo, "log.completions_every=0"]
+    return run(runs / f"{name}-{seed}", words)
+
+
+def run(out: Path, words: list[str], staged: bool = False) -> dict:
+    """One training run, unless it is finished: evaluations and steps."""
+    done = out / "measured.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    command = [sys.executable, "-m", "reasonrl.cli", "train", *words, "--quiet"]
+    command += [] if staged else ["--out", str(out)]
+    if (out / "config.yaml").exists():
+        command.append("--resume")
+    load, began = os.getloadavg()[0], time.time()
+    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    rows, steps = read(out / "evals.jsonl"), read(out / "metrics.jsonl")
+    names = ("step", "reward", "step_time", "time/score", "process/gamma", "process/outcome_mean")
+    names += ("process/thinking_right", "process/thinking_wrong", "process/thinking_weight")
+    names += ("process/no_contrast", "process/thinking_unscorable", "process/lucky")
+    names += ("process/step_reward_mean", "loss")
+    row = {
+        "command": " ".join(words),
+        "seconds": round(time.time() - began, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_rss_mib": usage.ru_maxrss >> 10,
+        "load_before": round(load, 2),
+        "evals": [{k.removeprefix("eval/"): v for k, v in r.items()} for r in rows],
+        "steps": [{k: r.get(k) for k in names if k in r} for r in steps],
+    }
+    done.write_text(json.dumps(row))
+    return row
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last(row: dict, measure: str) -> float:
+    return row["evals"][-1][measure]
+
+
+def mean(row: dict, name: str) -> float:
+    """Of a training metric over the run's steps, where it is known."""
+    values = [s[name] for s in row["steps"] if s.get(name) is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    """Mean and 95 % t-interval in points of percent."""
+    n = len(values)
+    middle = sum(values) / n
+    if n < 2:
+        return f"{100 * middle:{sign}.1f}"
+    spread = math.sqrt(sum((v - middle) ** 2 for v in values) / (n - 1))
+    half = T95[n] * spread / math.sqrt(n)
+    low, high = 100 * (middle - half), 100 * (middle + half)
+    return f"{100 * middle:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def table(whole: dict) -> str:
+    seeds, trm = whole["seeds"], whole["reward model"]
+    lines = [
+        f"{len(seeds)} seeds, {whole['steps']} steps of 16 pictures x 8 completions, alpha"
+        f" {whole['alpha']:g}; {whole['problems']} held-out pictures a seed, greedy. Percent, mean"
+        " and 95 % t-interval over seeds.",
+        "",
+        "| arm | " + " | ".join(MEASURES.values()) + " | gamma | thinking score, right / wrong |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in ("base", *ARMS):
+        rows = [seed[arm] for seed in seeds]
+        cells = [interval([last(r, m) for r in rows]) for m in MEASURES]
+        more = ["", ""]
+        if arm != "base" and ARMS[arm] is not None:
+            shown = [
+                sum(mean(r, f"process/{name}") for r in rows) / len(rows)
+                for name in ("gamma", "thinking_right", "thinking_wrong")
+            ]
+            more = [f"{shown[0]:.2f}", f"{shown[1]:.2f} / {shown[2]:.2f}"]
+        name = "cold start" if arm == "base" else arm
+        lines.append(f"| {name} | " + " | ".join([*cells, *more]) + " |")
+    lines += ["", "| difference, paired by seed | " + " | ".join(MEASURES.values()) + " |"]
+    lines.append("|---|---|---|---|")
+    for one, other in PAIRS:
+        gaps = [[last(s[one], m) - last(s[other], m) for s in seeds] for m in MEASURES]
+        lines.append(f"| {one} - {other} | " + " | ".join(interval(g, "+") for g in gaps) + " |")
+    versions = ", ".join(f"{k} {v}" for k, v in whole["versions"].items())
+    loads = [seed[arm]["load_before"] for seed in seeds for arm in ARMS]
+    lines += [
+        "",
+        f"The reward model gives the exact score (of steps of 0.1) to"
+        f" {100 * last(trm, 'accuracy'):.1f} % of {last(trm, 'problems')} held-out pairs.",
+        f"Measured {whole['date']}, {whole['machine']}, {versions}; load before a run"
+        f" {min(loads)} to {max(loads)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def picture(whole: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for panel, name in zip(axes, ("process/outcome_mean", "process/step_reward_mean"), strict=True):
+        for i, arm in enumerate(ARMS):
+            curves = []
+            for seed in whole["seeds"]:
+                steps = seed[arm]["steps"]
+                curves.append([s.get(name, s["reward"]) for s in steps])
+            middle = [sum(column) / len(column) for column in zip(*curves, strict=True)]
+            smooth = [sum(middle[max(0, t - 4) : t + 1]) / len(middle[max(0, t - 4) : t + 1])
+                      for t in range(len(middle))]  # fmt: skip
+            style = "--" if arm.startswith("corrupted") else "-"
+            panel.plot(range(1, len(smooth) + 1), smooth, style, color=f"C{i}", label=arm)
+        panel.set(
+            xlabel="RL step", ylabel="sampled outcome" if "outcome" in name else "right steps"
+        )
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
