@@ -40,7 +40,7 @@ def build(
             )
     words = tiny.tokenizer()
     words.add_special_tokens({"additional_special_tokens": [START, IMAGE, END]})
-    start, image, end = words.convert_tokens_to_ids([START, IMAGE, END])
+    start, image, end = (words.get_vocab()[mark] for mark in (START, IMAGE, END))
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(words),
