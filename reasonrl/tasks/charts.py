@@ -51,7 +51,8 @@ FORMAT = re.compile(
 
 @dataclass(frozen=True)
 class Charts(GeneratedTask):
-    """kinds: names from the table above, with commas between. size: pixels a side, a multiple of 8.
+    """kinds: names from the table above, with commas between; box has few problems and is left to
+    be asked for. size: pixels a side, a multiple of 8.
     colours: how many stand in a picture. high: the largest bar, count or side."""
 
     name: ClassVar[str] = "charts"
