@@ -97,7 +97,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _staged(options: argparse.Namespace, config, out: Path) -> bool:
     from reasonrl import config as configs
-    from reasonrl.stages import Pipeline
+    from reasonrl.commands.stages import Pipeline
 
     if config.algorithm != "sophia":
         raise InputError(f"--stage: only for algorithm sophia, got {config.algorithm!r}")

@@ -33,6 +33,7 @@ STAIR = [
         "commands",
         "benchmarks",
         "judge_bench",
+        "thinking_data",
     },
     {"integrations"},
     {"algos"},

@@ -14,8 +14,8 @@ from reasonrl.algos import ALGOS
 from reasonrl.algos.base import make
 from reasonrl.checkpoint import checkpoints
 from reasonrl.cli import main
+from reasonrl.commands.stages import Pipeline
 from reasonrl.records import InputError, Rollout, Score, infra, scored, unscorable
-from reasonrl.stages import Pipeline
 from reasonrl.tasks import make_task
 from reasonrl.train import train
 

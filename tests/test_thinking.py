@@ -11,13 +11,13 @@ from fault_server import FaultServer, connect
 from PIL import Image
 
 from reasonrl import models
+from reasonrl.algos.sophia import find_scorer
 from reasonrl.choice import texts
 from reasonrl.records import InputError, Problem, Rewards, infra, scored
 from reasonrl.rewards.thinking import (
     ThinkingScorer,
     by_rule,
     chat_prompt,
-    find_scorer,
     parse_score,
     reply_text,
     request,

@@ -20,14 +20,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from reasonrl import ops
+from reasonrl import models, ops, prm_heads
 from reasonrl.algos.base import GRPO, outcomes
 from reasonrl.batch import rows_of
+from reasonrl.chat import ChatClient
 from reasonrl.records import InputError, Rewards, Rollout, Score, scored, unscorable
-from reasonrl.rewards.thinking import Scorer, find_scorer
+from reasonrl.rewards.prm import PRMScorer
+from reasonrl.rewards.thinking import Scorer, ThinkingScorer, by_rule
+from reasonrl.tasks import Task
 
 ASKED_FROM = 0.2  # outcome from which the released code asks for a thinking reward
 
@@ -139,6 +143,26 @@ class Sophia(GRPO):
             odd = [any(s.reward != 1.0 for s in plain.steps[b]) for b in right]
             metrics["process/lucky"] = _mean([float(x) for x in odd])
         return metrics
+
+
+def find_scorer(
+    name: str, task: Task, *, server_model: str = "", whole_response: bool = False
+) -> Scorer:
+    """The scorer called `name`: `rule`, a server's http://.../v1, a folder with a generative model
+    or with a process reward model."""
+    if name == "rule":
+        return by_rule(task)
+    options = {"whole_response": whole_response}
+    if name.startswith(("http:", "https:")):
+        if not server_model:
+            raise InputError("algo.scorer_model: a model behind a server needs its name")
+        return ThinkingScorer(ChatClient(name, server_model), task, **options)
+    if (Path(name) / models.PRM_FILE).is_file():
+        head = PRMScorer(prm_heads.load(name, delimiter=task.delimiter), alpha=0.0)
+        return ThinkingScorer(head, task, **options)
+    policy = models.load(name)
+    policy.model.requires_grad_(False)
+    return ThinkingScorer(policy, task, **options)
 
 
 def _inverted(score: Score) -> Score:

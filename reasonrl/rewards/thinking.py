@@ -17,16 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from reasonrl import images, models, prm_heads
+from reasonrl import images
 from reasonrl.chat import ChatClient
 from reasonrl.judging import nonce_of
 from reasonrl.models import Policy
 from reasonrl.prompts import plain, render, with_places
 from reasonrl.records import InputError, Problem, Rewards, Rollout, Score, scored, unscorable
-from reasonrl.rewards.prm import PRMScorer
 from reasonrl.rollout import Sampling, sample
 from reasonrl.tasks import Task
 
@@ -178,26 +176,6 @@ def _thought_steps(task: Task, problem: Problem, text: str) -> list[float | None
         return None
     end = text.index(thinking) + len(thinking)
     return [step.reward for step in steps if step.start < end]
-
-
-def find_scorer(
-    name: str, task: Task, *, server_model: str = "", whole_response: bool = False
-) -> Scorer:
-    """The scorer called `name`: `rule`, a server's http://.../v1, a folder with a generative model
-    or with a process reward model."""
-    if name == "rule":
-        return by_rule(task)
-    options = {"whole_response": whole_response}
-    if name.startswith(("http:", "https:")):
-        if not server_model:
-            raise InputError("algo.scorer_model: a model behind a server needs its name")
-        return ThinkingScorer(ChatClient(name, server_model), task, **options)
-    if (Path(name) / models.PRM_FILE).is_file():
-        head = PRMScorer(prm_heads.load(name, delimiter=task.delimiter), alpha=0.0)
-        return ThinkingScorer(head, task, **options)
-    policy = models.load(name)
-    policy.model.requires_grad_(False)
-    return ThinkingScorer(policy, task, **options)
 
 
 def _number(text: str) -> Score:

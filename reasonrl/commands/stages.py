@@ -18,9 +18,9 @@ from typing import Any
 
 from reasonrl import checkpoint, models
 from reasonrl import config as configs
+from reasonrl.algos.sophia import find_scorer
 from reasonrl.config import Config
 from reasonrl.records import InputError
-from reasonrl.rewards.thinking import find_scorer
 from reasonrl.tasks import make_task
 from reasonrl.thinking_data import balanced, logged, write
 from reasonrl.train import train
