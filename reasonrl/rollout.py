@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def sample(
     sampling: Sampling,
     seed: int | Sequence[int],
     rows: int = 256,
+    seen: Sequence[Any] | None = None,  # P, where the prompts are prepared (vision.prepare)
 ) -> Rollout:
     """`group` completions of each prompt, at most `rows` of them decoded at a time (whole groups).
 
@@ -58,7 +60,9 @@ def sample(
     The images of the problems are looked at here. InputError where a prompt is empty, where prompt
     + max_tokens exceed the model's context, or where images and prompt do not fit together.
     """
-    prompt_ids, images = prepare(policy, problems, prompt_ids)
+    images = seen
+    if images is None:
+        prompt_ids, images = prepare(policy, problems, prompt_ids)
     for problem, ids in zip(problems, prompt_ids, strict=True):
         if not ids:
             raise InputError(f"problem {problem.id}: the prompt has no tokens")

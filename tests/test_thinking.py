@@ -173,6 +173,20 @@ def test_a_model_here_sees_picture_question_and_thinking():
     assert score.kind in ("scored", "unscorable")  # an untrained model says anything
 
 
+def test_thinking_that_a_model_here_cannot_read_is_unscorable_and_stops_nothing():
+    policy = models.load("tiny-vl", dtype="fp32", width=64, layers=1, vision_layers=1)
+    task = make_task("charts", style="compact")
+    problem = task.problem("train", 0)
+    written = ["r3;" * policy.context + "#7", "r\u00e93#7", "r3;g4#7"]
+    long, strange, good = ThinkingScorer(policy, task)(rollout([problem] * 3, written))
+    assert long.kind == strange.kind == "unscorable"
+    assert long.reason == "the thinking is too long" and "no token for a part" in strange.reason
+    (alone,) = ThinkingScorer(policy, task)(rollout([problem], written[2:]))
+    assert good == alone
+    (nothing,) = ThinkingScorer(policy, task)(rollout([problem], written[:1]))
+    assert nothing.kind == "unscorable"
+
+
 def test_the_rule_counts_right_steps_among_written_or_expected():
     task = make_task("arithmetic", style="compact", terms=4)
     problem = Problem("p", "7+1-5-6:", "-3", extra={"operands": (7, 1, 5, 6), "ops": "+--"})

@@ -27,6 +27,7 @@ from reasonrl.prompts import plain, render, with_places
 from reasonrl.records import InputError, Problem, Rewards, Rollout, Score, scored, unscorable
 from reasonrl.rollout import Sampling, sample
 from reasonrl.tasks import Task
+from reasonrl.vision import prepare
 
 Scorer = Callable[[Rollout], Sequence[Score]]
 NUMBER = re.compile(r"0(?:\.[0-9]+)?|1(?:\.0+)?|\.[0-9]+")
@@ -83,11 +84,33 @@ class ThinkingScorer:
         return [_within(score) for score in self.backend(given).outcome]
 
     def _here(self, policy: Policy, rollout: Rollout, asked) -> list[Score]:
-        words = policy.tokenizer
-        problems = [request(words, rollout.problems[g], text, self.seed) for g, text in asked]
-        ids = [render(words, p.prompt, images=len(p.images)) for p in problems]
-        done = sample(policy, problems, ids, 1, Sampling(REPLY, 0.0), self.seed)
-        return [parse_reply(words, text) for text in done.text]
+        """What a policy wrote may be too long for the model here, or have letters it does not know:
+        then nobody can say how good it is, and the run goes on."""
+        words, room = policy.tokenizer, policy.context - REPLY
+        out = [unscorable("the thinking is too long")] * len(asked)
+        known: list[tuple[int, Problem, list[int]]] = []
+        for i, (g, text) in enumerate(asked):
+            problem = request(words, rollout.problems[g], text, self.seed)
+            try:
+                ids = render(words, problem.prompt, images=len(problem.images))
+            except InputError as error:
+                out[i] = unscorable(str(error))
+                continue
+            known.append((i, problem, ids))
+        ids, seen = prepare(policy, [p for _, p, _ in known], [own for _, _, own in known])
+        fits = [k for k, own in enumerate(ids) if len(own) <= room]
+        done = sample(
+            policy,
+            [known[k][1] for k in fits],
+            [ids[k] for k in fits],
+            1,
+            Sampling(REPLY, 0.0),
+            self.seed,
+            seen=[seen[k] for k in fits] if seen else (),
+        )
+        for k, text in zip(fits, done.text, strict=True):
+            out[known[k][0]] = parse_reply(words, text)
+        return out
 
     def _behind(self, client: ChatClient, rollout: Rollout, asked) -> list[Score]:
         seen = {g: _parts(rollout.problems[g]) for g, _ in asked}  # encoded once a prompt
