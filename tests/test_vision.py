@@ -296,7 +296,7 @@ SMALL = [
     "own",
     [
         ["prime", "filter={low: 0.0, high: 1.0}"],
-        ["prime", "filter={low: 0.0, high: 1.0}", "algo={reference: policy, prm_replay: 2}"],
+        ["prime", "filter={low: 0.0, high: 1.0}", "algo={prm_replay: 2, prm_updates: 2}"],
         ["tiny", "algorithm=process", "algo={credit: step}", "loss={name: dapo, kl_coef: 0.01}"],
         ["tiny", "algorithm=grpo", "algo={}", "updates=2", "model_options.vision_tower=frozen"],
     ],
