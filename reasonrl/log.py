@@ -5,6 +5,7 @@
     RUN/evals.jsonl                             one JSON object an evaluation (step 0: before RL)
     RUN/cold_start.jsonl                        the same for the cold start's own steps
     RUN/completions/completions_00001.parquet   one row a completion, TRL's column names
+    RUN/images/KEY.png                          pictures of its prompts that no file holds
 
 Every line is flushed to the disk before the step ends. A number that JSON has not (NaN, infinity)
 is written as null, its name listed under "nonfinite_metrics". A resumed run first drops a torn last
@@ -39,6 +40,7 @@ COLUMNS = {  # types that must not depend on what a step happens to hold
     "step": pyarrow.int64(),
     "prompt": pyarrow.string(),
     "completion": pyarrow.string(),
+    "images": pyarrow.list_(pyarrow.string()),
     "answer": pyarrow.string(),
     "reward": pyarrow.float64(),
     "outcome": pyarrow.float64(),
@@ -130,6 +132,20 @@ class RunLog:
             os.replace(aside, path)
         except OSError as error:
             raise _unwritable(path, error) from None
+
+    def pictures(self, drawn: Mapping[str, Any]) -> None:
+        """Keep pictures that no file holds, by their name in the run; each is drawn once."""
+        for name, picture in drawn.items():
+            path = self.out / name
+            if not self.writes or path.exists():
+                continue
+            aside = path.with_suffix(".tmp")
+            try:
+                path.parent.mkdir(exist_ok=True)
+                picture.draw().save(aside, "PNG")
+                os.replace(aside, path)
+            except OSError as error:
+                raise _unwritable(path, error) from None
 
     def note(self, text: str) -> None:
         """A line for whoever watches the run."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reasonrl.algos.base import outcomes
 from reasonrl.batch import lengths
+from reasonrl.prompts import text_of
 from reasonrl.records import Rewards, Rollout
 
 
@@ -77,6 +78,7 @@ def completion_rows(
         "problem_id": [p.id for p in problems],
         "prompt": [_text(p.prompt) for p in problems],
         "completion": list(rollout.text),
+        "images": [[picture_name(image) for image in p.images] for p in problems],
         "answer": [p.answer for p in problems],
         "reward": [s.value for s in rewards.outcome],
         "reward_kind": [s.kind for s in rewards.outcome],
@@ -88,6 +90,12 @@ def completion_rows(
         "step_rewards": [[] if r is None else [s.reward for s in r] for r in _steps(rewards)],
         "step_advantages": _step_advantages(rollout, rewards, parts),
     }
+
+
+def picture_name(image: Any) -> str:
+    """Where a run finds an image again: the path it came from, or where `RunLog` put the picture
+    that no file holds."""
+    return image if isinstance(image, str) else f"images/{image.key}.png"
 
 
 def _steps(rewards: Rewards):
@@ -112,4 +120,4 @@ def _step_advantages(rollout: Rollout, rewards: Rewards, parts) -> list[list[flo
 def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return "\n".join(f"{m['role']}: {text_of(m['content'])}" for m in prompt)

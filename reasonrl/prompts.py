@@ -63,7 +63,7 @@ def render_text(
     if not (has_template if template is None else template):
         if isinstance(prompt, str) and system is None:
             return prompt, True
-        write = _written if marks else _text
+        write = _written if marks else text_of
         if isinstance(prompt, Places) and system is None:
             return write(messages[0]["content"]), True
         return "".join(f"{write(message['content'])}\n" for message in messages), True
@@ -85,7 +85,7 @@ def with_places(prompt: str | Sequence[Message], images: int) -> str | Sequence[
     if any(_places(message["content"]) for message in messages):
         return prompt
     first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
-    text = {"type": "text", "text": _text(messages[first]["content"])}
+    text = {"type": "text", "text": text_of(messages[first]["content"])}
     turn = {**messages[first], "content": [*({"type": "image"} for _ in range(images)), text]}
     made = [*messages[:first], turn, *messages[first + 1 :]]
     return Places(made) if isinstance(prompt, str) else made
@@ -93,7 +93,7 @@ def with_places(prompt: str | Sequence[Message], images: int) -> str | Sequence[
 
 def plain(prompt: str | Sequence[Message]) -> str:
     """A prompt as one text: of chat messages, their contents."""
-    return "\n".join(_text(message["content"]) for message in _messages(prompt))
+    return "\n".join(text_of(message["content"]) for message in _messages(prompt))
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -102,7 +102,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
         return list(messages)
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
-    own = {**messages[0], "content": f"{_text(messages[0]['content'])}\n\n{system}"}
+    own = {**messages[0], "content": f"{text_of(messages[0]['content'])}\n\n{system}"}
     return [own, *messages[1:]]
 
 
@@ -118,7 +118,7 @@ def _messages(prompt: str | Sequence[Message]) -> list[Message]:
     return list(prompt)
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
     """The text of a content that may be a list of parts (text, images)."""
     if isinstance(content, str):
         return content
@@ -157,7 +157,7 @@ def _without_default_system(tokenizer: Any, messages: list[Message]) -> str:
     plain = _apply(tokenizer, messages, True)
     turns = _turns_alone(tokenizer, messages)
     if turns is None or not plain.endswith(turns):
-        before = plain[: max(plain.find(_text(messages[0]["content"])), 0)]
+        before = plain[: max(plain.find(text_of(messages[0]["content"])), 0)]
         if "system" in before.lower():
             raise InputError(
                 "prompt: the chat template adds a system turn that cannot be told apart; "

@@ -25,7 +25,7 @@ from reasonrl.draw import Source
 from reasonrl.evaluate import evaluate
 from reasonrl.log import RunLog, read_rows
 from reasonrl.loss import LossSpec
-from reasonrl.observe import completion_rows, step_metrics
+from reasonrl.observe import completion_rows, picture_name, step_metrics
 from reasonrl.ranks import any_rank, check_whole_weights, whole
 from reasonrl.records import InputError
 from reasonrl.rollout import Sampling
@@ -227,6 +227,8 @@ class Run:
         metrics["step_time"] = time.time() - began
         if config.log.completions_every and step % config.log.completions_every == 0:
             log.completions(step, completion_rows(step, *shown))
+            seen = [i for p in shown[0].problems for i in p.images if not isinstance(i, str)]
+            log.pictures({picture_name(image): image for image in seen})
         log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")
 
     def _evaluate(self, step: int) -> dict[str, Any]:

@@ -18,11 +18,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from reasonrl import config as configs
+from reasonrl import images
 from reasonrl.log import COMPLETIONS, read_rows
 from reasonrl.records import InputError
 
 BUDGET = 14_000_000  # bytes of JSON for the completions of all runs
 LONGEST = 20_000  # characters of one text
+SIDE = 320  # pixels of a shown image, at most
 CONTROL = {i: 0x2400 + i for i in range(32) if i not in (9, 10)} | {127: 0x2421}
 
 
@@ -49,8 +52,10 @@ def _run(path: Path, budget: int) -> dict[str, Any]:
         shown += 1
         steps.append({"step": number, "groups": groups})
     config = path / "config.yaml"
+    names = {name for step in steps for group in step["groups"] for name in group["images"]}
     return {
         "name": path.name,
+        "images": _pictures(path, sorted(names), budget, notes),
         "config": config.read_text("utf-8", "replace") if config.is_file() else "",
         "metrics": _numbers(path / "metrics.jsonl", notes),
         "evals": _numbers(path / "evals.jsonl", notes),
@@ -126,11 +131,44 @@ def _groups(file: Path, notes: list[str]) -> list[dict[str, Any]]:
                 "id": _shown(key),
                 "prompt": _shown(row.get("prompt")),
                 "answer": _shown(row.get("answer")),
+                "images": [str(name) for name in row.get("images") or []],
                 "rows": [],
             },
         )
         group["rows"].append(_completion(row))
     return list(groups.values())
+
+
+def _pictures(path: Path, names: Sequence[str], budget: int, notes: list[str]) -> dict[str, str]:
+    """Images of prompts by name, small, as data; one that cannot be shown is named. Only those in
+    the run's folder and in its data's are looked at, whatever a file of the run says."""
+    out: dict[str, str] = {}
+    roots = _roots(path) if names else []
+    for name in names:
+        file = (path / name).resolve()
+        try:
+            if not any(file.is_relative_to(root) for root in roots):
+                raise InputError(f"{_shown(name)}: an image outside the run and its data")
+            (picture,) = images.decode([str(file)])
+        except InputError as error:
+            notes.append(str(error))
+            continue
+        picture.thumbnail((SIDE, SIDE))
+        out[name] = images.data_url(picture)
+        budget -= len(out[name])
+        if budget < 0:
+            notes.append(f"{len(out)} of {len(names)} images are in this page")
+            break
+    return out
+
+
+def _roots(path: Path) -> list[Path]:
+    roots = [path.resolve()]
+    try:
+        task = configs.read(path / "config.yaml").task
+    except InputError:
+        return roots
+    return [*roots, Path(task).resolve().parent] if Path(task).suffix else roots
 
 
 def _completion(row: Mapping[str, Any]) -> dict[str, Any]:

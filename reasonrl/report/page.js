@@ -179,7 +179,9 @@ function credit() {
   const other = run().steps.filter((s) => s.step !== state.step && s.groups.some((g) => g.id === group.id));
   if (other.length) across.append("the same prompt at step", ...other.slice(0, 40).map((s) =>
     make("button", { onclick: () => { state.step = s.step; credit(); } }, String(s.step))));
-  $("group").append(make("h2", {}, group.prompt || group.id), make("p", { class: "across" }, `answer: ${group.answer ?? "none"}`), across,
+  const pictures = (group.images || []).filter((name) => run().images[name]).map((name, i) =>
+    make("img", { src: run().images[name], alt: `image ${i + 1} of the prompt`, class: "picture" }));
+  $("group").append(make("h2", {}, group.prompt || group.id), ...pictures, make("p", { class: "across" }, `answer: ${group.answer ?? "none"}`), across,
     make("div", { class: "cards" }, ...group.rows.map((r) => card(r, largest))));
 }
 
