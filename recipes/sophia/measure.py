@@ -2,11 +2,12 @@
 
     python recipes/sophia/measure.py --seeds 1 2 3 4 5
 
-Once: a model that reads pictures well (a long cold start), and a thinking reward model made of it
-by the stages `trm-data` (plain GRPO of a weaker policy, its thinking scored by the task's rule) and
-`trm`. A seed: one cold-started policy, then all arms from it: plain GRPO; with the thinking reward,
-untrusted; trusted; trusted and annealed; and the last three with a reward model that likes wrong
-thinking (1 - score). Held-out pictures are judged at the end. Finished runs are not run again.
+The reward model is the task's own rule, the share of right steps: as good as one can be, and with
+`inverted` as bad (1 - share: it likes wrong thinking). So what differs between the arms is trust and
+annealing, not how well a small reward model happened to learn. A seed: one cold-started policy,
+then all arms from it: plain GRPO; with the thinking reward, untrusted; trusted; trusted and
+annealed; and the last three with the corrupted reward model.
+Held-out pictures are judged at the end. Finished runs are not run again.
 Writes results.json (every seed), results.md (means, 95 % t-intervals of paired differences) and
 curve.svg. Two runs at a time with --jobs 2.
 """
@@ -30,9 +31,6 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  #
 STEPS, PROBLEMS, COLD = 40, 500, 220
 ALPHA = 1.0  # the paper has 0.3; a corrupted model must be able to do harm
 SHARED = ["threads=1", "eval.batch=128"]
-STRONG = ["seed=100", "cold_start_steps=800", "cold_start.schedule=linear", "steps=0"]
-WEAK = ["seed=101", f"cold_start_steps={COLD}", "steps=20"]
-TRM = ["steps=300", "eval_problems=200", "learning_rate=5e-4", "prompts_per_step=64"]
 RL = ["cold_start_steps=0", f"steps={STEPS}", f"eval_problems={PROBLEMS}", "eval.at_start=false"]
 PLAIN = ["algorithm=grpo", "algo={kind: dr_grpo}"]
 ARMS = {
@@ -62,11 +60,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/sophia-measure"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
-    trm = reward_model(options.runs)
     jobs = [(seed, arm) for seed in options.seeds for arm in ARMS]
     with ThreadPoolExecutor(options.jobs) as pool:
         bases = list(pool.map(lambda seed: base(options.runs, seed), options.seeds))
-        done = list(pool.map(lambda job: run_arm(options.runs, trm, *job), jobs))
+        done = list(pool.map(lambda job: run_arm(options.runs, *job), jobs))
     found: dict[int, dict] = {seed: {} for seed in options.seeds}
     for (seed, arm), row in zip(jobs, done, strict=True):
         found[seed][arm] = row
@@ -74,7 +71,6 @@ def main() -> None:
         "steps": STEPS,
         "problems": PROBLEMS,
         "alpha": ALPHA,
-        "reward model": json.loads((options.runs / "pipeline/trm/measured.json").read_text()),
         "seeds": [
             {"seed": seed, "base": row, **found[seed]}
             for seed, row in zip(options.seeds, bases, strict=True)
@@ -89,44 +85,29 @@ def main() -> None:
     print(table(whole))
 
 
-def reward_model(runs: Path) -> Path:
-    """The folder of the thinking reward model, made by the stages."""
-    strong, pipeline = runs / "strong", runs / "pipeline"
-    run(strong, ["sophia", *PLAIN, *STRONG, *SHARED, "eval_problems=500"])
-    data = ["sophia", "--stage", "trm-data", "--out", str(pipeline), *WEAK, *SHARED]
-    run(pipeline / "trm-data", data, staged=True)
-    model = f"model={strong}/checkpoint-0"
-    learn = ["sophia", "--stage", "trm", "--out", str(pipeline), *TRM, *SHARED, model]
-    run(pipeline / "trm", learn, staged=True)
-    return max(pipeline.glob("trm/checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-
-
 def base(runs: Path, seed: int) -> dict:
     """A cold-started policy of a seed, judged."""
     words = ["sophia", *PLAIN, f"seed={seed}", f"cold_start_steps={COLD}", "steps=0"]
     return run(runs / f"base-{seed}", [*words, f"eval_problems={PROBLEMS}", *SHARED])
 
 
-def run_arm(runs: Path, trm: Path, seed: int, arm: str) -> dict:
+def run_arm(runs: Path, seed: int, arm: str) -> dict:
     name = arm.replace(", ", "-").replace(" ", "-")
     knobs = ARMS[arm]
     algo = PLAIN
     if knobs is not None:
-        algo = [
-            "algo=" + json.dumps({"kind": "dr_grpo", "alpha": ALPHA, "scorer": str(trm)} | knobs)
-        ]
+        algo = ["algo=" + json.dumps({"kind": "dr_grpo", "alpha": ALPHA, "scorer": "rule"} | knobs)]
     model = f"model={runs}/base-{seed}/checkpoint-0"
     words = ["sophia", model, f"seed={seed}", *RL, *SHARED, *algo, "log.completions_every=0"]
     return run(runs / f"{name}-{seed}", words)
 
 
-def run(out: Path, words: list[str], staged: bool = False) -> dict:
+def run(out: Path, words: list[str]) -> dict:
     """One training run, unless it is finished: evaluations and steps."""
     done = out / "measured.json"
     if done.exists():
         return json.loads(done.read_text())
-    command = [sys.executable, "-m", "reasonrl.cli", "train", *words, "--quiet"]
-    command += [] if staged else ["--out", str(out)]
+    command = [sys.executable, "-m", "reasonrl.cli", "train", *words, "--out", str(out), "--quiet"]
     if (out / "config.yaml").exists():
         command.append("--resume")
     load, began = os.getloadavg()[0], time.time()
@@ -178,13 +159,15 @@ def interval(values: list[float], sign: str = "") -> str:
 
 
 def table(whole: dict) -> str:
-    seeds, trm = whole["seeds"], whole["reward model"]
+    seeds = whole["seeds"]
     lines = [
         f"{len(seeds)} seeds, {whole['steps']} steps of 16 pictures x 8 completions, alpha"
         f" {whole['alpha']:g}; {whole['problems']} held-out pictures a seed, greedy. Percent, mean"
         " and 95 % t-interval over seeds.",
         "",
-        "| arm | " + " | ".join(MEASURES.values()) + " | gamma | thinking score, right / wrong |",
+        "| arm | "
+        + " | ".join(MEASURES.values())
+        + " | gamma | score of the thinking, right / wrong |",
         "|---|---|---|---|---|---|",
     ]
     for arm in ("base", *ARMS):
@@ -208,8 +191,6 @@ def table(whole: dict) -> str:
     loads = [seed[arm]["load_before"] for seed in seeds for arm in ARMS]
     lines += [
         "",
-        f"The reward model gives the exact score (of steps of 0.1) to"
-        f" {100 * last(trm, 'accuracy'):.1f} % of {last(trm, 'problems')} held-out pairs.",
         f"Measured {whole['date']}, {whole['machine']}, {versions}; load before a run"
         f" {min(loads)} to {max(loads)}.",
     ]
