@@ -74,15 +74,17 @@ def draw(panels: Sequence[Panel], path: Path, dpi: int = 200) -> None:
     try:
         import matplotlib
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise InputError("plot: needs matplotlib; pip install 'reasonrl[report]'") from None
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}):
+    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}
+    with matplotlib.rc_context(settings):
         extra = _legend_rows(panels) * 0.14
+        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
         size = COLUMN * columns, (2.1 + extra) * rows
-        figure = Figure(figsize=size, layout="constrained", dpi=dpi)
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+        figure = Figure(figsize=size, layout=layout, dpi=dpi)
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for at, panel in itertools.zip_longest(axes, panels):
             if panel is None:
