@@ -27,6 +27,8 @@ STAIR = [
         "train",
         "serve",
         "plan",
+        "plan_memory",
+        "plan_shapes",
         "doctor",
         "report",
         "audit",
