@@ -125,8 +125,8 @@ def verdict(found, prm) -> list[str]:
     if found.fits:
         lines.append(f"It fits: {worst}.")
     else:
-        ways = [" ".join(_flags(change)) for change in advice(found.shape, job, prm)]
-        what = f"Any of these fits: {'; '.join(ways)}." if ways else "No change tried here fits."
+        ways = [f"`{' '.join(_flags(change))}`" for change in advice(found.shape, job, prm)]
+        what = f"With {' or '.join(ways)} it does." if ways else "No change tried here helps."
         lines.append(f"It does not fit: {worst}. {what}")
     if lacking := missing(job):
         lines.append(f"`reasonrl train` does not do this yet: {', '.join(lacking)}.")
