@@ -224,6 +224,11 @@ def test_the_command(tmp_path, capsys):
     assert main(["plan", "qwen2.5-7b"]) == 0
     out = capsys.readouterr().out
     assert "| weights | 28.37 | 28.37 | 28.37 |" in out and "It does not fit" in out
+    assert main(["plan", "tiny", "--zero", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["job"]["engine"] == "colocated"
+    tiny.build()[0].config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path / "config.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["params"] == 1_348_640
     (tmp_path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
     cases = [
         (["plan"], "a MODEL or --params"),
@@ -231,6 +236,7 @@ def test_the_command(tmp_path, capsys):
         (["plan", "tiny", "--layers", "3"], "--layers"),
         (["plan", "--params", "7e9", "--layers", "32"], "--hidden"),
         (["plan", "tiny", "--prm-model", "tiny"], "--prm"),
+        (["plan", "tiny", "--zero", "3", "--engine", "in-process"], "--engine colocated"),
         (["plan", str(tmp_path)], "mixtures of experts"),
         (["plan", str(tmp_path / "none")], "no"),
     ]

@@ -41,7 +41,11 @@ def add(commands) -> None:
     job.add_argument("--prm-model", help="its shape, named like MODEL (default: the policy's)")
     job.add_argument("--checkpointing", action="store_true", help="of activations")
     job.add_argument("--attention", default="fused", choices=["fused", "plain"])
-    job.add_argument("--engine", default="in-process", choices=["in-process", "colocated"])
+    job.add_argument(
+        "--engine",
+        choices=["in-process", "colocated"],
+        help="of rollouts (default: in-process; colocated with --zero 3, which leaves no choice)",
+    )
     job.add_argument("--tensor-parallel", type=int, default=1, help="of a colocated engine")
     job.add_argument("--rows", type=int, default=256, help="completions decoded at a time a rank")
     command.add_argument("--json", action="store_true", help="numbers in place of the table")
@@ -59,7 +63,9 @@ def _plan(options: argparse.Namespace) -> int:
         raise InputError("--prm-model: only with --prm")
     prm = shape_of(options.prm_model) if options.prm_model else None
     values = {f.name: getattr(options, f.name) for f in fields(Job)}
-    job = Job(**{**values, "reference": options.reference == "yes"})
+    values["reference"] = options.reference == "yes"
+    values["engine"] = options.engine or ("colocated" if options.zero == 3 else "in-process")
+    job = Job(**values)
     found = plan(shape, job, prm)
     if options.json:
         print(json.dumps(numbers(found), indent=1))
