@@ -1,4 +1,4 @@
-# make quickstart | test | lint | bench | torture
+# make quickstart | test | lint | bench | docs | torture
 #   VENV=.venv          where the virtual environment lies
 #   PYTHON=python3      the interpreter it is made with
 #   TORCH_INDEX=URL     an index with PyTorch's CPU wheels; without it pip's own indexes decide
@@ -9,7 +9,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 export PYTHON TORCH_INDEX
 
-.PHONY: quickstart test lint bench torture
+.PHONY: quickstart test lint bench docs torture
 
 quickstart:
 	@bash .ci/venv "$(VENV)"
@@ -27,6 +27,10 @@ torture:
 bench:
 	@bash .ci/venv "$(VENV)" test,bench
 	@bash .ci/in "$(VENV)" python -m bench
+
+docs:
+	@bash .ci/venv "$(VENV)" docs
+	@bash .ci/in "$(VENV)" mkdocs build --strict --site-dir build/site
 
 lint:
 	@bash .ci/venv "$(VENV)" test

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reasonrl import __version__
-from reasonrl.commands import judge, prm, report, score, serve
+from reasonrl.commands import bench, judge, plan, plot, prm, report, score, serve
 from reasonrl.records import InputError, NonFiniteStop, ScorerDown, Stalled
 
 STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4, Stalled: 5}
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("fetch-model", help="fetch and convert a model into the cache")
     command.add_argument("name", choices=["smollm2"])
     command.set_defaults(run=_fetch_model)
-    for module in (prm, score, judge, serve, report):
+    for module in (prm, score, judge, serve, report, plot, plan, bench):
         module.add(commands)
     return parser
 

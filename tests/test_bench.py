@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is no part of wh
 from bench import __main__ as bench
 from bench import machine, step
 from bench.step_ours import Settings
+from reasonrl.cli import main
 
 ROOT = Path(__file__).parent.parent
 SMALL = Settings(model="tiny", group=4, tokens=6, prompt_tokens=12, repeats=1, threads=1)
@@ -105,3 +106,17 @@ def test_wrong_usage_is_status_2(capsys, monkeypatch):
     monkeypatch.setattr(step, "find_spec", lambda name: None)
     assert step.main(["--model", "tiny"]) == 2
     assert "pip install 'reasonrl[trl]'" in capsys.readouterr().err
+
+
+def test_the_command_runs_bench_of_its_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # wherever it is called from
+    assert main(["bench", "nope"]) == 2
+    assert "expected one of ops" in capsys.readouterr().err
+    monkeypatch.setattr("bench.__main__.main", lambda words: len(words))
+    assert main(["bench", "ops", "--rounds", "3"]) == 3
+
+
+def test_outside_of_a_checkout_the_command_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("reasonrl.__file__", str(tmp_path / "reasonrl" / "__init__.py"))
+    assert main(["bench", "ops"]) == 2
+    assert "needs a source checkout" in capsys.readouterr().err

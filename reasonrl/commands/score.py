@@ -128,8 +128,12 @@ def _select(options: argparse.Namespace) -> int:
 
 
 def _best_of_n(options: argparse.Namespace) -> int:
+    from reasonrl import plots
     from reasonrl.curves import curves, difference
+    from reasonrl.plot_scores import best_of_n_panel
 
+    if options.plot:
+        plots.check_suffix(options.plot)
     groups = candidates(scorer(options), options.data, options.delimiter)
     found = curves(groups, HOWS, options.how)
     n = found["n"][-1]
@@ -139,7 +143,7 @@ def _best_of_n(options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     if options.plot:
-        _plot(found, options.plot)
+        plots.draw([best_of_n_panel(found)], options.plot)
     print(table(found))
     return 0
 
@@ -173,25 +177,3 @@ def table(found: dict) -> str:
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _plot(found: dict, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--plot: needs matplotlib; pip install 'reasonrl[report]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, points in found["curves"].items():
-        style = "--" if name in ("majority", "oracle") else "-"
-        line = axes.plot(found["n"], [100 * p["accuracy"] for p in points], style, label=name)
-        low, high = ([100 * p[k] for p in points] for k in ("low", "high"))
-        axes.fill_between(found["n"], low, high, alpha=0.12, color=line[0].get_color())
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(found["n"], [str(n) for n in found["n"]])
-    axes.set(xlabel="completions (N)", ylabel="right (%)")
-    axes.legend(fontsize=8)
-    figure.savefig(path)
-    pyplot.close(figure)
