@@ -84,6 +84,13 @@ class Filter(Section):
         return (self.low, self.high) != (0.0, 1.0) or self.drop_clipped
 
 
+class Lora(Section):
+    """A LoRA adapter in place of all weights; rank 0 = none. alpha: 2 * rank by default."""
+
+    rank: Count = 0
+    alpha: Rate | None = None
+
+
 class Eval(Section):
     """Greedy evaluation; every 0 = at the end only (and at the start where at_start)."""
 
@@ -132,6 +139,7 @@ class Config(Section):
     cold_start: ColdStart = ColdStart()
     optim: Optim = Optim()
     filter: Filter = Filter()
+    lora: Lora = Lora()
     eval: Eval = Eval()
     save: Save = Save()
     batch: BatchLimit = BatchLimit()
@@ -172,6 +180,9 @@ ELSEWHERE = {
     "dataset": "task",
     "data": "task",
     "max_grad_norm": "optim.grad_clip",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
     "beta": "loss.kl_coef",
 }
 

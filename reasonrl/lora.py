@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from reasonrl.models import Policy
 from reasonrl.records import InputError
 from reasonrl.state_file import load_state, save_state
 
 
-def trainable(initial: Policy, lora_rank: int = 0, seed: int = 0) -> Policy:
-    """`initial` itself made ready to learn: all of its weights, or a LoRA adapter on them."""
+def trainable(
+    initial: Policy, lora_rank: int = 0, seed: int = 0, alpha: float | None = None
+) -> Policy:
+    """`initial` itself made ready to learn: all of its weights, or a LoRA adapter on every linear
+    layer but the head; on an image tower that is frozen there is none. alpha: 2 * rank."""
     model = initial.model
     if lora_rank == 0:
         return Policy(
@@ -27,9 +33,12 @@ def trainable(initial: Policy, lora_rank: int = 0, seed: int = 0) -> Policy:
     try:
         import peft
     except ImportError:
-        raise InputError("algo.lora_rank: needs peft; pip install 'reasonrl[lora]'") from None
+        raise InputError("LoRA needs peft; pip install 'reasonrl[lora]'") from None
     settings = peft.LoraConfig(
-        r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", lora_dropout=0.0
+        r=lora_rank,
+        lora_alpha=2 * lora_rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=_layers(model),
+        lora_dropout=0.0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -37,30 +46,47 @@ def trainable(initial: Policy, lora_rank: int = 0, seed: int = 0) -> Policy:
     return Policy(model, initial.tokenizer, initial.compute, initial.processor)
 
 
-def save(prm: Policy, folder: Path) -> None:
-    """An ordinary checkpoint in folder/prm; beside an adapter, its parameters for going on."""
-    if adapted(prm):
-        named = {n: p.detach() for n, p in prm.model.named_parameters() if p.requires_grad}
-        save_state(folder / "prm_adapter", named)
-        merged(prm).save_pretrained(folder / "prm")
-    else:
-        prm.model.save_pretrained(folder / "prm")
-    for part in (prm.tokenizer, prm.processor):
-        if part is not None:
-            part.save_pretrained(folder / "prm")
+def _layers(model: Any) -> list[str]:
+    """Names of the linear layers that get an adapter."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    learns = any(p.requires_grad for p in model.parameters())
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer is not head
+        and (layer.weight.requires_grad or not learns)
+    ]
 
 
-def restore(prm: Policy, folder: Path) -> None:
-    """Put the parameters of `save_prm` back into a model built the same way."""
-    if adapted(prm):
-        saved = load_state(folder / "prm_adapter")
+def save(policy: Policy, folder: Path, adapter: Path) -> None:
+    """An ordinary checkpoint in `folder`; beside an adapter, its parameters for going on."""
+    model = policy.model
+    if adapted(policy):
+        named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        save_state(adapter, named)
+        model = merged(policy)
+    replace(policy, model=model).save(folder)
+
+
+def restore(policy: Policy, folder: Path, adapter: Path) -> None:
+    """Put the parameters of `save` back into a model built the same way."""
+    if adapted(policy):
+        saved = load_state(adapter)
     else:
-        saved = type(prm.model).from_pretrained(folder / "prm", dtype=torch.float32).state_dict()
-    here = dict(prm.model.named_parameters())
+        saved = type(policy.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+    here = dict(policy.model.named_parameters())
     with torch.no_grad():
         for name, parameter in here.items():
             if parameter.requires_grad:
                 parameter.copy_(saved[name])
+
+
+def frozen(policy: Policy) -> Policy:
+    """A copy of the weights as they are now, an adapter folded in: a reference."""
+    if not adapted(policy):
+        return policy.frozen()
+    return replace(policy, model=merged(policy).eval().requires_grad_(False))
 
 
 def merged(prm: Policy):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reasonrl import checkpoint, models
+from reasonrl import checkpoint, lora, models
 from reasonrl import config as configs
 from reasonrl.algos.base import Algorithm
 from reasonrl.config import Config
@@ -67,7 +67,7 @@ def save(
     sharded = accelerator.distributed_type.value == "DEEPSPEED"
 
     def write(folder: Path) -> None:
-        policy.save(folder)
+        lora.save(policy, folder, folder / "adapter")
         if not sharded:
             save_state(folder / "optimizer", learner.optimizer.state_dict())
         save_state(folder / "rng", rng_state())
@@ -107,7 +107,7 @@ def keep_reference(out: Path, policy: Policy) -> None:
     """Keep the weights RL starts from: a resumed run needs them as its reference."""
 
     def write(folder: Path) -> None:
-        policy.save(folder)
+        lora.frozen(policy).save(folder)
 
     checkpoint.save(out / "reference", 0, write, {}, keep=1)
 

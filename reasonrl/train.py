@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from reasonrl import models, state
+from reasonrl import lora, models, state
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
 from reasonrl.config import Config
@@ -83,13 +83,7 @@ class Run:
         check_whole_weights(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
-        policy = models.load(
-            config.model if found is None else str(found.path),
-            dtype=config.dtype,
-            device=str(self.accelerator.device),
-            seed=config.seed,
-            **(config.model_options if found is None else {}),
-        )
+        policy = self._policy(found)
         if config.max_completion_length >= policy.context:
             raise InputError(
                 f"max_completion_length: {config.max_completion_length} exceeds the model's"
@@ -113,6 +107,24 @@ class Run:
         self.log = RunLog(out, config, quiet=quiet or not self.main, resume_step=self.step)
         self.saved = (self.cold, self.step) if found is not None else None
         self.begun = False  # RL, in this process
+
+    def _policy(self, found: state.Found | None) -> models.Policy:
+        """The model to train: the recipe's, or a checkpoint's; with an adapter always the recipe's
+        and the checkpoint's adapter on it."""
+        config, rank = self.config, self.config.lora.rank
+        fresh = found is None or rank > 0
+        policy = models.load(
+            config.model if fresh else str(found.path),
+            dtype=config.dtype,
+            device=str(self.accelerator.device),
+            seed=config.seed,
+            **(config.model_options if fresh else _kept(config)),
+        )
+        if rank:
+            policy = lora.trainable(policy, rank, config.seed, config.lora.alpha)
+            if found is not None:
+                lora.restore(policy, found.path, found.path / "adapter")
+        return policy
 
     @property
     def main(self) -> bool:
@@ -276,7 +288,7 @@ class Run:
         if self.step == 0:
             if self.main:
                 state.keep_reference(self.out, self.algo.policy)
-            return self.algo.policy.frozen()
+            return lora.frozen(self.algo.policy)
         return state.reference(self.out, self.config, str(self.accelerator.device))
 
     def _sampling(self) -> Sampling:
@@ -292,6 +304,11 @@ class Run:
 def train(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> bool:
     """Run or resume a training run in `out`; True when it reached its last step."""
     return Run(config, out, resume, quiet).train()
+
+
+def _kept(config: Config) -> dict[str, Any]:
+    """The model's options that hold for a checkpoint too."""
+    return {k: v for k, v in config.model_options.items() if k == "vision_tower"}
 
 
 def _spec(config: Config) -> LossSpec:

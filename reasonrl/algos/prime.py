@@ -171,12 +171,12 @@ class Prime(Algorithm):
 
     def save(self, folder: Path) -> None:
         assert self.held.prm is not None and self.held.learning is not None
-        lora.save(self.held.prm.prm, folder)
+        lora.save(self.held.prm.prm, folder / "prm", folder / "prm_adapter")
         self.held.learning.save(folder)
 
     def restore(self, folder: Path) -> None:
         assert self.held.prm is not None and self.held.learning is not None
-        lora.restore(self.held.prm.prm, folder)
+        lora.restore(self.held.prm.prm, folder / "prm", folder / "prm_adapter")
         self.held.learning.restore(folder)
 
     def _weight(self) -> float:
