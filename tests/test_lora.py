@@ -1,4 +1,4 @@
-"""LoRA in the loop: only the adapter learns, a checkpoint is a plain model, a run resumes exactly."""
+"""LoRA in the loop: only the adapter learns, checkpoints are plain models, runs resume exactly."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     python recipes/sophia/measure.py --seeds 1 2 3 4 5
 
 The reward model is the task's own rule, the share of right steps: as good as one can be, and with
-`inverted` as bad (1 - share: it likes wrong thinking). So what differs between the arms is trust and
-annealing, not how well a small reward model happened to learn. A seed: one cold-started policy,
+`inverted` as bad (1 - share: it likes wrong thinking). So what differs between the arms is trust
+and annealing, not how well a small reward model happened to learn. A seed: one cold-started policy,
 then all arms from it: plain GRPO; with the thinking reward, untrusted; trusted; trusted and
 annealed; and the last three with the corrupted reward model.
 Held-out pictures are judged at the end. Finished runs are not run again.
