@@ -9,6 +9,7 @@ fetched. Left out: several machines, speed (bench).
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 import platform
 import shutil
@@ -225,6 +226,28 @@ def _named(package: str, module: str) -> Callable[[], str]:
     return check
 
 
+def _images() -> str:
+    """A picture is written, decoded in the worker, and seen by a small model."""
+    import os
+
+    from reasonrl import images, models
+    from reasonrl.prompts import render
+    from reasonrl.rollout import Sampling, sample
+    from reasonrl.tasks import make_task
+
+    if importlib.util.find_spec("PIL") is None:
+        raise Absent("pillow is not installed; pip install 'reasonrl[vision]'")
+    problem = make_task("charts", style="compact").problem("train", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(os.path.realpath(folder), "chart.png")
+        problem.images[0].draw().save(path)
+        (picture,) = images.decode([path])
+    policy = models.load("tiny-vl", dtype="fp32", width=64, layers=1, vision_layers=1)
+    ids = [render(policy.tokenizer, problem.prompt, images=1)]
+    rollout = sample(policy, [problem], ids, 2, Sampling(2), 0)
+    return f"{picture.size[0]} x {picture.size[1]} decoded; {len(rollout.text)} completions on it"
+
+
 def _tested(version: str, tested: str) -> str:
     return "" if version.startswith(tested) else f"; tested with {tested}"
 
@@ -241,6 +264,7 @@ CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("liger-kernel", _imported("liger-kernel", "liger_kernel", "pip install liger-kernel")),
     ("deepspeed", _imported("deepspeed", "deepspeed", "pip install 'reasonrl[deepspeed]'")),
     ("peft", _imported("peft", "peft", "pip install 'reasonrl[lora]'")),
+    ("images", _images),
     ("maths verifier", _maths),
     ("code sandbox", _sandbox),
     ("trl", _trl),
