@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonrl.integrations._host import host_version
 from reasonrl.loss import LossSpec, policy_loss
 
 TESTED = "1.0"
@@ -37,6 +38,7 @@ def grpo_loss_fn(
     **host: Any,  # current_version, prox_logp_method, ...: of the decoupled loss, or for logs
 ) -> Tensor:
     """The mean loss of the micro-batch's tokens; ValueError names an option without counterpart."""
+    host_version("areal", TESTED)
     refused = {"m2_threshold": m2_threshold is not None, "use_decoupled_loss": use_decoupled_loss}
     for name, hit in refused.items():
         if hit:

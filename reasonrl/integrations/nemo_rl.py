@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from reasonrl import ops
+from reasonrl.integrations._host import host_version
 from reasonrl.loss import LossSpec, policy_loss
 
 TESTED = "0.6"
@@ -59,6 +60,7 @@ class PolicyLoss:
     """
 
     def __init__(self, cfg: Mapping[str, Any], **changes: Any):
+        host_version("nemo-rl", TESTED)
         refused = REFUSED + (OF_KL if cfg.get("reference_policy_kl_penalty") else ())
         for name in refused:
             if cfg.get(name):
@@ -121,6 +123,7 @@ class AdvantageEstimator:
     """
 
     def __init__(self, kind: str = "process", *, eps: float = 1e-6, whiten: bool = False):
+        host_version("nemo-rl", TESTED)
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind, self.eps, self.whiten = kind, eps, whiten

@@ -10,12 +10,10 @@ installed class's. Left out: the correction of the rollout engine's log-probabil
 
 from __future__ import annotations
 
-import warnings
-from importlib import metadata
-
 import torch
 from torch import Tensor, nn
 
+from reasonrl.integrations._host import host_version
 from reasonrl.loss import LossSpec, policy_loss
 
 TESTED = "0.11"
@@ -23,12 +21,7 @@ TESTED = "0.11"
 
 def tuple_length() -> int:
     """How many values the installed class returns: 4 in 0.11.0, 5 from 0.11.1 (and without it)."""
-    try:
-        version = metadata.version("openrlhf")
-    except metadata.PackageNotFoundError:
-        return 5
-    if not version.startswith(TESTED):
-        warnings.warn(f"reasonrl: tested with openrlhf {TESTED}, found {version}", stacklevel=3)
+    version = host_version("openrlhf", TESTED)
     return 4 if version == "0.11.0" else 5
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from reasonrl import loss as losses
+from reasonrl.integrations._host import host_version
 
 TESTED = "0.8"
 
@@ -39,6 +40,7 @@ def policy_loss(inputs: Any, *, name: str = "dapo", **changes: Any) -> Any:
     loss_weights or None (multiply the policy part). ValueError: `reduce`, a KL coefficient without
     ref_logprobs, or with loss_weights, whose KL part would stay unweighted.
     """
+    host_version("prime-rl", TESTED)
     if "reduce" in changes:
         raise ValueError(
             f"prime-rl kwargs: reduce={changes['reduce']!r} cannot be chosen; prime-rl divides the"

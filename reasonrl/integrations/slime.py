@@ -21,6 +21,7 @@ from torch import Tensor
 
 from reasonrl import loss as losses
 from reasonrl import ops
+from reasonrl.integrations._host import host_version
 
 TESTED = "0.3"
 KEY = "reasonrl_advantage"
@@ -31,6 +32,7 @@ REFUSED = ("use_tis", "use_opsm", "get_mismatch_metrics")
 def reward(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
     """slime's reward post-processing: (raw outcomes, outcomes) of all samples of the step, and
     every sample's advantage left in its train_metadata."""
+    host_version("slime", TESTED)
     outcome = [float(sample.get_reward_value(args)) for sample in samples]
     tokens, masks = [], []
     for i, sample in enumerate(samples):
@@ -114,6 +116,7 @@ def policy_loss(
 
 def loss_spec(args: Any) -> losses.LossSpec:
     """slime's options as ours; ValueError names one that has no counterpart."""
+    host_version("slime", TESTED)
     for name in REFUSED:
         if getattr(args, name, False):
             raise ValueError(f"slime --{name.replace('_', '-')} has no counterpart in this loss")

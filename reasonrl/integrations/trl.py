@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from reasonrl import dense, heads, ops
+from reasonrl.integrations._host import host_version
 from reasonrl.integrations.trl_prm import PRMConfig, PRMTrainer
 from reasonrl.integrations.trl_rewards import code_reward, math_reward, scorer_reward
 from reasonrl.loss import LossSpec, policy_loss
@@ -62,9 +62,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this fil
     def __init__(self, *args: Any, scorer: Scorer | None = None, fused: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.scorer, self.fused = scorer, fused
-        version = metadata.version("trl")
-        if not version.startswith(TESTED):
-            warnings.warn(f"reasonrl: tested with trl {TESTED}, found {version}", stacklevel=2)
+        host_version("trl", TESTED)
         if fused:
             self._check_fused()
         if scorer is not None:

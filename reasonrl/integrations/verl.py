@@ -15,9 +15,7 @@ verl_rewards.py. Left out: entropy and KL terms (verl adds its own).
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import numpy
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from reasonrl import ops
+from reasonrl.integrations._host import host_version
 from reasonrl.loss import NAMED, LossSpec, policy_loss
 
 TESTED = "0.9"
@@ -47,9 +46,7 @@ PROCESS = {
 
 def register() -> list[str]:
     """Put everything into verl's registries; the names. Twice does nothing more."""
-    version = metadata.version("verl")
-    if not version.startswith(TESTED):
-        warnings.warn(f"reasonrl: tested with verl {TESTED}, found {version}", stacklevel=2)
+    host_version("verl", TESTED)
     core = importlib.import_module("verl.trainer.ppo.core_algos")
     names = []
     for name in LOSSES:
