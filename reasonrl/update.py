@@ -31,6 +31,7 @@ from reasonrl.loss import LossSpec, linear_policy_loss
 from reasonrl.models import Policy
 from reasonrl.ranks import gathered
 from reasonrl.records import Batch, InputError, NonFiniteStop, Rollout
+from reasonrl.vision import idle
 
 METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
 
@@ -66,7 +67,9 @@ class Trainable(nn.Module):
             metrics.update(out.metrics)
             return out.loss
 
-        return self.policy.at_head(batch, at_head), metrics
+        loss = self.policy.at_head(batch, at_head)
+        nothing = idle(self.policy, batch.images)
+        return (loss if nothing is None else loss + nothing.to(loss.device)), metrics
 
 
 class Learner:

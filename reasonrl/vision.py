@@ -117,6 +117,17 @@ def hidden(
     return out.last_hidden_state[0]
 
 
+def idle(policy: Policy, images: Sequence[Seen]) -> Tensor | None:
+    """Exactly 0, of every parameter of an image tower that learns and has nothing to look at: what
+    reduces gradients over ranks waits for all of them."""
+    if images or policy.processor is None:
+        return None
+    learning = [p for p in tower(policy.model).parameters() if p.requires_grad]
+    if not learning or not torch.is_grad_enabled():
+        return None
+    return sum((p.flatten()[:1].sum() * 0.0 for p in learning), torch.zeros(()))
+
+
 def refuse(problems: Sequence[Problem], who: str) -> None:
     """InputError where a problem has images and `who` reads text only: nothing is overlooked."""
     for problem in problems:

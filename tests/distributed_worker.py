@@ -24,8 +24,10 @@ from reasonrl import models
 from reasonrl.batch import pack
 from reasonrl.loss import LossSpec
 from reasonrl.records import NonFiniteStop, Problem, Rollout
+from reasonrl.tasks import make_task
 from reasonrl.train import Run, train
 from reasonrl.update import Learner
+from reasonrl.vision import prepare
 
 UNEVEN = ((3, 7, 1), (5, 2), (9,), (4, 4, 6, 1), (2, 8))
 SMALL = (  # the recipe `tiny`, shrunk until a step takes milliseconds
@@ -56,6 +58,7 @@ class Case:
     updates: int = 1
     kl: float = 0.0
     nan_rank: int | None = None  # whose gradient is not finite
+    images: tuple[int, ...] = ()  # groups with a picture
     steps: int = 2
 
 
@@ -74,6 +77,8 @@ CASES = {
     "all dead": Case("grpo", dead=(0, 1, 2, 3, 4)),
     "no token at all": Case("grpo", sizes=((0, 0), (0,))),
     "nan on rank 1": Case("grpo", nan_rank=1),
+    "pictures on rank 0": Case("dapo", images=(0, 2), tokens=40),
+    "a picture, no group on rank 1": Case("dapo", sizes=((3, 7, 1),), images=(0,)),
 }
 
 
@@ -81,7 +86,9 @@ def small(*changes: str):
     return configs.load("tiny", [*SMALL, *changes])
 
 
-def dealt(case: Case, rank: int, world: int) -> tuple[Rollout, Tensor]:
+def dealt(
+    case: Case, rank: int, world: int, policy: models.Policy | None = None
+) -> tuple[Rollout, Tensor]:
     """The rollout and advantages of a rank: every world-th group of the case."""
     generator = torch.Generator().manual_seed(7)
     rows: list[tuple[int, list[int], Tensor]] = []
@@ -94,9 +101,15 @@ def dealt(case: Case, rank: int, world: int) -> tuple[Rollout, Tensor]:
             rows.append((g, ids, credit * (g not in case.dead)))
     mine = range(rank, len(case.sizes), world)
     rows = [row for row in rows if row[0] in mine]
+    task = make_task("charts", style="compact")
+    seen = {g: task.problem("train", g).images for g in case.images}
+    problems = [Problem(str(g), "", images=seen.get(g, ())) for g in mine]
+    asked = [[100, 101, 102, *prompts[g]] if g in seen else prompts[g] for g in mine]
+    asked, images = (asked, ()) if policy is None else prepare(policy, problems, asked)
     rollout = Rollout(
-        problems=[Problem(str(g), "") for g in mine],
-        prompt_ids=[prompts[g] for g in mine],
+        problems=problems,
+        prompt_ids=asked,
+        images=images,
         group=torch.tensor([g // world for g, _, _ in rows], dtype=torch.long),
         completion_ids=[ids for _, ids, _ in rows],
         text=[""] * len(rows),
@@ -110,7 +123,11 @@ def dealt(case: Case, rank: int, world: int) -> tuple[Rollout, Tensor]:
 def learner(case: Case, accelerator: Accelerator) -> Learner:
     # eps above the rounding of a gradient: AdamW would make a full step of mere noise
     changes = [f"batch.tokens={case.tokens}", "optim.eps=1e-5", "nan_patience=2"]
-    policy = models.load("tiny", dtype="fp32", seed=1, width=32, layers=2, heads=2)
+    sizes = {"width": 64, "layers": 1, "vision_width": 32, "vision_layers": 1, "heads": 2}
+    if case.images:
+        policy = models.load("tiny-vl", dtype="fp32", seed=1, **sizes)
+    else:
+        policy = models.load("tiny", dtype="fp32", seed=1, width=32, layers=2, heads=2)
     out = Learner(policy, small(*changes), accelerator)
     if case.kl:
         out.reference = models.load("tiny", dtype="fp32", seed=2, width=32, layers=2, heads=2)
@@ -121,7 +138,7 @@ def run(case: Case, accelerator: Accelerator) -> dict:
     """Metrics of every step, the weights after it, and whether the NaN policy stopped the run."""
     rank, world = accelerator.process_index, accelerator.num_processes
     made = learner(case, accelerator)
-    rollout, advantage = dealt(case, rank, world)
+    rollout, advantage = dealt(case, rank, world, made.policy)
     extra = {"max_length": 12} if case.loss == "dr_grpo" else {}
     spec = LossSpec.named(case.loss, kl_coef=case.kl, **extra)
     if case.nan_rank == rank:
