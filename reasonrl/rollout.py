@@ -88,6 +88,28 @@ def sample(
     )
 
 
+def given(
+    policy: Policy,
+    problems: Sequence[Problem],
+    prompt_ids: Sequence[Sequence[int]],  # P
+    completions: Sequence[str],  # P, one each
+) -> Rollout:
+    """Completions that are written already, one for each problem, each ended by the EOS token."""
+    tokenizer = policy.tokenizer
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in completions]
+    ids = [[*row, tokenizer.eos_token_id] for row in encoded]
+    return Rollout(
+        problems=problems,
+        prompt_ids=prompt_ids,
+        group=torch.arange(len(problems)),
+        completion_ids=ids,
+        text=[decode(tokenizer, row) for row in ids],
+        finished=[True] * len(ids),
+        logp=[torch.zeros(len(row)) for row in ids],
+        pieces=[pieces(tokenizer, row) for row in ids],
+    )
+
+
 def _decode(policy, prompt_ids, group: int, sampling: Sampling, seed, first_row: int):
     rows = [_Row([], [], []) for _ in range(len(prompt_ids) * group)]
     if sampling.max_tokens == 0 or not rows:

@@ -2,6 +2,8 @@
 
 from reasonrl.algos.base import GRPO, Algorithm
 from reasonrl.algos.dpo import Dpo
+from reasonrl.algos.judging import JudgeRL
+from reasonrl.algos.libra import Libra
 from reasonrl.algos.merf import Merf
 from reasonrl.algos.prime import Prime
 from reasonrl.algos.process import Process
@@ -14,8 +16,13 @@ ALGOS: dict[str, type[Algorithm]] = {
     "prime": Prime,
     "reasonflux": ReasonFlux,
     "merf": Merf,
+    "libra": Libra,
+    "judging": JudgeRL,
     "dpo": Dpo,
     "sft": SFT,
 }
 
-__all__ = ["ALGOS", "GRPO", "SFT", "Algorithm", "Dpo", "Merf", "Prime", "Process", "ReasonFlux"]
+__all__ = [
+    *("ALGOS", "GRPO", "SFT", "Algorithm", "Dpo", "JudgeRL", "Libra", "Merf", "Prime", "Process"),
+    "ReasonFlux",
+]

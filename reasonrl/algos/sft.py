@@ -15,8 +15,7 @@ from torch import Tensor
 
 from reasonrl.algos.base import Algorithm
 from reasonrl.records import InputError, Problem, Rewards, Rollout, scored
-from reasonrl.rollout import Sampling
-from reasonrl.segment import decode, pieces
+from reasonrl.rollout import Sampling, given
 
 
 @dataclass(frozen=True)
@@ -26,28 +25,16 @@ class SFT(Algorithm):
     def rollout(
         self, problems: Sequence[Problem], group: int, sampling: Sampling, seed: int
     ) -> Rollout:
-        tokenizer = self.policy.tokenizer
-        ids = []
+        texts = []
         for problem in problems:
             worked = self.task.worked(problem)
             if worked is None:
                 raise InputError(
                     f"problem {problem.id}: task {self.task.name} has no worked completion to learn"
-                    " from (JSONL rows need a `completion` field)"
+                    " from (rows of a file need a `worked` field)"
                 )
-            ids.append(
-                [*tokenizer.encode(worked, add_special_tokens=False), tokenizer.eos_token_id]
-            )
-        return Rollout(
-            problems=problems,
-            prompt_ids=self.prompt(problems),
-            group=torch.arange(len(problems)),
-            completion_ids=ids,
-            text=[decode(tokenizer, row) for row in ids],
-            finished=[True] * len(ids),
-            logp=[torch.zeros(len(row)) for row in ids],
-            pieces=[pieces(tokenizer, row) for row in ids],
-        )
+            texts.append(worked)
+        return given(self.policy, problems, self.prompt(problems), texts)
 
     def score(self, rollout: Rollout) -> Rewards:
         return Rewards(outcome=[scored(1.0)] * len(rollout.text))

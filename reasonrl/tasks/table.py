@@ -14,6 +14,7 @@ from reasonrl.tasks.base import Task
 from reasonrl.tasks.code import Code
 from reasonrl.tasks.gym import Gym
 from reasonrl.tasks.jsonl import Jsonl, is_data_file
+from reasonrl.tasks.judging import Judging
 from reasonrl.tasks.knights import Knights
 
 TASKS: dict[str, type[Task]] = {
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
     "knights": Knights,
     "code": Code,
     "gym": Gym,
+    "judging": Judging,
 }
 
 
