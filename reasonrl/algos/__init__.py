@@ -23,6 +23,15 @@ ALGOS: dict[str, type[Algorithm]] = {
 }
 
 __all__ = [
-    *("ALGOS", "GRPO", "SFT", "Algorithm", "Dpo", "JudgeRL", "Libra", "Merf", "Prime", "Process"),
+    "ALGOS",
+    "GRPO",
+    "SFT",
+    "Algorithm",
+    "Dpo",
+    "JudgeRL",
+    "Libra",
+    "Merf",
+    "Prime",
+    "Process",
     "ReasonFlux",
 ]

@@ -103,6 +103,7 @@ def _traces(options: argparse.Namespace, config, path: Path) -> None:
     from reasonrl.rollout import Sampling
     from reasonrl.stepwise import write_rows
     from reasonrl.tasks import make_task
+    from reasonrl.tasks.judging import Judging
 
     said = {key: getattr(options, key) for key in SFT_ONLY} | {"data": str(options.data)}
     said |= {"teacher": options.teacher or config.model, "mix": options.mix and str(options.mix)}
@@ -118,6 +119,8 @@ def _traces(options: argparse.Namespace, config, path: Path) -> None:
     if checkpoint.checkpoints(options.out):
         raise InputError(f"{options.out}: holds a run already; use --resume, or another --out")
     task = make_task(config.task, seed=config.seed, **config.task_options)
+    if not isinstance(task, Judging):
+        raise InputError(f"task: expected judging, got {task.name!r}")
     how = Sampled(options.samples, options.keep, not options.no_rejection, config.seed)
     draw = config.sample
     sampling = Sampling(config.max_completion_length, draw.temperature, draw.top_p, draw.top_k)
