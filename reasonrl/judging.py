@@ -8,7 +8,7 @@ the judge quotes it. Exactly one such tag, at the very end, or there is no verdi
     call = ask("2+2?", "It is 4.", seed=1);  read(reply, call.nonce)  ->  1, 0 or a reason
 
 `style="compact"` is for models that read single characters and have a thousand of them in all:
-    ug[2+2:|2+2=4#4]ug?      2+2=4#4ug1      (prompt and reply; `!` in place of `?`: no thinking)
+    ug[2+2:|2+2=4#4]ug?      2+2=4#4~4ug1    (prompt and reply; `!` in place of `?`: no thinking)
 The rule is the same: a nonce that is in neither text closes the fence, and one verdict behind the
 same nonce ends the reply. The nonce has two letters, so a blind forgery hits one in 676: enough
 beside a policy that cannot see it, too little for texts by strangers. Use "full" for those.

@@ -98,7 +98,8 @@ def test_judging_is_a_task(data):
     assert len(by_question) == 40 and all(len(s) == 1 for s in by_question.values())
     problem = task.problem("train", 0)
     gold, n = task.worked(problem), problem.extra["nonce"]
-    assert gold == f"{problem.extra['worked']}{n}{problem.answer}"
+    stated = problem.prompt[:-4].rpartition("#")[2]  # what the response says
+    assert gold == f"{problem.extra['worked']}~{stated}{n}{problem.answer}"
     assert task.grade(problem, gold).value == 1.0
     assert task.grade(problem, f"{n}{1 - int(problem.answer)}").value == 0.0
     none = task.grade(problem, "well")
