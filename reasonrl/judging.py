@@ -8,7 +8,7 @@ the judge quotes it. Exactly one such tag, at the very end, or there is no verdi
     call = ask("2+2?", "It is 4.", seed=1);  read(reply, call.nonce)  ->  1, 0 or a reason
 
 `style="compact"` is for models that read single characters and have a thousand of them in all:
-    ug[2+2:|2+2=4#4]ug?      2+2=4#4~4ug1    (prompt and reply; `!` in place of `?`: no thinking)
+    uG[2+2:|2+2=4#4]uG?      2+2=4#4~4uG1    (prompt and reply; `!` in place of `?`: no thinking)
 The rule is the same: a nonce that is in neither text closes the fence, and one verdict behind the
 same nonce ends the reply. The nonce has two letters, so a blind forgery hits one in 676: enough
 beside a policy that cannot see it, too little for texts by strangers. Use "full" for those.
@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 from reasonrl.records import InputError
 
 DIGITS = 12  # of the nonce, hexadecimal
-LETTERS = 2  # of the compact one
 Style = Literal["full", "compact"]
 
 
@@ -110,7 +109,8 @@ def tagged(reply: str, nonce: str, name: str) -> tuple[str, str]:
 def nonce_of(seed: int, *texts: str, letters: bool = False) -> str:
     """A number that nobody could know when the texts were written, and that is in none of them.
 
-    letters: two small letters in its place.
+    letters: a small letter and a capital in its place; two kinds, so that a model with little
+    attention finds each by what it is and need not learn their order.
     """
     lengths = "\x1f".join(str(len(text)) for text in texts[:-1])
     joined = "\x1f".join((lengths, *texts)).encode("utf-8", "surrogatepass")
@@ -119,7 +119,8 @@ def nonce_of(seed: int, *texts: str, letters: bool = False) -> str:
         digest = hashlib.blake2b(joined, key=key, digest_size=DIGITS // 2)
         nonce = digest.hexdigest()
         if letters:
-            nonce = "".join(chr(97 + byte % 26) for byte in digest.digest()[:LETTERS])
+            small, capital = digest.digest()[:2]
+            nonce = chr(97 + small % 26) + chr(65 + capital % 26)
         if not any(nonce in text for text in texts):
             return nonce
     raise InputError("response: expected a text without a thousand of our numbers")
