@@ -8,21 +8,23 @@ the judge quotes it. Exactly one such tag, at the very end, or there is no verdi
     call = ask("2+2?", "It is 4.", seed=1);  read(reply, call.nonce)  ->  1, 0 or a reason
 
 `style="compact"` is for models that read single characters and have a thousand of them in all:
-    uG[2+2:|2+2=4#4]uG?      2+2=4#4~4uG1    (prompt and reply; `!` in place of `?`: no thinking)
-The rule is the same: a nonce that is in neither text closes the fence, and one verdict behind the
-same nonce ends the reply. The nonce has two letters, so a blind forgery hits one in 676: enough
-beside a policy that cannot see it, too little for texts by strangers. Use "full" for those.
+    [2+2:|2+2=4#4]?      2+2=4#4~4!1    (prompt and reply; `.` in place of `?`: no thinking)
+Such a model takes longer to learn to copy a nonce than to judge, so the promise is kept another
+way: the marks `[ | ] !` stand nowhere inside the fence, for in question and response each is shown
+as `_`. The one verdict stands behind the one `!` of the reply, at its end.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from reasonrl.records import InputError
 
 DIGITS = 12  # of the nonce, hexadecimal
+MARK = "!"  # what stands in for it in the compact style
 Style = Literal["full", "compact"]
 
 
@@ -49,8 +51,8 @@ def ask(
         if checklist or reference is not None:
             given = "a checklist" if checklist else "a reference"
             raise InputError(f"style compact: expected question and response alone, got {given}")
-        nonce = nonce_of(seed, question, response, letters=True)
-        return Call(f"{nonce}[{question}|{response}]{nonce}{'?' if think else '!'}", nonce)
+        inside = f"{_unmarked(question)}|{_unmarked(response)}"
+        return Call(f"[{inside}]{'?' if think else '.'}", MARK)
     nonce = nonce_of(seed, question, response)
     parts = [
         "You check whether a response answers a question correctly.",
@@ -106,21 +108,17 @@ def tagged(reply: str, nonce: str, name: str) -> tuple[str, str]:
     return inside.strip(), ""
 
 
-def nonce_of(seed: int, *texts: str, letters: bool = False) -> str:
-    """A number that nobody could know when the texts were written, and that is in none of them.
+def _unmarked(text: str) -> str:
+    return re.sub(r"[\[|\]!]", "_", text)
 
-    letters: a small letter and a capital in its place; two kinds, so that a model with little
-    attention finds each by what it is and need not learn their order.
-    """
+
+def nonce_of(seed: int, *texts: str) -> str:
+    """A number that nobody could know when the texts were written, and that is in none of them."""
     lengths = "\x1f".join(str(len(text)) for text in texts[:-1])
     joined = "\x1f".join((lengths, *texts)).encode("utf-8", "surrogatepass")
     for attempt in range(1000):
         key = f"{seed}\x1f{attempt}".encode()
-        digest = hashlib.blake2b(joined, key=key, digest_size=DIGITS // 2)
-        nonce = digest.hexdigest()
-        if letters:
-            small, capital = digest.digest()[:2]
-            nonce = chr(97 + small % 26) + chr(65 + capital % 26)
+        nonce = hashlib.blake2b(joined, key=key, digest_size=DIGITS // 2).hexdigest()
         if not any(nonce in text for text in texts):
             return nonce
     raise InputError("response: expected a text without a thousand of our numbers")

@@ -56,9 +56,8 @@ def says(share):
     def run(policy, problems, prompts, votes, sampling, seed):
         out = []
         for p in problems:
-            nonce, response = p.prompt[:2], p.prompt[3:-4].split("|")[1]
-            ones = share.get(response)
-            out += ["?" if ones is None else f"{nonce}{int(v < ones)}" for v in range(votes)]
+            ones = share.get(p.prompt[1:-2].split("|")[1])
+            out += ["?" if ones is None else f"!{int(v < ones)}" for v in range(votes)]
         many = [p for p in problems for _ in range(votes)]
         return Rollout(problems, [], torch.arange(len(many)), [], out, [True] * len(out), [], [])
 
