@@ -1,7 +1,7 @@
 """Judged answers in Libra Bench's format (arXiv 2507.21645): a question, a response, its label.
 
 Fields: index, question, response, label (0 or 1), model, reference, subset, response_with_cot; ours
-beside them: worked, the question's answer worked by rule, where a task has one.
+beside them: check, a judgement by rule up to its verdict, where a task can write one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Case:
     label: int
     model: str
     subset: str
-    worked: str | None = None  # the question's answer, worked by rule
+    check: str | None = None  # a judgement by rule, up to its verdict
 
 
 def read_cases(path: str | Path) -> list[Case]:
@@ -58,5 +58,5 @@ def case_of(row: Mapping[str, Any], number: int = 0) -> Case:
         label=int(label),
         model=str(row.get("model", "unknown")),
         subset=str(row.get("subset", "all")),
-        worked=field_of(row, "worked", str, "a string"),
+        check=field_of(row, "check", str, "a string"),
     )

@@ -49,7 +49,7 @@ def make_cases(
         size = min(map(len, sides))
         chosen = sorted(i for side in sides for i in draws.shuffled(side)[:size])
         for problem, text, label in (answers[i] for i in chosen):
-            worked = task.worked(problem)
+            check = task.check(problem, without_thinking(text))
             yield {
                 "index": index,
                 "question": plain(problem.prompt),
@@ -59,5 +59,5 @@ def make_cases(
                 "reference": problem.answer,
                 "subset": str(problem.extra.get("subset", task.name)),
                 "response_with_cot": text,
-            } | ({} if worked is None else {"worked": worked})
+            } | ({} if check is None else {"check": check})
             index += 1

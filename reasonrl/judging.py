@@ -8,7 +8,7 @@ the judge quotes it. Exactly one such tag, at the very end, or there is no verdi
     call = ask("2+2?", "It is 4.", seed=1);  read(reply, call.nonce)  ->  1, 0 or a reason
 
 `style="compact"` is for models that read single characters and have a thousand of them in all:
-    [2+2:|2+2=4#4]?      2+2=4#4~4!1    (prompt and reply; `.` in place of `?`: no thinking)
+    [2+2:|2+2=4#4]?      2+2=4#4~4-4=0!1    (prompt and reply; `.` in place of `?`: no thinking)
 Such a model takes longer to learn to copy a nonce than to judge, so the promise is kept another
 way: the marks `[ | ] !` stand nowhere inside the fence, for in question and response each is shown
 as `_`. The one verdict stands behind the one `!` of the reply, at its end.

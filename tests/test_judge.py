@@ -205,8 +205,11 @@ def test_data_is_labelled_by_the_verifier_and_balanced(policy, monkeypatch, tmp_
     assert all((r["response"] == worked[r["question"]]) == bool(r["label"]) for r in rows)
     assert [r["index"] for r in rows] == list(range(len(rows)))
     fields = {"index", "question", "response", "label", "model", "reference", "subset"}
-    assert set(rows[0]) == fields | {"response_with_cot", "worked"}
-    assert all(r["worked"] == worked[r["question"]] for r in rows)
+    assert set(rows[0]) == fields | {"response_with_cot", "check"}
+    for r in rows:
+        own, stated = (t.rpartition("#")[2] for t in (worked[r["question"]], r["response"]))
+        checked = f"{worked[r['question']]}~{own}-{stated}={int(own) - int(stated)}"
+        assert r["check"] == checked and (checked.endswith("=0")) == bool(r["label"])
     assert len(read_cases(lines(tmp_path / "b.jsonl", rows))) == len(rows)
 
 

@@ -34,7 +34,7 @@ def cases(n=40):
         for label in (1, 0):
             said = a + b if label else a + b + 1
             row = {"question": f"{a}+{b}:", "response": f"{a}+{b}={said}#{said}", "label": label}
-            rows.append(row | {"worked": worked})
+            rows.append(row | {"check": f"{worked}~{a + b}-{said}={a + b - said}"})
     return rows
 
 
@@ -96,8 +96,7 @@ def test_judging_is_a_task(data):
     assert len(by_question) == 40 and all(len(s) == 1 for s in by_question.values())
     problem = task.problem("train", 0)
     gold, n = task.worked(problem), problem.extra["nonce"]
-    stated = problem.prompt[:-2].rpartition("#")[2]  # what the response says
-    assert gold == f"{problem.extra['worked']}~{stated}{n}{problem.answer}"
+    assert gold == f"{problem.extra['check']}!{problem.answer}"
     assert task.grade(problem, gold).value == 1.0
     assert task.grade(problem, f"{n}{1 - int(problem.answer)}").value == 0.0
     none = task.grade(problem, "well")
@@ -112,6 +111,22 @@ def test_judging_is_a_task(data):
     assert full.grade(p, full.worked(p)).value == 1.0
 
 
+def test_a_check_re_derives_and_compares():
+    task = make_task("arithmetic", style="compact", terms=2, ops="-", mod=7, low=1, high=6)
+    problem = task.problem("train", 0)
+    a, b = problem.extra["operands"]
+    own = (a - b) % 7
+    for stated in range(7):
+        found = task.check(problem, f"{a}-{b}={stated}#{stated}")
+        assert found == f"{a}-{b}={own}#{own}~{own}-{stated}={(own - stated) % 7}"
+    assert task.check(problem, "who knows") == f"{a}-{b}={own}#{own}~none"
+    chat = make_task("arithmetic", terms=2, ops="+", low=1, high=9)
+    problem = chat.problem("train", 0)
+    a, b = problem.extra["operands"]
+    spoken = chat.check(problem, f"{a}+{b}=5\nAnswer: 5")
+    assert spoken == f"{a}+{b}={a + b}\nAnswer: {a + b}\nCheck: {a + b}-5={a + b - 5}"
+
+
 def test_no_question_stands_on_both_sides(data, tmp_path):
     held = lines(tmp_path / "bench.jsonl", cases()[:10])
     task = make_task("judging", data=str(data), eval_file=str(held), dev=0.0, style="compact")
@@ -120,8 +135,8 @@ def test_no_question_stands_on_both_sides(data, tmp_path):
     assert not asked & {row["question"] for row in cases()[:10]}
 
 
-def test_a_row_without_a_worked_answer_has_no_gold(tmp_path, policy):
-    rows = [{k: v for k, v in row.items() if k != "worked"} for row in cases()]
+def test_a_row_without_a_check_has_no_gold(tmp_path, policy):
+    rows = [{k: v for k, v in row.items() if k != "check"} for row in cases()]
     task = make_task("judging", data=str(lines(tmp_path / "c.jsonl", rows)), style="compact")
     assert task.worked(task.problem("train", 0)) is None
     with pytest.raises(InputError, match="has no worked completion"):

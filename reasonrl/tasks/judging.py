@@ -5,10 +5,10 @@ judging.ask's; a completion is right when its one verdict is the row's label, an
 without a verdict is wrong, with the reason: here the judge is the one who is graded. What a
 judgement's length costs is the algorithm's (algos/judging.py), for a task sees texts, not tokens.
 
-`worked` is a judgement by rule: the question's own answer as the rule works it (the row's
-`worked`), the answer that the response states, then the label. With `traces`, "train" and "sft" are
-the rows of that file (`prompt` and `worked`: judgements somebody made, and whatever is mixed in)
-and the judging rows are held out or unused.
+`worked` is a judgement by rule: the row's `check` (the answer re-derived step by step, then
+compared with the stated one; Task.check), then the label. With `traces`, "train" and "sft" are the
+rows of that file (`prompt` and `worked`: judgements somebody made, and whatever is mixed in) and
+the judging rows are held out or unused.
 
 A row's split is decided by a hash of its question: no question has responses on both sides. With
 `eval_file`, "test" is that file, and rows on its questions leave "train".
@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from reasonrl.answer import ballot
 from reasonrl.cases import Case, read_cases
 from reasonrl.judging import Style, ask, read, verdict_text
 from reasonrl.records import InputError, Problem, Score, scored, unscorable
@@ -115,23 +114,20 @@ def judgement(case: Case, id: str, style: Style, think: bool, with_cot: bool, se
         "nonce": call.nonce,
         "label": case.label,
         "index": case.index,
-        "worked": case.worked,
-        "stated": ballot(response) or "nothing",
+        "check": case.check,
     }
     return Problem(id, call.prompt, str(case.label), "choice", "judging", extra=extra)
 
 
 def gold(problem: Problem, style: Style, think: bool) -> str | None:
-    """The judgement by rule: the answer re-derived step by step, what the response states, and the
-    label; None where the row has no worked answer and thinking is asked for."""
+    """The judgement by rule: the row's `check`, then the label; None where the row has none and
+    thinking is asked for."""
     nonce, label = problem.extra["nonce"], problem.extra["label"]
     end = verdict_text(label, nonce, style)
     if not think:
         return end
-    worked = problem.extra["worked"]
-    if worked is None:
+    check = problem.extra["check"]
+    if check is None:
         return None
-    stated = problem.extra["stated"]
-    said = f"~{stated}" if style == "compact" else f"\nThe response states {stated}.\n"
-    text = f"{worked}{said}{end}"
+    text = f"{check}{end}" if style == "compact" else f"{check}\n{end}"
     return text if read(text, nonce, style) == label else None

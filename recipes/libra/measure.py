@@ -31,10 +31,12 @@ TASK = f"task_options={json.dumps(OPTIONS)}"
 SMALL = "model_options={width: 64, layers: 2, heads: 2}"
 PROBLEMS = 500  # held-out problems of the policy
 COLD = ["cold_start_steps=600", "cold_start.batch=32", "cold_start.learning_rate=3e-3", "steps=0"]
-GOLD = ["steps=400", "eval.at_start=false", "prompts_per_step=32", "learning_rate=3e-3"]
+GOLD = ["steps=220", "eval.at_start=false", "prompts_per_step=32", "learning_rate=3e-3"]
 SFT = ["steps=300", "eval.at_start=false", "prompts_per_step=32", "learning_rate=1e-3"]
 RL = ["steps=40", "eval.at_start=false", "learning_rate=3e-4", "log.completions_every=0"]
 DPO = ["steps=60", "prompts_per_step=16", "learning_rate=1e-4", "eval_problems=0"]
+ONLINE = ["cold_start_steps=0", "steps=40", "prompts_per_step=16", "learning_rate=3e-4"]
+ONLINE += ["algo.votes=2", "eval.at_start=false", "log.completions_every=0"]
 # arm: (stage, the arm it starts from, its own words); "mix" is the seed's file of other reasoning
 ARMS = {
     "gold": ("gold", "base", GOLD),
@@ -100,6 +102,9 @@ def seed_of(seed: int, runs: Path, arms: list[str]) -> dict:
         found[arm] = run(runs / arm, [*words, *keys])
     if "dpo" in arms:
         found["dpo"] = dpo(runs, seed, base, common)
+    if "online" in arms:
+        words = ["train", "libra", TASK, base, f"algo.judge={last(runs / 'rl')}", *ONLINE, *common]
+        found["online"] = run(runs / "online", [*words, f"eval_problems={PROBLEMS}", "--quiet"])
     return found
 
 
