@@ -5,10 +5,10 @@
 A seed: one policy learns arithmetic chains for a while, judged answers are made of its own
 (`reasonrl judge data`, bench rows on other questions), and every arm starts from there. gold:
 judgements by rule. sft: rejection sampling from gold, other reasoning mixed in. rl: GRPO on the
-verdict from sft. plain: gold without thinking. dpo: pairs by the last judge on prompts whose
-answers nobody gives, then DPO of the policy. The rest are ablations. What is finished is not run
-again. Writes results.json (every seed and arm) and results.md (means, 95 % t-intervals of paired
-differences).
+verdict from sft. plain: gold without thinking. long: gold for more steps. dpo: pairs by that judge
+on prompts whose answers nobody gives, then DPO of the policy. The rest are ablations. What is
+finished is not run again. Writes results.json (every seed and arm) and results.md (means, 95 %
+t-intervals of paired differences).
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ SMALL = "model_options={width: 64, layers: 2, heads: 2}"
 PROBLEMS = 500  # held-out problems of the policy
 COLD = ["cold_start_steps=600", "cold_start.batch=32", "cold_start.learning_rate=3e-3", "steps=0"]
 GOLD = ["steps=220", "eval.at_start=false", "prompts_per_step=32", "learning_rate=3e-3"]
+LONG = ["steps=400", *GOLD[1:]]
 SFT = ["steps=300", "eval.at_start=false", "prompts_per_step=32", "learning_rate=1e-3"]
-RL = ["steps=40", "eval.at_start=false", "learning_rate=3e-4", "log.completions_every=0"]
+RL = ["steps=80", "eval.at_start=false", "learning_rate=1e-4", "log.completions_every=0"]
 DPO = ["steps=60", "prompts_per_step=16", "learning_rate=1e-4", "eval_problems=0"]
 ONLINE = ["cold_start_steps=0", "steps=40", "prompts_per_step=16", "learning_rate=3e-4"]
 ONLINE += ["algo.votes=2", "eval.at_start=false", "log.completions_every=0"]
@@ -43,10 +44,10 @@ ARMS = {
     "sft": ("sft", "gold", ["--mix", "mix", *SFT]),
     "rl": ("rl", "sft", RL),
     "plain": ("gold", "base", ["--no-thinking", *GOLD]),
+    "long": ("gold", "base", LONG),
     "no_sft": ("rl", "gold", RL),
     "no_rejection": ("sft", "gold", ["--mix", "mix", "--no-rejection", *SFT]),
     "no_mix": ("sft", "gold", SFT),
-    "no_price": ("rl", "sft", [*RL, "algo={kind: dr_grpo}"]),
 }
 # what is compared with what, in the table
 PAIRS = [
@@ -54,17 +55,17 @@ PAIRS = [
     ("rl", "gold", "both stages"),
     ("rl", "sft", "RL after it"),
     ("gold", "plain", "thinking over none, by rule alone"),
+    ("long", "gold", "400 steps by rule over 220"),
     ("rl", "no_sft", "RL with SFT before it over RL alone"),
     ("sft", "no_rejection", "keeping the agreeing judgements over keeping all"),
     ("sft", "no_mix", "other reasoning mixed in over none"),
-    ("rl", "no_price", "a price on length over none"),
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--arms", nargs="*", default=["gold", "sft", "rl", "plain", "dpo"])
+    parser.add_argument("--arms", nargs="*", default=["gold", "sft", "rl", "plain", "long", "dpo"])
     parser.add_argument("--runs", type=Path, default=Path("runs/libra"))
     parser.add_argument("--only-run", action="store_true", help="leave the tables alone")
     options = parser.parse_args()
@@ -103,15 +104,23 @@ def seed_of(seed: int, runs: Path, arms: list[str]) -> dict:
     if "dpo" in arms:
         found["dpo"] = dpo(runs, seed, base, common)
     if "online" in arms:
-        words = ["train", "libra", TASK, base, f"algo.judge={last(runs / 'rl')}", *ONLINE, *common]
+        words = [
+            "train",
+            "libra",
+            TASK,
+            base,
+            f"algo.judge={last(runs / 'long')}",
+            *ONLINE,
+            *common,
+        ]
         found["online"] = run(runs / "online", [*words, f"eval_problems={PROBLEMS}", "--quiet"])
     return found
 
 
 def dpo(runs: Path, seed: int, base: str, common: list[str]) -> dict:
     """The policy after DPO on pairs that the trained judge made of its answers to new prompts."""
-    answers, pairs, judge = runs / "answers.jsonl", runs / "pairs.jsonl", last(runs / "rl")
-    span = ["--first", "5000", "--problems", "400", "--group", "6", "--delimiter", ";"]
+    answers, pairs, judge = runs / "answers.jsonl", runs / "pairs.jsonl", last(runs / "long")
+    span = ["--first", "5000", "--problems", "800", "--group", "6", "--delimiter", ";"]
     words = ["prm", "label", "tiny", TASK, base, f"seed={seed}", "max_completion_length=24", *span]
     made(answers, words)
     judged = ["--judge", str(judge), "--style", "compact", "--votes", "2", "--max-tokens", "48"]
