@@ -59,7 +59,7 @@ class Libra(GRPO):
     checklist: list[str] = field(default_factory=list)
     judge_problems: int = 1500
     judge_samples: int = 4
-    judge_steps: int = 600
+    judge_steps: int = 400
     judge_learning_rate: float = 1e-3
     held: Held = field(default_factory=Held, init=False, repr=False, compare=False)
 

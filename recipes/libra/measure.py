@@ -68,8 +68,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=["gold", "sft", "rl", "plain", "long", "dpo"])
     parser.add_argument("--runs", type=Path, default=Path("runs/libra"))
     parser.add_argument("--only-run", action="store_true", help="leave the tables alone")
+    parser.add_argument("--only-read", action="store_true", help="tables of what is finished")
     options = parser.parse_args()
-    results = [seed_of(seed, options.runs / str(seed), options.arms) for seed in options.seeds]
+    one = finished if options.only_read else seed_of
+    results = [one(seed, options.runs / str(seed), options.arms) for seed in options.seeds]
     if options.only_run:
         return
     whole = {
@@ -117,6 +119,18 @@ def seed_of(seed: int, runs: Path, arms: list[str]) -> dict:
     return found
 
 
+def finished(seed: int, runs: Path, arms: list[str]) -> dict:
+    """What is there of one seed; nothing is run."""
+    found: dict = {"seed": seed}
+    for arm in ("base", *ARMS, "online", "dpo"):
+        done = runs / arm / "measured.json"
+        if done.exists() and arm in ("base", *arms):
+            found[arm] = json.loads(done.read_text())
+    if "dpo" in found:
+        found["dpo"] |= _after(runs)
+    return found
+
+
 def dpo(runs: Path, seed: int, base: str, common: list[str]) -> dict:
     """The policy after DPO on pairs that the trained judge made of its answers to new prompts."""
     answers, pairs, judge = runs / "answers.jsonl", runs / "pairs.jsonl", last(runs / "long")
@@ -129,9 +143,12 @@ def dpo(runs: Path, seed: int, base: str, common: list[str]) -> dict:
     found = run(runs / "dpo", [*words, "dtype=fp32", *DPO, *common, "--quiet"])
     words = ["eval", "tiny", TASK, f"model={last(runs / 'dpo')}", f"eval_problems={PROBLEMS}"]
     made(runs / "dpo.json", [*words, f"seed={seed}"], printed=True)
+    return found | _after(runs)
+
+
+def _after(runs: Path) -> dict:
     after = json.loads((runs / "dpo.json").read_text().splitlines()[-1])
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    return found | {"accuracy": after["eval/accuracy"], "pairs": len(rows)}
+    return {"accuracy": after["eval/accuracy"], "pairs": len(lines(runs / "pairs.jsonl"))}
 
 
 def other_reasoning(path: Path, seed: int) -> None:
@@ -214,7 +231,9 @@ def interval(values: list[float]) -> str:
 def table(whole: dict) -> str:
     rows = whole["seeds"]
     arms = [arm for arm in ARMS if any(arm in row for row in rows)]
-    heads = ["policy", *(["policy after DPO"] if any("dpo" in r for r in rows) else [])]
+    more = {"dpo": "policy after DPO", "online": "policy after train libra"}
+    later = [arm for arm in more if any(arm in row for row in rows)]
+    heads = ["policy", *(more[arm] for arm in later)]
     lines = [
         "Percent right: judges (arm by arm) on held-out judged answers, half of them right;"
         f" the policy on {PROBLEMS} held-out problems. Greedy.",
@@ -225,11 +244,12 @@ def table(whole: dict) -> str:
     for row in rows:
         values = [f"{final(row[a]):.1f}" if a in row else "" for a in arms]
         values.append(f"{final(row['base']):.1f}")
-        if len(heads) > 1:
-            values.append(f"{final(row['dpo']):.1f}" if "dpo" in row else "")
+        values += [f"{final(row[arm]):.1f}" if arm in row else "" for arm in later]
         lines.append(f"| {row['seed']} | {' | '.join(values)} |")
     lines += ["", "| difference | seeds | points, mean and 95 % t-interval |", "|---|---|---|"]
-    for a, b, what in [*PAIRS, ("dpo", "base", "DPO on the judge's pairs over the policy")]:
+    policies = [("dpo", "base", "DPO on the judge's pairs over the policy")]
+    policies.append(("online", "base", "train libra with the judge over the policy"))
+    for a, b, what in [*PAIRS, *policies]:
         gaps = [final(row[a]) - final(row[b]) for row in rows if a in row and b in row]
         if gaps:
             lines.append(f"| {what} ({a} - {b}) | {len(gaps)} | {interval(gaps)} |")
