@@ -70,6 +70,14 @@ class Source:
         self.waiting = [(n, replace(rollout, stale=True)) for n, rollout in self.waiting]
         return out, metrics
 
+    def mark(self) -> tuple[int, list[Waiting]]:
+        """Where the source stands, for `rewind`."""
+        return self.drawn, list(self.waiting)
+
+    def rewind(self, mark: tuple[int, list[Waiting]]) -> None:
+        """As if nothing had been drawn since `mark`."""
+        self.drawn, self.waiting = mark[0], list(mark[1])
+
     def state(self) -> list[dict[str, Any]]:
         """What every rank keeps waiting, as plain values; a collective."""
         mine = [_plain(number, rollout) for number, rollout in self.waiting]

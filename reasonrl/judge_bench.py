@@ -1,10 +1,6 @@
-"""Verifiable judging (V2V, arXiv 2507.21645): data for judges from verifiable problems, and Libra
-Bench's measure of them.
+"""Libra Bench's measure of judges (arXiv 2507.21645) on rows of judge_data.py's format.
 
-Data: several generators answer problems that a verifier can grade; every answer becomes a row whose
-label is the verifier's, right and wrong ones balanced for each generator. Rows have Libra Bench's
-fields: index, question, response, label, model, reference, subset, response_with_cot.
-Bench: accuracy on each subset, the unweighted mean of them, balanced accuracy, accuracy for each
+Accuracy on each subset, the unweighted mean of them, balanced accuracy, accuracy for each
 generator; intervals are percentile bootstraps over rows. A tie of votes is "wrong"; a row
 without any verdict counts as judged wrongly and is reported.
 """
@@ -12,47 +8,15 @@ without any verdict counts as judged wrongly and is reported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from reasonrl.models import Policy
-from reasonrl.prompts import plain, render
-from reasonrl.records import InputError
-from reasonrl.rewards.judge import Judge, without_thinking
-from reasonrl.rollout import Sampling, sample
-from reasonrl.rows import Refused, brief, field_of, read_rows
-from reasonrl.tasks import Task
-from reasonrl.tasks.base import Draws
+from reasonrl.cases import Case
+from reasonrl.rewards.judge import Judge
 
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of a judging benchmark."""
-
-    index: str
-    question: str
-    response: str
-    with_cot: str
-    label: int
-    model: str
-    subset: str
-
-
-def read_cases(path: str | Path) -> list[Case]:
-    """The rows of a file in Libra Bench's format; InputError names row and field."""
-    out = []
-    for number, row in read_rows(path):
-        try:
-            out.append(_case(row, number))
-        except Refused as error:
-            raise InputError(f"{path}: row {number}: {error}") from None
-    return out
 
 
 def bench(judge: Judge, cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
@@ -93,64 +57,6 @@ def bench(judge: Judge, cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
         "thinking": judge.think,
         "votes": judge.votes,
     }
-
-
-def make_cases(
-    generators: Mapping[str, Policy],
-    task: Task,
-    sampling: Sampling,
-    span: tuple[str, int, int],  # split, number of the first problem, how many
-    samples: int,
-    seed: int,
-) -> Iterator[dict[str, Any]]:
-    """Rows of judging data, as many right as wrong ones for each generator."""
-    split, first, count = span
-    problems = task.problems(split, first, count)
-    index = 0
-    for name, policy in generators.items():
-        prompts = [render(policy.tokenizer, p.prompt, images=len(p.images)) for p in problems]
-        rollout = sample(policy, problems, prompts, samples, sampling, seed)
-        asked = [rollout.problems[g] for g in rollout.group.tolist()]
-        grades = task.verdicts(asked, rollout.text)
-        sides: dict[int, list[int]] = {0: [], 1: []}
-        for i, grade in enumerate(grades):
-            if grade.value in (0.0, 1.0) and rollout.text[i].strip():
-                sides[int(grade.value)].append(i)
-        draws = Draws("judge", seed, name)
-        size = min(map(len, sides.values()))
-        chosen = sorted(i for side in sides.values() for i in draws.shuffled(side)[:size])
-        for i in chosen:
-            yield {
-                "index": index,
-                "question": plain(asked[i].prompt),
-                "response": without_thinking(str(rollout.text[i])),
-                "label": int(grades[i].value or 0),
-                "model": name,
-                "reference": asked[i].answer,
-                "subset": str(asked[i].extra.get("subset", task.name)),
-                "response_with_cot": rollout.text[i],
-            }
-            index += 1
-
-
-def _case(row: Mapping[str, Any], number: int) -> Case:
-    texts = {}
-    for name in ("question", "response"):
-        texts[name] = field_of(row, name, str, "a string")
-        if not texts[name] or not texts[name].strip():
-            raise Refused(f"field {name!r}: expected some text, got {brief(texts[name])}")
-    label = row.get("label")
-    if label not in (0, 1):
-        raise Refused(f"field 'label': expected 0 or 1, got {brief(label)}")
-    return Case(
-        index=str(row.get("index", number)),
-        question=texts["question"],
-        response=texts["response"],
-        with_cot=field_of(row, "response_with_cot", str, "a string") or texts["response"],
-        label=int(label),
-        model=str(row.get("model", "unknown")),
-        subset=str(row.get("subset", "all")),
-    )
 
 
 def _mean(values: np.ndarray) -> float:

@@ -6,15 +6,26 @@ two marks that carry a nonce made after it was written, and the only verdict tha
 with the same nonce: text in the response can neither close the fence nor forge a verdict, also when
 the judge quotes it. Exactly one such tag, at the very end, or there is no verdict.
     call = ask("2+2?", "It is 4.", seed=1);  read(reply, call.nonce)  ->  1, 0 or a reason
+
+`style="compact"` is for models that read single characters and have a thousand of them in all:
+    [2+2:|2+2=4#4]?      2+2=4#4~4-4=0!1    (prompt and reply; `.` in place of `?`: no thinking)
+Such a model takes longer to learn to copy a nonce than to judge, so the promise is kept another
+way: the marks `[ | ] !` stand nowhere inside the fence, for in question and response each is shown
+as `_`. The one verdict stands behind the one `!` of the reply, at its end.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from reasonrl.records import InputError
 
 DIGITS = 12  # of the nonce, hexadecimal
+MARK = "!"  # what stands in for it in the compact style
+Style = Literal["full", "compact"]
 
 
 class Call(NamedTuple):
@@ -30,8 +41,18 @@ def ask(
     think: bool = True,
     checklist: Sequence[str] = (),
     reference: str | None = None,
+    style: Style = "full",
 ) -> Call:
-    """The judge's prompt. checklist: criteria that it goes through; reference: a known answer."""
+    """The judge's prompt. checklist: criteria that it goes through; reference: a known answer.
+
+    InputError: a checklist or a reference in the compact style, which has no room for them.
+    """
+    if style == "compact":
+        if checklist or reference is not None:
+            given = "a checklist" if checklist else "a reference"
+            raise InputError(f"style compact: expected question and response alone, got {given}")
+        inside = f"{_unmarked(question)}|{_unmarked(response)}"
+        return Call(f"[{inside}]{'?' if think else '.'}", MARK)
     nonce = nonce_of(seed, question, response)
     parts = [
         "You check whether a response answers a question correctly.",
@@ -54,12 +75,24 @@ def ask(
     return Call("\n\n".join(parts), nonce)
 
 
-def read(reply: str, nonce: str) -> int | str:
+def read(reply: str, nonce: str, style: Style = "full") -> int | str:
     """The verdict of a reply, 0 or 1, or the reason why it has none."""
-    value, reason = tagged(reply, nonce, "verdict")
+    if style == "compact":
+        count = reply.count(nonce)
+        value = reply.rpartition(nonce)[2].strip()
+        reason = "" if count == 1 else f"{count} verdicts" if count else "no verdict"
+    else:
+        value, reason = tagged(reply, nonce, "verdict")
     if reason:
         return reason
     return int(value) if value in ("0", "1") else f"the verdict is {value[:20]!r}"
+
+
+def verdict_text(verdict: int, nonce: str, style: Style = "full") -> str:
+    """The end of a reply that gives this verdict."""
+    if style == "compact":
+        return f"{nonce}{verdict}"
+    return f"<verdict-{nonce}>{verdict}</verdict-{nonce}>"
 
 
 def tagged(reply: str, nonce: str, name: str) -> tuple[str, str]:
@@ -75,6 +108,10 @@ def tagged(reply: str, nonce: str, name: str) -> tuple[str, str]:
     return inside.strip(), ""
 
 
+def _unmarked(text: str) -> str:
+    return re.sub(r"[\[|\]!]", "_", text)
+
+
 def nonce_of(seed: int, *texts: str) -> str:
     """A number that nobody could know when the texts were written, and that is in none of them."""
     lengths = "\x1f".join(str(len(text)) for text in texts[:-1])
@@ -84,4 +121,4 @@ def nonce_of(seed: int, *texts: str) -> str:
         nonce = hashlib.blake2b(joined, key=key, digest_size=DIGITS // 2).hexdigest()
         if not any(nonce in text for text in texts):
             return nonce
-    raise ValueError("response: expected a text without a thousand of our numbers")
+    raise InputError("response: expected a text without a thousand of our numbers")

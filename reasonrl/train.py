@@ -27,7 +27,7 @@ from reasonrl.log import RunLog, read_rows
 from reasonrl.loss import LossSpec
 from reasonrl.observe import completion_rows, picture_name, step_metrics
 from reasonrl.ranks import any_rank, check_whole_weights, whole
-from reasonrl.records import InputError
+from reasonrl.records import InputError, ScorerDown
 from reasonrl.rollout import Sampling
 from reasonrl.tasks import make_task
 from reasonrl.update import Learner, rate_at
@@ -152,7 +152,7 @@ class Run:
         if self.step < config.steps and not self._stopping(stop):
             self._begin()
         while self.step < config.steps and not self._stopping(stop):
-            self._step()
+            self._step_or_save()
             if config.save.every and self.step % config.save.every == 0:
                 self._save()
         if self.saved != (self.cold, self.step):
@@ -242,6 +242,18 @@ class Run:
             seen = [i for p in shown[0].problems for i in p.images if not isinstance(i, str)]
             log.pictures({picture_name(image): image for image in seen})
         log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")
+
+    def _step_or_save(self) -> None:
+        """A step; where a judge or verifier stays down, a checkpoint as it was before the step."""
+        mark = self.source.mark()
+        try:
+            self._step()
+        except ScorerDown:
+            if self.accelerator.num_processes == 1:  # alone: other ranks may not have failed
+                self.source.rewind(mark)
+                if self.saved != (self.cold, self.step):
+                    self._save()
+            raise
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         config = self.config

@@ -42,7 +42,10 @@ STAIR = [
     },
     {"integrations"},
     {"algos"},
-    {*"rewards tasks labels prm_train implicit_train template trajectory".split()},
+    {
+        *"rewards tasks labels prm_train implicit_train template trajectory".split(),
+        *"judge_data judge_train".split(),
+    },
     {
         *"models rollout batch checkpoint log config lora logprobs heads vision".split(),
         *"prm prm_heads asking encoder asker".split(),
@@ -59,6 +62,7 @@ STAIR = [
             "choice",
             "curves",
             "judging",
+            "cases",
             "quality",
             "targets",
             "cache",

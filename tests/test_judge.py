@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from reasonrl import InputError, Problem, judge_bench, models
+from reasonrl import InputError, Problem, judge_data, models
+from reasonrl.cases import read_cases
 from reasonrl.choice import texts
 from reasonrl.cli import main
-from reasonrl.judge_bench import bench, make_cases, read_cases
+from reasonrl.judge_bench import bench
+from reasonrl.judge_data import make_cases
 from reasonrl.judging import ask, read
 from reasonrl.pairs import pairs
 from reasonrl.records import Rollout
@@ -193,7 +195,7 @@ def test_data_is_labelled_by_the_verifier_and_balanced(policy, monkeypatch, tmp_
     def reply(prompt, vote):
         return worked[prompt] if vote == 0 else worked[prompt][:-1] + "9" if vote < 3 else " "
 
-    monkeypatch.setattr(judge_bench, "sample", Scripted(reply))
+    monkeypatch.setattr(judge_data, "sample", Scripted(reply))
     span = ("train", 0, 6)
     rows = list(make_cases({"a": policy, "b": policy}, task, Sampling(8), span, 4, 0))
     for name in "ab":
@@ -203,7 +205,11 @@ def test_data_is_labelled_by_the_verifier_and_balanced(policy, monkeypatch, tmp_
     assert all((r["response"] == worked[r["question"]]) == bool(r["label"]) for r in rows)
     assert [r["index"] for r in rows] == list(range(len(rows)))
     fields = {"index", "question", "response", "label", "model", "reference", "subset"}
-    assert set(rows[0]) == fields | {"response_with_cot"}
+    assert set(rows[0]) == fields | {"response_with_cot", "check"}
+    for r in rows:
+        own, stated = (t.rpartition("#")[2] for t in (worked[r["question"]], r["response"]))
+        checked = f"{worked[r['question']]}~{own}-{stated}={int(own) - int(stated)}"
+        assert r["check"] == checked and (checked.endswith("=0")) == bool(r["label"])
     assert len(read_cases(lines(tmp_path / "b.jsonl", rows))) == len(rows)
 
 

@@ -2,6 +2,8 @@
 
 from reasonrl.algos.base import GRPO, Algorithm
 from reasonrl.algos.dpo import Dpo
+from reasonrl.algos.judging import JudgeRL
+from reasonrl.algos.libra import Libra
 from reasonrl.algos.merf import Merf
 from reasonrl.algos.prime import Prime
 from reasonrl.algos.process import Process
@@ -15,6 +17,8 @@ ALGOS: dict[str, type[Algorithm]] = {
     "prime": Prime,
     "reasonflux": ReasonFlux,
     "merf": Merf,
+    "libra": Libra,
+    "judging": JudgeRL,
     "sophia": Sophia,
     "dpo": Dpo,
     "sft": SFT,
@@ -26,6 +30,8 @@ __all__ = [
     "SFT",
     "Algorithm",
     "Dpo",
+    "JudgeRL",
+    "Libra",
     "Merf",
     "Prime",
     "Process",

@@ -31,7 +31,7 @@ class SFT(Algorithm):
             if worked is None:
                 raise InputError(
                     f"problem {problem.id}: task {self.task.name} has no worked completion to learn"
-                    " from (JSONL rows need a `completion` field)"
+                    " from (rows of a file need a `worked` field)"
                 )
             texts.append(worked)
         return given(self.policy, problems, self.prompt(problems), texts)

@@ -1,4 +1,7 @@
-"""`reasonrl judge data`, `judge bench` and `pairs`: generative judges and their uses."""
+"""`reasonrl judge data`, `judge bench` and `pairs`: generative judges and their uses.
+
+`judge train` is in judge_train.py.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ import json
 import math
 from pathlib import Path
 
-from reasonrl.commands import server
+from reasonrl.commands import judge_train, server
 from reasonrl.records import InputError
 
 
 def add(commands) -> None:
     parser = commands.add_parser("judge", help="judging data from verifiable problems; Libra Bench")
-    kinds = parser.add_subparsers(required=True, metavar="data | bench")
+    kinds = parser.add_subparsers(required=True, metavar="data | train | bench")
 
     command = kinds.add_parser("data", help="sample generators, label by the verifier, balance")
     command.add_argument("recipe", help="names task and sampling; overrides as in train")
@@ -26,6 +29,7 @@ def add(commands) -> None:
     command.add_argument("--samples", type=int, default=8, help="answers of each generator")
     command.set_defaults(run=_data)
 
+    judge_train.add(kinds)
     command = kinds.add_parser("bench", help="accuracy of a judge on a file of judged answers")
     command.add_argument("data", type=Path, help="JSONL or parquet in Libra Bench's format")
     _judge_options(command, required=True)
@@ -54,6 +58,7 @@ def _judge_options(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--no-thinking", action="store_true", help="the verdict at once")
     command.add_argument("--with-cot", action="store_true", help="the judge sees the thinking")
     command.add_argument("--checklist", type=Path, help="criteria, one a line")
+    command.add_argument("--style", default="full", choices=["full", "compact"], help="of prompts")
     command.add_argument("--seed", type=int, default=0)
 
 
@@ -75,6 +80,8 @@ def _judge(options: argparse.Namespace):
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--checklist: {options.checklist}: {error}") from None
         points = [line.strip() for line in lines if line.strip()]
+    if points and options.style == "compact":
+        raise InputError("--checklist: expected none with --style compact, got some")
     return Judge(
         _client(options) if server.is_url(options.judge) else _model(options),
         votes=options.votes,
@@ -83,6 +90,7 @@ def _judge(options: argparse.Namespace):
         think=not options.no_thinking,
         with_cot=options.with_cot,
         checklist=points,
+        style=options.style,
         seed=options.seed,
     )
 
@@ -104,7 +112,7 @@ def _model(options: argparse.Namespace):
 def _data(options: argparse.Namespace) -> int:
     from reasonrl import config as configs
     from reasonrl import models
-    from reasonrl.judge_bench import make_cases
+    from reasonrl.judge_data import make_cases
     from reasonrl.rollout import Sampling
     from reasonrl.stepwise import write_rows
     from reasonrl.tasks import make_task
@@ -139,7 +147,8 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from reasonrl.judge_bench import bench, read_cases
+    from reasonrl.cases import read_cases
+    from reasonrl.judge_bench import bench
 
     cases = read_cases(options.data)
     found = bench(_judge(options), cases, options.seed)

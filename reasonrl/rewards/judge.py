@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from reasonrl.chat import ChatClient
-from reasonrl.judging import Call, ask, read
+from reasonrl.judging import Call, Style, ask, read
 from reasonrl.models import Policy
 from reasonrl.prompts import plain, render
 from reasonrl.records import Problem, Rewards, Rollout, Score, infra, scored, unscorable
@@ -41,6 +41,7 @@ class Judge:
         think: bool = True,
         with_cot: bool = False,
         checklist: Sequence[str] = (),
+        style: Style = "full",
         seed: int = 0,
     ):
         if votes < 1 or max_tokens < 1:
@@ -49,7 +50,10 @@ class Judge:
             raise ValueError(f"votes must be 1 at temperature 0, got {votes}")
         self.policy, self.votes, self.seed = policy, votes, seed
         self.sampling = Sampling(max_tokens, temperature)
+        if style == "compact" and checklist:
+            raise ValueError("style compact has no room for a checklist")
         self.think, self.with_cot, self.checklist = think, with_cot, tuple(checklist)
+        self.style: Style = style
 
     def __call__(self, rollout: Rollout) -> Rewards:
         refuse(rollout.problems, "a judge")
@@ -65,10 +69,9 @@ class Judge:
     def verdicts(self, questions: Sequence[str], responses: Sequence[str]) -> list[list[int | str]]:
         """`votes` verdicts for every response: 0, 1 or the reason why there is none."""
         own = [r if self.with_cot else without_thinking(r) for r in responses]
-        calls = [
-            ask(q, r, seed=self.seed, think=self.think, checklist=self.checklist)
-            for q, r in zip(questions, own, strict=True)
-        ]
+        how = {"think": self.think, "checklist": self.checklist, "style": self.style}
+        pairs = zip(questions, own, strict=True)
+        calls = [ask(q, r, seed=self.seed, **how) for q, r in pairs]
         if isinstance(self.policy, ChatClient):
             return self._behind(self.policy, calls)
         return self._here(self.policy, calls)
@@ -83,7 +86,7 @@ class Judge:
         done = sample(policy, problems, chosen, self.votes, self.sampling, self.seed)
         for at, i in enumerate(fits):
             texts = done.text[at * self.votes : (at + 1) * self.votes]
-            out[i] = [read(text, calls[i].nonce) for text in texts]
+            out[i] = [read(text, calls[i].nonce, self.style) for text in texts]
         return out
 
     def _behind(self, client: ChatClient, calls: Sequence[Call]) -> list[list[int | str]]:
@@ -94,13 +97,14 @@ class Judge:
             temperature=self.sampling.temperature,
             seeds=[(self.seed * 1_000_003 + vote) % 2**31 for _, vote in every],
         )
-        votes = [_verdict(r, c.nonce) for r, (c, _) in zip(replies, every, strict=True)]
+        pairs = zip(replies, every, strict=True)
+        votes = [_verdict(reply, call.nonce, self.style) for reply, (call, _) in pairs]
         return [votes[i : i + self.votes] for i in range(0, len(votes), self.votes)]
 
 
-def _verdict(reply: str | Score, nonce: str) -> int | str:
+def _verdict(reply: str | Score, nonce: str, style: Style) -> int | str:
     if isinstance(reply, str):
-        return read(reply, nonce)
+        return read(reply, nonce, style)
     return Down(reply.reason) if reply.kind == "infra" else reply.reason
 
 

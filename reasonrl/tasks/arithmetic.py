@@ -98,6 +98,15 @@ class Arithmetic(GeneratedTask):
             return "\n".join([*lines, f"Answer: {value}"])
         return ";".join(lines) + f"#{value}"
 
+    def check(self, problem: Problem, response: str) -> str:
+        """The chain worked anew, then the true answer minus the stated one: 0 where it is right. A
+        small model takes long to learn whether two numbers are equal; subtraction it knows."""
+        pieces, own = self._pieces(response), int(problem.answer or 0)
+        stated = self._answer(response, pieces[-1]) if pieces else None
+        said = "none" if stated is None else f"{own}-{stated}={self.apply(own, '-', stated)}"
+        mark = "~" if self.style == "compact" else "\nCheck: "
+        return f"{self.worked(problem)}{mark}{said}"
+
     def _links(self, problem: Problem) -> list[tuple[str, int]]:
         return list(zip(problem.extra["ops"], problem.extra["operands"][1:], strict=True))
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from reasonrl.answer import ballot
 from reasonrl.records import InputError, Problem, Score, Step
 from reasonrl.reward_spec import RewardSpec
 from reasonrl.segment import think_span
@@ -108,6 +109,13 @@ class Task:
     def worked(self, problem: Problem) -> str | None:
         """A gold completion for the cold start, or None."""
         return None
+
+    def check(self, problem: Problem, response: str) -> str | None:
+        """A gold judgement of a response up to its verdict, for a judge's cold start: the answer
+        re-derived, then what the response states. None where there is no worked answer."""
+        worked = self.worked(problem)
+        stated = ballot(response) or "nothing"
+        return None if worked is None else f"{worked}\nThe response states {stated}."
 
     def grade(self, problem: Problem, completion: str) -> Score:
         """The outcome of one completion."""

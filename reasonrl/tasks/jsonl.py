@@ -19,16 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from reasonrl.records import InputError, Problem, Score
+from reasonrl.records import Problem, Score
 from reasonrl.rewards.outcome import grade, ready
-from reasonrl.tasks.base import Draws, Task, check_split, content_share
+from reasonrl.tasks.base import content_share
+from reasonrl.tasks.divided import Divided, check_shares
 from reasonrl.tasks.rows import read_problems
 
 logger = logging.getLogger("reasonrl.tasks")
 
 
 @dataclass(frozen=True)
-class Jsonl(Task):
+class Jsonl(Divided):
     """A data file. dev, test: shares held out. eval_file: another file that is "test".
 
     bad_rows: "stop" at a row with a bad field or image (InputError), or "skip" it; `skipped` then
@@ -45,19 +46,13 @@ class Jsonl(Task):
     gate: bool = False
     text: Literal["exact", "rouge"] = "exact"
     skipped: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _splits: dict[str, list[Problem]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _orders: dict[int, list[int]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+
+    @property
+    def source(self) -> str:
+        return self.path
 
     def __post_init__(self) -> None:
-        if not (0 <= self.dev < 1 and 0 <= self.test < 1 and self.dev + self.test < 1):
-            raise InputError(
-                f"task {self.path}: dev, test: expected shares that leave some for training, "
-                f"got {self.dev} and {self.test}"
-            )
+        check_shares(self.path, self.dev, self.test)
         problems = self._read(self.path)
         if self.eval_file is None:
             self._splits.update(divide(problems, self.dev, self.test))
@@ -87,37 +82,6 @@ class Jsonl(Task):
         rows = [p for split in self._splits.values() for p in split]
         texts = [json.dumps([p.prompt, p.answer], ensure_ascii=False) for p in rows]
         return "".join(sorted({*super().alphabet, *"".join(texts)}))
-
-    def problem(self, split: str, index: int) -> Problem:
-        rows = self._rows(split)
-        if index < 0:
-            raise InputError(f"task {self.path}: index must be >= 0, got {index}")
-        if split in ("dev", "test"):
-            if index >= len(rows):
-                raise InputError(f"task {self.path}: {split} problem {index} of {len(rows)}")
-            return rows[index]
-        lap, at = divmod(index, len(rows))
-        if lap not in self._orders:
-            self._orders.clear()
-            order = Draws("jsonl", self.seed, lap).shuffled(range(len(rows)))
-            self._orders[lap] = order
-        return rows[self._orders[lap][at]]
-
-    def problems(self, split: str, start: int, count: int) -> list[Problem]:
-        """Held-out splits give what they have, which may be fewer than `count`, and say so."""
-        if split not in ("dev", "test"):
-            return [self.problem(split, start + i) for i in range(count)]
-        rows = self._rows(split)[start : start + count]
-        if len(rows) < count:
-            logger.warning("%s: %d %s problems, %d asked for", self.path, len(rows), split, count)
-        return rows
-
-    def _rows(self, split: str) -> list[Problem]:
-        check_split(split)
-        rows = self._splits["train" if split == "sft" else split]
-        if not rows:
-            raise InputError(f"{self.path}: no row is left for split {split!r}; give more rows")
-        return rows
 
     def worked(self, problem: Problem) -> str | None:
         worked = problem.extra.get("worked")

@@ -15,6 +15,7 @@ from reasonrl.tasks.charts import Charts
 from reasonrl.tasks.code import Code
 from reasonrl.tasks.gym import Gym
 from reasonrl.tasks.jsonl import Jsonl, is_data_file
+from reasonrl.tasks.judging import Judging
 from reasonrl.tasks.knights import Knights
 
 TASKS: dict[str, type[Task]] = {
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
     "charts": Charts,
     "code": Code,
     "gym": Gym,
+    "judging": Judging,
 }
 
 
