@@ -32,7 +32,7 @@ SMALL = "model_options={width: 64, layers: 2, heads: 2}"
 PROBLEMS = 500  # held-out problems of the policy
 COLD = ["cold_start_steps=600", "cold_start.batch=32", "cold_start.learning_rate=3e-3", "steps=0"]
 GOLD = ["steps=220", "eval.at_start=false", "prompts_per_step=32", "learning_rate=3e-3"]
-LONG = ["steps=400", *GOLD[1:]]
+LONG = ["steps=800", *GOLD[1:]]
 SFT = ["steps=300", "eval.at_start=false", "prompts_per_step=32", "learning_rate=1e-3"]
 RL = ["steps=80", "eval.at_start=false", "learning_rate=1e-4", "log.completions_every=0"]
 DPO = ["steps=60", "prompts_per_step=16", "learning_rate=1e-4", "eval_problems=0"]
@@ -45,6 +45,7 @@ ARMS = {
     "rl": ("rl", "sft", RL),
     "plain": ("gold", "base", ["--no-thinking", *GOLD]),
     "long": ("gold", "base", LONG),
+    "plain_long": ("gold", "base", ["--no-thinking", *LONG]),
     "no_sft": ("rl", "gold", RL),
     "no_rejection": ("sft", "gold", ["--mix", "mix", "--no-rejection", *SFT]),
     "no_mix": ("sft", "gold", SFT),
@@ -54,8 +55,9 @@ PAIRS = [
     ("sft", "gold", "rejection sampling"),
     ("rl", "gold", "both stages"),
     ("rl", "sft", "RL after it"),
-    ("gold", "plain", "thinking over none, by rule alone"),
-    ("long", "gold", "400 steps by rule over 220"),
+    ("gold", "plain", "thinking over none, 220 steps by rule"),
+    ("long", "plain_long", "thinking over none, 800 steps by rule"),
+    ("long", "gold", "800 steps by rule over 220"),
     ("rl", "no_sft", "RL with SFT before it over RL alone"),
     ("sft", "no_rejection", "keeping the agreeing judgements over keeping all"),
     ("sft", "no_mix", "other reasoning mixed in over none"),
@@ -65,7 +67,9 @@ PAIRS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--arms", nargs="*", default=["gold", "sft", "rl", "plain", "long", "dpo"])
+    parser.add_argument(
+        "--arms", nargs="*", default=["gold", "sft", "rl", "plain", "long", "plain_long", "dpo"]
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/libra"))
     parser.add_argument("--only-run", action="store_true", help="leave the tables alone")
     parser.add_argument("--only-read", action="store_true", help="tables of what is finished")
