@@ -28,10 +28,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
-STEPS, PROBLEMS, COLD = 40, 500, 220
+STEPS, PROMPTS, PROBLEMS, COLD = 50, 32, 500, 220
 ALPHA = 1.0  # the paper has 0.3; a corrupted model must be able to do harm
 SHARED = ["threads=1", "eval.batch=128"]
-RL = ["cold_start_steps=0", f"steps={STEPS}", f"eval_problems={PROBLEMS}", "eval.at_start=false"]
+RL = [
+    "cold_start_steps=0",
+    f"steps={STEPS}",
+    f"prompts_per_step={PROMPTS}",
+    "learning_rate=1e-4",  # of 3e-5, 1e-4 and 3e-4, by plain GRPO on the development split
+    f"eval_problems={PROBLEMS}",
+    "eval.at_start=false",
+]
 PLAIN = ["algorithm=grpo", "algo={kind: dr_grpo}"]
 ARMS = {
     "plain GRPO": None,
@@ -69,6 +76,7 @@ def main() -> None:
         found[seed][arm] = row
     whole = {
         "steps": STEPS,
+        "prompts": PROMPTS,
         "problems": PROBLEMS,
         "alpha": ALPHA,
         "seeds": [
@@ -161,7 +169,7 @@ def interval(values: list[float], sign: str = "") -> str:
 def table(whole: dict) -> str:
     seeds = whole["seeds"]
     lines = [
-        f"{len(seeds)} seeds, {whole['steps']} steps of 16 pictures x 8 completions, alpha"
+        f"{len(seeds)} seeds, {whole['steps']} steps of {whole['prompts']} pictures x 8 completions, alpha"
         f" {whole['alpha']:g}; {whole['problems']} held-out pictures a seed, greedy. Percent, mean"
         " and 95 % t-interval over seeds.",
         "",
