@@ -169,8 +169,8 @@ def interval(values: list[float], sign: str = "") -> str:
 def table(whole: dict) -> str:
     seeds = whole["seeds"]
     lines = [
-        f"{len(seeds)} seeds, {whole['steps']} steps of {whole['prompts']} pictures x 8 completions, alpha"
-        f" {whole['alpha']:g}; {whole['problems']} held-out pictures a seed, greedy. Percent, mean"
+        f"{len(seeds)} seeds, {whole['steps']} steps of {whole['prompts']} pictures x 8 completions,"
+        f" alpha {whole['alpha']:g}; {whole['problems']} held-out pictures a seed, greedy. Percent, mean"
         " and 95 % t-interval over seeds.",
         "",
         "| arm | "
