@@ -169,9 +169,9 @@ def interval(values: list[float], sign: str = "") -> str:
 def table(whole: dict) -> str:
     seeds = whole["seeds"]
     lines = [
-        f"{len(seeds)} seeds, {whole['steps']} steps of {whole['prompts']} pictures x 8 completions,"
-        f" alpha {whole['alpha']:g}; {whole['problems']} held-out pictures a seed, greedy. Percent, mean"
-        " and 95 % t-interval over seeds.",
+        f"{len(seeds)} seeds, {whole['steps']} steps of {whole['prompts']} pictures x 8"
+        f" completions, alpha {whole['alpha']:g}; {whole['problems']} held-out pictures a seed,"
+        " greedy. Percent, mean and 95 % t-interval over seeds.",
         "",
         "| arm | "
         + " | ".join(MEASURES.values())
