@@ -126,7 +126,7 @@ class Policy:
             if self.compute != torch.float32:
                 packed: dict[int, Tensor] = {}
                 for layer in layers:
-                    layer.forward = _prepared(layer, self.compute, packed)
+                    setattr(layer, "forward", _prepared(layer, self.compute, packed))  # noqa: B010
             with torch.no_grad():
                 yield
         finally:
@@ -178,7 +178,8 @@ def load(
     _bound_kernel_cache()
     target = torch.device(device)
     how = options.pop("vision_tower", None)
-    processor = None
+    model: Any
+    processor: Any = None
     if name == "tiny":
         model, tokenizer = tiny.build(seed=seed, **options)
     elif name == "tiny-vl":

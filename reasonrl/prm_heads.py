@@ -106,7 +106,7 @@ def _from_pair(path: Path, tokenizer: Any, pair: tuple[str, str]) -> tuple[Any, 
     """The body of a causal model, and the head's rows of two tokens."""
     ids = [_token(tokenizer, token, path) for token in pair]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     heads = {"weight": head.weight.detach()[ids].clone()}
     if head.bias is not None:
         heads["bias"] = head.bias.detach()[ids].clone()

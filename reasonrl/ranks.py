@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,8 @@ def gathered(accelerator: Accelerator, values: Sequence[float]) -> list[list[flo
     if accelerator.num_processes == 1:
         return [list(values)]
     local = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
-    return accelerator.gather(local).tolist()
+    every: Any = accelerator.gather(local)
+    return every.tolist()
 
 
 def check_whole_weights(accelerator: Accelerator) -> None:

@@ -36,6 +36,7 @@ def build(
             f"model_options.width must be a multiple of 2*heads = {2 * heads}, got {width}"
         )
     words = tokenizer()
+    marks = words.get_vocab()
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=width,
@@ -45,9 +46,9 @@ def build(
         num_key_value_heads=heads,
         max_position_embeddings=context,
         tie_word_embeddings=True,
-        pad_token_id=words.pad_token_id,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
+        pad_token_id=marks[PAD],
+        bos_token_id=marks[BOS],
+        eos_token_id=marks[EOS],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -112,9 +112,10 @@ class Run:
         """The model to train: the recipe's, or a checkpoint's; with an adapter always the recipe's
         and the checkpoint's adapter on it."""
         config, rank = self.config, self.config.lora.rank
-        fresh = found is None or rank > 0
+        path = config.model if found is None or rank else str(found.path)
+        fresh = path == config.model
         policy = models.load(
-            config.model if fresh else str(found.path),
+            path,
             dtype=config.dtype,
             device=str(self.accelerator.device),
             seed=config.seed,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -235,7 +236,8 @@ def _set_up_deepspeed(accelerator: Accelerator, config: Config) -> None:
         )
     if accelerator.distributed_type.value != "DEEPSPEED":
         return
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    plugin: Any = accelerator.state.deepspeed_plugin
+    settings = plugin.deepspeed_config
     if settings.get("train_micro_batch_size_per_gpu", "auto") == "auto":
         settings["train_micro_batch_size_per_gpu"] = 1
     settings["gradient_clipping"] = config.optim.grad_clip
