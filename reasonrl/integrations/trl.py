@@ -12,7 +12,7 @@ Left out: images with `fused` (TRL's own path is taken).
 
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportArgumentType=false
-# (what the host's classes hold is known to the tests, which run them, and not to a checker of types)
+# (the tests run the host's classes; a checker of types does not know what they hold)
 
 from __future__ import annotations
 
