@@ -15,7 +15,7 @@ _PUBLIC = {
         "Batch InputError KernelUnavailable LossOut Message NonFiniteStop Problem Rewards Rollout "
         "Score ScorerDown Stalled Step infra scored unscorable"
     ),
-    "ops": "linear_logp logp",
+    "ops": "linear_logp logp trust_advantage",
     "credit": "StepCredit TokenCredit credit_advantage",
     "loss": "LossSpec linear_policy_loss policy_loss",
     "advantage": "group_advantage prime_advantage returns step_expand step_reduce whiten",

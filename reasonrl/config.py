@@ -84,6 +84,13 @@ class Filter(Section):
         return (self.low, self.high) != (0.0, 1.0) or self.drop_clipped
 
 
+class Ceiling(Section):
+    """When too few rewards are known for too long the run stops with the reason, exit status 4."""
+
+    unknown: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of a step's completions; 1 = never
+    patience: Positive = 10  # steps in a row
+
+
 class Lora(Section):
     """A LoRA adapter in place of all weights; rank 0 = none. alpha: 2 * rank by default."""
 
@@ -140,6 +147,7 @@ class Config(Section):
     optim: Optim = Optim()
     filter: Filter = Filter()
     lora: Lora = Lora()
+    ceiling: Ceiling = Ceiling()
     eval: Eval = Eval()
     save: Save = Save()
     batch: BatchLimit = BatchLimit()
@@ -163,7 +171,7 @@ class Config(Section):
 
 
 # what --resume may change (schedules follow the new `steps`); "x." means the whole section
-RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.")
+RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.")
 
 # whose options a section holds
 OPTIONS = {"task": "task_options", "model": "model_options", "algorithm": "algo"}

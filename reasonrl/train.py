@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from reasonrl import lora, models, state
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
+from reasonrl.ceiling import Watch
 from reasonrl.config import Config
 from reasonrl.draw import Source
 from reasonrl.evaluate import evaluate
@@ -107,6 +108,7 @@ class Run:
         self.log = RunLog(out, config, quiet=quiet or not self.main, resume_step=self.step)
         self.saved = (self.cold, self.step) if found is not None else None
         self.begun = False  # RL, in this process
+        self.watch, self.fault = Watch(config.ceiling), ""  # why the run cannot go on
 
     def _policy(self, found: state.Found | None) -> models.Policy:
         """The model to train: the recipe's, or a checkpoint's; with an adapter always the recipe's
@@ -154,6 +156,9 @@ class Run:
             self._begin()
         while self.step < config.steps and not self._stopping(stop):
             self._step_or_save()
+            if self.fault:
+                self._save()
+                raise ScorerDown(self.fault)
             if config.save.every and self.step % config.save.every == 0:
                 self._save()
         if self.saved != (self.cold, self.step):
@@ -232,6 +237,7 @@ class Run:
         self.step = step
         shown = whole(self.accelerator, rollout, rewards, advantage)
         metrics |= step_metrics(*shown) | drawn
+        self.fault = self.watch.see(shown[1])
         self.tokens += int(metrics["num_tokens"])
         metrics |= {"num_tokens": self.tokens, "learning_rate": rate}
         every = config.eval.every
