@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def cases(small: bool) -> list[Case]:
         steps_kernel(many),
         prime_case(batch, length),
         prime_kernel(many),
+        trust_case(64 if small else 4096),
     ]
 
 
@@ -160,6 +162,50 @@ def steps_kernel(n: int) -> Case:
         return [torch.zeros(n // width).index_add_(0, x["step"], x["value"])]
 
     return kernel_case("step_reduce", n, make, ours, stock, 0, "torch index_add")
+
+
+def trust_case(batch: int) -> Case:
+    """SophiaVL-R1's reward and its advantage (arXiv 2505.17018, eq. 1-5) in groups of 8."""
+
+    def make() -> dict[str, Any]:
+        return {
+            "outcome": torch.randint(0, 2, (batch,), generator=gen(16)).float(),
+            "thinking": torch.rand(batch, generator=gen(17)),
+            "group": torch.arange(batch) // 8,
+        }
+
+    def ours(x: dict[str, Any], impl: str = "", kind: torch.dtype = torch.float32) -> list[Tensor]:
+        outcome, thinking = x["outcome"].to(kind), x["thinking"].to(kind)
+        out = ops.trust_advantage(
+            outcome, thinking, x["group"], 10, 100, impl=impl or impl_of(outcome)
+        )
+        return [out.reward, out.advantage]
+
+    def loop(x: dict[str, Any]) -> list[Tensor]:
+        """The trainers' way: group by group, a few tensor ops each."""
+        reward, advantage = torch.empty(batch), torch.empty(batch)
+        weight = 0.3 * math.exp(-0.1)
+        for g in range(int(x["group"].max()) + 1):
+            rows = (x["group"] == g).nonzero()[:, 0]
+            outcome, thinking = x["outcome"][rows], x["thinking"][rows]
+            right = outcome >= 0.5
+            if bool(right.all()) or not bool(right.any()):
+                reward[rows] = outcome
+            else:
+                gap = thinking[right].mean() - thinking[~right].mean()
+                reward[rows] = outcome + gap.clamp(max=0).exp() * weight * thinking
+            spread = reward[rows].std()
+            centred = reward[rows] - reward[rows].mean()
+            advantage[rows] = centred / (spread + 1e-6) if spread > 0 else 0.0
+        return [reward, advantage]
+
+    return Case(
+        "trust_advantage",
+        f"{batch:,} completions in groups of 8",
+        make,
+        {"ours": ours, "torch": lambda x: ours(x, "reference"), "python loop": loop},
+        truth=lambda x: ours(x, "reference", torch.float64),
+    )
 
 
 def prime_case(batch: int, length: int) -> Case:

@@ -35,5 +35,6 @@ class Watch:
         (reason, count), total = self.why.most_common(1)[0], sum(self.why.values())
         return (
             f"{100 * share:.0f} % of a step's rewards are unknown, {self.steps} steps in a row"
-            f" above ceiling.unknown={self.limit.unknown:g}; most often ({count} of {total}): {reason}"
+            f" above ceiling.unknown={self.limit.unknown:g}; most often ({count} of {total}):"
+            f" {reason}"
         )

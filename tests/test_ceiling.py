@@ -13,7 +13,8 @@ from reasonrl.tasks.arithmetic import Arithmetic
 
 KEYS = [
     "steps=6", "cold_start_steps=1", "prompts_per_step=2", "group=2", "eval_problems=2",
-    "threads=1", "cold_start.batch=4", "max_completion_length=8", "model_options={width: 32, layers: 1}",
+    "threads=1", "cold_start.batch=4", "max_completion_length=8",
+    "model_options={width: 32, layers: 1}",
 ]  # fmt: skip
 
 
