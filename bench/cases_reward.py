@@ -201,7 +201,7 @@ def trust_case(batch: int) -> Case:
 
     return Case(
         "trust_advantage",
-        f"{batch:,} completions in groups of 8",
+        f"trust_advantage, {batch:,} completions in groups of 8",
         make,
         {"ours": ours, "torch": lambda x: ours(x, "reference"), "python loop": loop},
         truth=lambda x: ours(x, "reference", torch.float64),
