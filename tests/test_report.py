@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from reasonrl import InputError
 from reasonrl.cli import main
@@ -70,6 +73,26 @@ def test_it_holds_the_numbers_and_the_groups(tmp_path):
     assert first["rows"][0]["parts"] == [["ab;", 1.0, 0.5], ["cd", 0.25, -1.0]]
     text = page.read_text()
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+
+
+def test_pictures_of_the_run_and_its_data_and_of_nothing_else(tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    names = ["images/a.png", str(data / "big.png"), str(tmp_path / "secret.png"), "images/gone.png"]
+    make_run(run, steps=1, rows=lambda step: [row(step, n, images=[names[n]]) for n in range(4)])
+    (run / "images").mkdir()
+    data.mkdir()
+    (run / "config.yaml").write_text(f"model: tiny\ntask: {data / 'rows.jsonl'}\n")
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(run / "images/a.png")
+    Image.new("RGB", (1000, 500), (9, 9, 9)).save(data / "big.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    page = write([run]).read_text()
+    (found,) = data_of(page)["runs"]
+    assert set(found["images"]) == {names[0], names[1]}
+    small = base64.b64decode(found["images"][names[1]].partition(",")[2])
+    assert Image.open(io.BytesIO(small)).size == (320, 160)
+    assert found["steps"][0]["groups"][0]["images"] == [names[0]]
+    notes = " ".join(found["notes"])
+    assert "secret.png: an image outside the run" in notes and "gone.png" in notes
 
 
 def test_parts_cover_the_text_whatever_the_spans():
