@@ -172,7 +172,10 @@ def by_rule(task: Task) -> Scorer:
     problem = task.problem("train", 0)
     worked = task.worked(problem)
     if worked is None or not _thought_steps(task, problem, worked):
-        raise InputError(f"scorer rule: task {task.name} has no rule for the steps of a thinking")
+        raise InputError(
+            f"scorer rule: task {task.name} has no rule for the steps of a thinking; name a model's"
+            " folder or a server (algo.scorer, or --annotator where one is to be trained)"
+        )
 
     def score(rollout: Rollout) -> list[Score]:
         groups, texts = rollout.group.tolist(), rollout.text
