@@ -87,10 +87,19 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
         "versions": {n: version(n) for n in ("reasonrl", "torch", "transformers")},
     }
-    (HERE / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (HERE / "results.json").write_text(json.dumps(rounded(whole)) + "\n")
     (HERE / "results.md").write_text(table(whole))
     picture(whole, HERE / "curve.svg")
     print(table(whole))
+
+
+def rounded(value):
+    """Nested values with four digits behind the point: more is noise."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def base(runs: Path, seed: int) -> dict:
