@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -239,3 +240,7 @@ def main(out: Path, kind: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    sys.stderr.flush()
+    os._exit(
+        0
+    )  # as in heads_worker.py: everything is written, and gloo's threads may abort the end
