@@ -164,7 +164,7 @@ def measure(out: Path, kind: str, rank: int, world: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
-    # all is written and the group is gone; gloo's and DeepSpeed's threads sometimes abort the
-    # interpreter while it ends (seen once in some twenty runs), which says nothing about us
+    # everything is written and the group is gone; a rank has died by SIGABRT without a word, once in
+    # some twenty runs, probably while threads of gloo or DeepSpeed ended with the interpreter
     sys.stderr.flush()
     os._exit(0)
