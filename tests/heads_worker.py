@@ -164,7 +164,7 @@ def measure(out: Path, kind: str, rank: int, world: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
-    # everything is written and the group is gone; a rank has died by SIGABRT without a word, once in
-    # some twenty runs, probably while threads of gloo or DeepSpeed ended with the interpreter
+    # everything is written and the group is gone; a rank has died by SIGABRT without a word, once
+    # in some twenty runs, probably while threads of gloo or DeepSpeed ended with the interpreter
     sys.stderr.flush()
     os._exit(0)
