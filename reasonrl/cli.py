@@ -83,6 +83,9 @@ def _train(options: argparse.Namespace) -> int:
     config = configs.load(options.recipe, options.overrides)
     out = options.out or _run_folder(Path(options.recipe).stem, options.resume)
     staged = config.algorithm == "sophia" and not config.algo.get("scorer")
+    annotates = (staged and not options.stage) or options.stage == "trm-data"
+    if not annotates and (options.annotator != "rule" or options.annotator_model):
+        raise InputError("--annotator: only stage trm-data scores thinking, and it is not run here")
     if staged or options.stage:
         done = _staged(options, config, out)
     else:

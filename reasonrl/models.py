@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, heads, smollm2, tiny, tiny_vl, vision
+from reasonrl import attention, heads, smollm2, tiny, vision
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
@@ -183,6 +184,9 @@ def load(
     if name == "tiny":
         model, tokenizer = tiny.build(seed=seed, **options)
     elif name == "tiny-vl":
+        _needs_pillow(name)
+        from reasonrl import tiny_vl  # a model with eyes costs nothing where none is asked for
+
         model, tokenizer, processor = tiny_vl.build(seed=seed, **options)
     else:
         if options:
@@ -227,6 +231,8 @@ def _pretrained(folder: str):
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         eyes = vision.is_vision(config)
+        if eyes:
+            _needs_pillow(folder)
         kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
         model = kind.from_pretrained(folder, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(folder) if eyes else None
@@ -241,6 +247,11 @@ def _pretrained(folder: str):
             " not know (Qwen2-VL, Qwen2.5-VL and Qwen3-VL are known)"
         )
     return model, tokenizer, processor
+
+
+def _needs_pillow(name: str) -> None:
+    if importlib.util.find_spec("PIL") is None:
+        raise InputError(f"model {name}: images need the package pillow (pip install pillow)")
 
 
 def _check(name: str, model, tokenizer) -> None:

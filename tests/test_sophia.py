@@ -188,6 +188,31 @@ def test_all_stages_from_one_command_and_again(tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tiny"],
+        ["sophia", "algo.scorer=rule"],
+        ["sophia", "--stage", "trm"],
+        ["sophia", "--stage", "rl"],
+    ],
+)
+def test_an_annotator_that_nobody_would_ask_is_refused(words, tmp_path, capsys):
+    words = ["train", *words, "--annotator", "http://127.0.0.1:1/v1", "--out", str(tmp_path / "r")]
+    assert main(words) == 2
+    assert "--annotator: only stage trm-data scores thinking" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_reward_model_computes_as_the_policy_does(policy, tmp_path):
+    """In the recipe's dtype, not in the machine's favourite one."""
+    policy.save(tmp_path)
+    wide = models.Policy(policy.model, policy.tokenizer, torch.bfloat16)
+    for beside in (policy, wide):
+        algo = make(ALGOS["sophia"], TASK, beside, {"scorer": str(tmp_path)})
+        assert algo.held.scorer.backend.compute == beside.compute
+
+
 def test_one_stage_at_a_time(tmp_path):
     config = configs.load("sophia", SMALL)
     say = Said([])

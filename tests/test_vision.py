@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -312,4 +314,24 @@ def test_a_reward_model_of_text_refuses_images(tmp_path, capsys):
     assert status == 2
     assert (
         "a process reward model reads text only, the problem has 1 image" in capsys.readouterr().err
+    )
+
+
+def test_text_models_need_no_pillow_and_models_with_eyes_say_so():
+    code = """
+import importlib.util, sys
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == "PIL" else real(name, *a)
+sys.modules["PIL"] = None  # importing it fails
+from reasonrl import models
+assert models.load("tiny", width=32, layers=1).context == 1024
+try:
+    models.load("tiny-vl")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        "model tiny-vl: images need the package pillow (pip install pillow)"
     )

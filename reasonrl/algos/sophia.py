@@ -28,6 +28,7 @@ from reasonrl import models, ops, prm_heads
 from reasonrl.algos.base import GRPO, outcomes
 from reasonrl.batch import rows_of
 from reasonrl.chat import ChatClient
+from reasonrl.models import Policy
 from reasonrl.records import InputError, Rewards, Rollout, Score, scored, unscorable
 from reasonrl.rewards.prm import PRMScorer
 from reasonrl.rewards.thinking import Scorer, ThinkingScorer, by_rule
@@ -79,6 +80,7 @@ class Sophia(GRPO):
             self.task,
             server_model=self.scorer_model,
             whole_response=self.whole_response,
+            beside=self.policy,
         )
         object.__setattr__(self, "held", Held(found))
 
@@ -146,10 +148,15 @@ class Sophia(GRPO):
 
 
 def find_scorer(
-    name: str, task: Task, *, server_model: str = "", whole_response: bool = False
+    name: str,
+    task: Task,
+    *,
+    server_model: str = "",
+    whole_response: bool = False,
+    beside: Policy | None = None,
 ) -> Scorer:
     """The scorer called `name`: `rule`, a server's http://.../v1, a folder with a generative model
-    or with a process reward model."""
+    or with a process reward model; a model runs where `beside` does, in its compute dtype."""
     if name == "rule":
         return by_rule(task)
     options = {"whole_response": whole_response}
@@ -158,9 +165,12 @@ def find_scorer(
             raise InputError("algo.scorer_model: a model behind a server needs its name")
         return ThinkingScorer(ChatClient(name, server_model), task, **options)
     if (Path(name) / models.PRM_FILE).is_file():
-        head = PRMScorer(prm_heads.load(name, delimiter=task.delimiter), alpha=0.0)
-        return ThinkingScorer(head, task, **options)
-    policy = models.load(name)
+        prm = prm_heads.load(name, delimiter=task.delimiter)
+        if beside is not None:
+            prm.to(beside.device).body.compute = beside.compute
+        return ThinkingScorer(PRMScorer(prm, alpha=0.0), task, **options)
+    policy = models.load(name, device="cpu" if beside is None else str(beside.device))
+    policy.compute = policy.compute if beside is None else beside.compute
     policy.model.requires_grad_(False)
     return ThinkingScorer(policy, task, **options)
 
