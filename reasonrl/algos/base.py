@@ -10,6 +10,7 @@ an algorithm. Left out: the value model; the KL term is the loss's own.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -133,6 +134,11 @@ def outcomes(rewards: Rewards) -> tuple[Tensor, Tensor]:
     return torch.tensor(value, dtype=torch.float32), torch.tensor(known, dtype=torch.bool)
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean of known numbers; NaN of none."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
 def per_token(value: Tensor, rollout: Rollout) -> Tensor:
     """(B,) -> (N,): every token of a completion gets the completion's value."""
     return value.repeat_interleave(torch.tensor(lengths(rollout), dtype=torch.long))
@@ -159,4 +165,4 @@ def make(kind: type[Algorithm], task: Task, policy: Policy, knobs: Mapping[str, 
     return kind(task=task, policy=policy, **checked)
 
 
-__all__ = ["GRPO", "Algorithm", "cu_seqlens", "make", "outcomes", "per_token"]
+__all__ = ["GRPO", "Algorithm", "cu_seqlens", "make", "mean", "outcomes", "per_token"]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from reasonrl import models
-from reasonrl.algos.base import GRPO, Start
+from reasonrl.algos.base import GRPO, Start, mean
 from reasonrl.cases import case_of
 from reasonrl.chat import ChatClient, Patience
 from reasonrl.chat.client import KEY
@@ -192,12 +192,8 @@ def agreement(known: Sequence[Score], judged: Sequence[Score]) -> dict[str, floa
     wrong = [j for k, j in pairs if k < 0.5]
     same = [float((j > 0.5) == (k >= 0.5)) for k, j in pairs]
     return {
-        "process/outcome_mean": _mean([k for k, _ in pairs]),
-        "process/judge_right": _mean(right),
-        "process/judge_wrong": _mean(wrong),
-        "process/judge_agreement": _mean(same),
+        "process/outcome_mean": mean([k for k, _ in pairs]),
+        "process/judge_right": mean(right),
+        "process/judge_wrong": mean(wrong),
+        "process/judge_agreement": mean(same),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

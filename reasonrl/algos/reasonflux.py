@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from reasonrl import prm_heads
-from reasonrl.algos.base import GRPO, Start, per_token
+from reasonrl.algos.base import GRPO, Start, mean, per_token
 from reasonrl.algos.process import Process
 from reasonrl.labels import sampled
 from reasonrl.prm import PRM
@@ -137,8 +137,8 @@ class ReasonFlux(Process):
         """Eq. 12; in dense mode without the steps' mean, which is paid where the steps end."""
         if outcome.value is None or rhat.value is None:
             return outcome if outcome.value is None else rhat
-        mean = math.fsum(s.reward for s in steps) / len(steps) if steps else 0.0
-        pair = torch.tensor([[outcome.value], [rhat.value - mean]], dtype=torch.float64)
+        average = math.fsum(s.reward for s in steps) / len(steps) if steps else 0.0
+        pair = torch.tensor([[outcome.value], [rhat.value - average]], dtype=torch.float64)
         return scored(float(reasonflux_reward(*pair, beta=self.beta)), outcome.reason)
 
 
@@ -154,11 +154,7 @@ def _agreement(outcome: Sequence[Score], rhat: Sequence[Score]) -> dict[str, flo
     wrong = [r for o, r in pairs if o < 0.5]
     known = [o.value for o in outcome if o.value is not None]
     return {
-        "process/outcome_mean": _mean(known),
-        "process/prm_score_right": _mean(right),
-        "process/prm_score_wrong": _mean(wrong),
+        "process/outcome_mean": mean(known),
+        "process/prm_score_right": mean(right),
+        "process/prm_score_wrong": mean(wrong),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

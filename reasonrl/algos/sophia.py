@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from reasonrl import models, ops, prm_heads
-from reasonrl.algos.base import GRPO, outcomes
+from reasonrl.algos.base import GRPO, mean, outcomes
 from reasonrl.batch import rows_of
 from reasonrl.chat import ChatClient
 from reasonrl.models import Policy
@@ -132,10 +132,10 @@ class Sophia(GRPO):
         groups = len(rollout.problems)
         known = [s.value for s in plain.outcome if s.value is not None]
         metrics = {
-            "process/outcome_mean": _mean(known),
+            "process/outcome_mean": mean(known),
             "process/thinking_weight": self.alpha * math.exp(-step / total),
-            "process/thinking_right": _mean([v for _, v in sides[True]]),
-            "process/thinking_wrong": _mean([v for _, v in sides[False]]),
+            "process/thinking_right": mean([v for _, v in sides[True]]),
+            "process/thinking_wrong": mean([v for _, v in sides[False]]),
             "process/no_contrast": 1 - len(contrast) / groups if groups else 0.0,
             "process/thinking_unscorable": float(sum(s.kind == "unscorable" for s in thinking)),
             "process/thinking_infra": float(sum(s.kind == "infra" for s in thinking)),
@@ -143,7 +143,7 @@ class Sophia(GRPO):
         if plain.steps is not None:
             right = [b for b, s in enumerate(plain.outcome) if (s.value or 0.0) >= 0.5]
             odd = [any(s.reward != 1.0 for s in plain.steps[b]) for b in right]
-            metrics["process/lucky"] = _mean([float(x) for x in odd])
+            metrics["process/lucky"] = mean([float(x) for x in odd])
         return metrics
 
 
@@ -181,8 +181,4 @@ def _inverted(score: Score) -> Score:
 
 def _group_mean(values: Sequence[float], group: Sequence[int]) -> float:
     """Mean over groups of what is equal within each."""
-    return _mean(list(dict(zip(group, values, strict=True)).values()))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+    return mean(list(dict(zip(group, values, strict=True)).values()))
