@@ -23,13 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_ARCHS = ("80", "90", "100", "120")
 TRITON_ARCHS = (80, 90, 100, "gfx942")
 FP32 = "*fp32"
-TORCH = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -125,7 +122,7 @@ def read_amd(text: str) -> dict[str, int]:
 
 def shipped(dtype: str):
     """(name, kernel, argument types, compile-time values, options), with every flag on."""
-    from reasonrl.kernels import linear_logp, logp, policy_loss
+    from reasonrl.kernels import common, logp, policy_loss
 
     names = (
         "logp",
@@ -144,19 +141,14 @@ def shipped(dtype: str):
         "sums",
     )
     types = {f"{name}_ptr": FP32 for name in names}
-    types |= {f"{name}_ptr": f"*{dtype}" for name in ("x", "b", "u", "du")}
+    types |= {f"{name}_ptr": f"*{dtype}" for name in ("x", "u", "du")}
     types |= {"target_ptr": "*i64", "cu_ptr": "*i64", "mask_ptr": "*i1"}
-    types |= {name: "i32" for name in ("n", "hidden", "vocab", "part", "stride")}
+    types |= {name: "i32" for name in ("n", "vocab", "stride")}
     numbers = "temperature softcap low high log_low log_high delta dual pos neg kl_coef"
     types |= {name: "fp32" for name in numbers.split()}
-    head = linear_logp.config(torch.empty(0, dtype=getattr(torch, TORCH[dtype])))
-    options = {name: head.pop(name) for name in ("num_warps", "num_stages")}
-    head |= {"BIAS": True, "CAPPED": True}
-    wide, policy = types | {"w_ptr": f"*{dtype}"}, types | {"w_ptr": FP32}
-    yield "linear_logp.stats", linear_logp.stats_kernel, wide, head, options
-    yield "linear_logp.grad", linear_logp.grad_kernel, wide, head | {"ENTROPY": True}, options
-    eight = {"num_warps": 8}
-    yield "logp.stats", logp.stats_kernel, types, {"CAPPED": True, "BLOCK": 4096}, eight
+    policy = types | {"w_ptr": FP32}
+    four, eight = ({"num_warps": n, **logp.ROUNDED} for n in (4, 8))
+    yield "logp.stats", logp.stats_kernel, types, {"CAPPED": True, "BLOCK": 4096}, four
     yield (
         "logp.grad",
         logp.grad_kernel,
@@ -164,6 +156,7 @@ def shipped(dtype: str):
         {"CAPPED": True, "ENTROPY": True, "BLOCK": 2048},
         eight,
     )
+    yield "scale", common.scale_kernel, types, {"BLOCK": 4096}, {"num_warps": 4}
     on = {key: True for key in ("KL_ON", "DELTA", "DUAL", "OLD", "REF", "W", "ENT", "MASK")}
     for ratio, surrogate in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 3), (0, 4)):
         flags = on | {"RATIO": ratio, "SURROGATE": surrogate, "KL": 3, "BLOCK": 512}
@@ -176,7 +169,7 @@ def build(kernel, types, constants, options, arch):
     from triton.compiler import ASTSource
 
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    even = ("hidden", "vocab", "stride", "part")
+    even = ("n", "vocab", "stride")
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
@@ -199,7 +192,6 @@ def read_nvidia(compiled, folder: Path) -> dict[str, int]:
 
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
     sass = dump("-sass")
-    seen = {name: len(re.findall(rf"\b{name}", sass)) for name in ("LDL", "STL", "LDGSTS")}
-    seen["tensor"] = len(re.findall(r"HMMA|HGMMA|UTCHMMA", sass))
-    seen["wgmma"] = sass.count("HGMMA")
+    seen = {name: len(re.findall(rf"\b{name}", sass)) for name in ("LDL", "STL")}
+    seen["wide"] = len(re.findall(r"\bLDG\.\S*128", sass))  # loads of 16 bytes a thread
     return {name: int(value) for name, value in usage.items()} | seen

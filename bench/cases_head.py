@@ -17,13 +17,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = 16  # completions of a linear case
 
 
-def cases(small: bool, dtypes: Sequence[str]) -> list[Case]:
-    vocabulary, rows = (5003, 16) if small else (151_936, 128)
+def cases(small: bool, dtypes: Sequence[str], device: str = "cpu") -> list[Case]:
+    """Sizes that last: on a GPU more rows, or launches would be what is measured."""
+    vocabulary, rows = (5003, 16) if small else (151_936, 128 if device == "cpu" else 2048)
     made = []
     for dtype in dtypes:
         for gradient in (False, True):
             made.append(logits_case(dtype, rows, vocabulary, gradient))
-    sizes = [(64, 32, 2003)] if small else [(2048, 576, 49_152), (1024, 896, 151_936)]
+    sizes = [(2048, 576, 49_152), (1024, 896, 151_936)]
+    if small or device != "cpu":
+        sizes = [(64, 32, 2003)] if small else [(4096, 2048, 151_936)]
     for dtype in dtypes:
         for size in sizes:
             made.append(linear_case(dtype, *size))

@@ -1,7 +1,7 @@
 """Every op against what else does its work, in one run: gate, times, floors, memory, growth.
 
     python -m bench ops --out bench/results            all cases (about half an hour on two cores)
-    python -m bench ops --only logp --dtypes fp32      those whose key holds a word
+    python -m bench ops --only logp --dtypes fp32      those whose key holds a word (or words)
 
 Exit status 1 where one of our gates is red. A goal that is missed is shown with the figure found
 and fails nothing.
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.alone:
         print(json.dumps({"mib": alone(options)}))
         return 0
-    chosen = [c for c in table(options) if options.only in c.key]
+    chosen = [c for c in table(options) if any(word in c.key for word in options.only)]
     if absent := rivals.missing():
         print(f"bench ops: not installed, so not compared: {', '.join(absent)} (make bench)")
     report: dict[str, Any] = {"bench": "ops", "machine": machine(options.device), "rows": []}
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
                     row["sides"][side]["mib"] = apart(options, case.key, side)
         print(text(row), flush=True)
         report["rows"].append(row)
-    if not options.only or options.only in "growth":
+    if any(word in "growth" for word in options.only):
         report["growth"] = growth.measure(options.small, options.seed, options.device)
         report["memory"] = head_memory(options) if options.memory else {}
         print(growth.text(report["growth"], report["memory"]), flush=True)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def table(options: argparse.Namespace) -> list[Case]:
     tokens = [*cases_token.cases(options.small), *cases_reward.cases(options.small)]
-    return [*tokens, *cases_head.cases(options.small, options.dtypes)]
+    return [*tokens, *cases_head.cases(options.small, options.dtypes, options.device)]
 
 
 def alone(options: argparse.Namespace) -> float:
@@ -154,7 +154,7 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").split("\n")[0]
     made = argparse.ArgumentParser(prog="python -m bench ops", description=about)
-    made.add_argument("--only", default="", help="cases whose key holds this word")
+    made.add_argument("--only", nargs="+", default=[""], help="cases whose key holds such a word")
     made.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     made.add_argument("--rounds", type=int, help="of every case; default: each case's own")
     made.add_argument("--threads", type=int)

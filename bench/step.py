@@ -6,7 +6,7 @@ Steps alternate (ours, theirs, ours, ...) after one warm-up each; the median cou
 shown. Peak memory is the resident high water of a process that runs one side alone. A row is
 printed only where its gates are green: both sides give the same gradient on one batch, both
 produced exactly the tokens asked for from the same prompts, both moved their parameters.
-Left out: GPUs.
+--device cuda: the same on a GPU, its own memory in place of the process's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str]) -> int:
             importlib.import_module("bench.step_trl")
         start = high_water()  # the interpreter and its libraries
         run_pair(settings, dtypes[0], (options.alone,), time.monotonic() + options.limit)
-        print(json.dumps({"peak_mib": high_water(), "start_mib": start}))
+        peak = high_water()
+        if settings.device == "cuda":
+            start, peak = 0, torch.cuda.max_memory_allocated() >> 20
+        print(json.dumps({"peak_mib": peak, "start_mib": start}))
         return 0
     report = measure(settings, dtypes, options.sides, options.limit, options.memory)
     print(table(report))
@@ -73,7 +76,7 @@ def measure(
 ) -> dict[str, Any]:
     """All rows and what they were measured on; no further repeat starts after `limit` seconds."""
     deadline = time.monotonic() + limit
-    facts = machine()
+    facts = machine(settings.device)
     rows = []
     for dtype in dtypes:
         rows += run_pair(settings, dtype, sides, deadline)
@@ -170,7 +173,7 @@ def table(report: Mapping[str, Any]) -> str:
         f" {size['tokens']} tokens, prompts of {size['prompt_tokens']}, rival's gradient"
         f" checkpointing {'on' if size['checkpointing'] else 'off'}",
         f"{machine['cpu']}, {machine['threads']} threads, load {machine['load_before'][0]:.2f}"
-        f" -> {machine['load_after'][0]:.2f}; "
+        f" -> {machine['load_after'][0]:.2f}; {machine.get('gpu', '')} "
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
         "",
         f"{'side':5} {'dtype':5} {'step s':>8} {'range':>15} {'rollout':>8} {'score':>7}"

@@ -38,6 +38,7 @@ class Settings:
     repeats: int = 3  # timed steps of each side, after one to warm up
     checkpointing: bool = False  # the rival's gradient checkpointing: less memory, more time
     threads: int = 0  # 0: torch's own choice
+    device: str = "cpu"  # or cuda
 
     def words(self) -> list[str]:
         """As command-line options."""
@@ -83,11 +84,19 @@ def prompt_texts(tokenizer: Any, settings: Settings) -> list[str]:
     return texts
 
 
+def now(device: str) -> float:
+    """The clock, once the device has done all it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Ours:
     """The loop's own rooms in the loop's own order, timed."""
 
     def __init__(self, settings: Settings, dtype: str):
-        loaded = models.load(settings.model, dtype=dtype, device="cpu")
+        where = {"device": settings.device, "liger": "auto"}  # as a run's defaults
+        loaded = models.load(settings.model, dtype=dtype, **where)
         self.policy = NeverEnds(loaded.model, loaded.tokenizer, loaded.compute)
         self.settings = settings
         self.algo = Parity(task=None, policy=self.policy)  # type: ignore[arg-type]
@@ -97,7 +106,7 @@ class Ours:
             optim=Optim(betas=(0.9, 0.999)),
             batch=BatchLimit(tokens=8192),
         )
-        self.learner = Learner(self.policy, config, Accelerator(cpu=True))
+        self.learner = Learner(self.policy, config, Accelerator(cpu=settings.device == "cpu"))
         self.spec = LossSpec.named("grpo")
         texts = prompt_texts(self.policy.tokenizer, settings)
         self.problems = [Problem(str(i), text) for i, text in enumerate(texts)]
@@ -108,13 +117,13 @@ class Ours:
         """Seconds of each phase of one step."""
         size = self.settings
         problems = self.problems[number * size.prompts : (number + 1) * size.prompts]
-        marks = [time.perf_counter()]
+        marks = [now(size.device)]
         rollout = self.algo.rollout(problems, size.group, Sampling(size.tokens), number)
-        marks.append(time.perf_counter())
+        marks.append(now(size.device))
         advantage = self.algo.advantage(self.algo.score(rollout), rollout)
-        marks.append(time.perf_counter())
+        marks.append(now(size.device))
         self.learner.step(rollout, advantage, self.spec, RATE)
-        marks.append(time.perf_counter())
+        marks.append(now(size.device))
         self.tokens = sum(map(len, rollout.completion_ids))
         self.prompt_tokens = sum(map(len, rollout.prompt_ids)) * size.group
         spans = [b - a for a, b in zip(marks, marks[1:], strict=False)]

@@ -6,7 +6,6 @@ sequence is suppressed, so that every completion has the full length, as on our 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from bench.step_ours import (
     Parity,
     Settings,
     gate_batch,
+    now,
     parity,
     prompt_texts,
     vectors,
@@ -43,7 +43,7 @@ class Rival(TrainerCallback):
         rows = settings.prompts * settings.group
         config = GRPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=settings.device == "cpu",
             bf16=dtype == "bf16",
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=1,
@@ -83,9 +83,9 @@ class Rival(TrainerCallback):
         original = getattr(self.trainer, method)
 
         def timed(*args, **kwargs):
-            began = time.perf_counter()
+            began = now(self.settings.device)
             out = original(*args, **kwargs)
-            self.spent[phase] += time.perf_counter() - began
+            self.spent[phase] += now(self.settings.device) - began
             after(args, out)
             return out
 
@@ -102,10 +102,10 @@ class Rival(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.spent = dict.fromkeys(self.spent, 0.0)
-        self.began = time.perf_counter()
+        self.began = now(self.settings.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        total, spent = time.perf_counter() - self.began, self.spent
+        total, spent = now(self.settings.device) - self.began, self.spent
         phases = {
             "rollout": spent["rollout"],
             "score": spent["prepare"] - spent["rollout"],
@@ -136,6 +136,7 @@ class Rival(TrainerCallback):
             "advantages": torch.stack([part[0] for part in advantage.split(sizes)]),
             "num_items_in_batch": torch.tensor(sum(sizes)),
         }
+        inputs = {name: value.to(trainer.model.device) for name, value in inputs.items()}
         trainer._compute_loss(trainer.model, inputs).backward()
         out = trainer.model.get_output_embeddings().weight.grad.clone()
         trainer.model.zero_grad(set_to_none=True)

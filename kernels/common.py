@@ -32,6 +32,17 @@ def flag(x: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if x is None else x
 
 
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in fp32, in the place of total; half types on a GPU are summed there by the
+    product itself."""
+    full = torch.float32
+    if a.is_cuda and a.dtype != full:
+        if total is None:
+            return torch.mm(a, b, out_dtype=full)
+        return torch.addmm(total, a, b, out_dtype=full, out=total)
+    return (a @ b).to(full) if total is None else total.add_(a @ b)
+
+
 @triton.jit
 def finite(x):
     return (x == x) & (tl.abs(x) != float("inf"))
@@ -39,8 +50,15 @@ def finite(x):
 
 @triton.jit
 def bounded_exp(x):
-    """exp of x clamped to +-20, and whether x was inside."""
-    return tl.exp(tl.minimum(tl.maximum(x, -20.0), 20.0)), (x >= -20.0) & (x <= 20.0)
+    """exp of x clamped to +-20, and whether x was inside.
+
+    A GPU has 2^y: what rounding y = x log2(e) loses is put back, or e^20 would miss 20 ulp.
+    """
+    inside = (x >= -20.0) & (x <= 20.0)
+    x = tl.minimum(tl.maximum(x, -20.0), 20.0)
+    y = x * 1.4426950408889634
+    lost = tl.fma(x, 1.4426950216293335, -y) + x * 1.925963033500e-08
+    return tl.exp2(y) * (1.0 + 0.6931471805599453 * lost), inside
 
 
 @triton.jit
@@ -90,28 +108,29 @@ def scores(u, temperature, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def absorb(m, total, moment, s, AXIS: tl.constexpr):
+def absorb(m, total, moment, s):
     """Add the scores s to the running (max, sum e^(s-m), sum e^(s-m) (s-m)); -inf scores add
     nothing."""
-    top = tl.maximum(m, tl.max(s, AXIS))
+    top = tl.maximum(m, tl.max(s, 0))
     safe = tl.where(top == float("-inf"), 0.0, top)
     old = tl.where(m == float("-inf"), 0.0, tl.exp(m - safe))
     shift = tl.where(m == float("-inf"), 0.0, m - safe)
-    gap = s - tl.expand_dims(safe, AXIS) if AXIS == 1 else s - safe
+    gap = s - safe
     e = tl.where(s == float("-inf"), 0.0, tl.exp(gap))
-    moment = old * (moment + shift * total) + tl.sum(
-        tl.where(s == float("-inf"), 0.0, e * gap), AXIS
-    )
-    return top, old * total + tl.sum(e, AXIS), moment
+    moment = old * (moment + shift * total) + tl.sum(tl.where(s == float("-inf"), 0.0, e * gap), 0)
+    return top, old * total + tl.sum(e, 0), moment
 
 
-def merged(m: Tensor, total: Tensor, moment: Tensor) -> Tensor:
-    """(splits, N) partial statistics -> (N, 3): max, log of the sum above it, entropy; in fixed
-    order."""
-    top = m.amax(0)
-    safe = torch.where(top == -torch.inf, 0.0, top)
-    gap = torch.where(m == -torch.inf, 0.0, m - safe)
-    scale = torch.where(m == -torch.inf, 0.0, gap.exp())
-    whole = (scale * total).sum(0)
-    entropy = whole.log() - (scale * (moment + gap * total)).sum(0) / whole
-    return torch.stack([top, whole.log(), entropy], 1)
+@triton.jit
+def scale_kernel(x_ptr, g_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, (x * tl.load(g_ptr)).to(out_ptr.dtype.element_ty), mask=i < n)
+
+
+def scaled(x: Tensor, g: Tensor) -> Tensor:
+    """x times a number that lies on the device, in the type of x: one read, one write."""
+    out = torch.empty_like(x)
+    if x.numel():
+        scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, g.float(), out, x.numel(), BLOCK=4096)
+    return out

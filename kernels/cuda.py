@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from reasonrl.kernels.native import (
     pointer,
 )
 from reasonrl.kernels.reference_credit import check_steps
+from reasonrl.kernels.reference_segments import whiten
 
 
 def available() -> str | None:
@@ -173,6 +175,36 @@ def credit_advantage(credit: Any, cu: Tensor, mask: Tensor | None) -> Tensor:  #
     return out
 
 
+def prime_advantage(
+    token_reward: Tensor,  # (N,)
+    outcome: Tensor,  # (B,)
+    group: Tensor,  # (B,) int64
+    cu: Tensor,
+    mask: Tensor | None,
+    form: str,
+    gamma: float,
+    ddof: int,
+    scored: Tensor | None,  # (B,) bool
+    whiten_result: bool,
+    verl_baseline: bool,
+) -> Tensor:  # (N,)
+    """Process returns and outcome against the group, one launch; whitening, if asked, is torch's."""
+    credit = SimpleNamespace(
+        outcome=outcome, group=group, scored=scored, token_reward=token_reward.detach(),
+        step_reward=None, step_scored=None, step=None, step_cu=None, kind=form, pay="return",
+        by_place=False, divide=False, verl_baseline=verl_baseline, gamma=gamma, ddof=ddof, eps=0.0,
+        outcome_weight=1.0, process_weight=1.0,
+    )  # fmt: skip
+    out = credit_advantage(credit, cu, mask)
+    if not whiten_result:
+        return out
+    keep = mask
+    if scored is not None:
+        known = scored.repeat_interleave(cu.diff(), output_size=out.numel())
+        keep = known if mask is None else known & mask
+    return whiten(out, keep, 1e-8)
+
+
 def group_advantage(
     reward: Tensor,  # (B,)
     group: Tensor,  # (B,) int64
@@ -214,8 +246,9 @@ class _Returns(torch.autograd.Function):
 
 def by_step(step: Tensor, n_steps: int) -> tuple[Tensor, Tensor]:  # (N,), (S+1,)
     """The tokens in the order of their steps, stably, and where each step starts."""
-    ordered, order = torch.sort(step, stable=True)
-    edges = torch.arange(n_steps + 1, device=step.device)
+    narrow = step.int() if n_steps < 1 << 31 else step  # half the passes of a radix sort
+    ordered, order = torch.sort(narrow, stable=True)
+    edges = torch.arange(n_steps + 1, dtype=ordered.dtype, device=step.device)
     return order, torch.searchsorted(ordered, edges)
 
 

@@ -4,79 +4,43 @@ For a chunk of rows: u = x W^T + b (a matrix product), `logp`'s statistics, `pol
 coefficients, dL/du in place of u, then dX = dU W and dW += dU^T X. Loss, dX, dW and db are ready
 after the forward, 6 N D V FLOP; backward only scales them. A sequence ratio needs every log p of a
 completion first: then u is made twice, 8 N D V. Masked rows are left out before the forward; rows
-whose coefficients are 0 (clipped, dead, non-finite) before the two gradient products. Extra memory:
-one chunk of logits, at most SCRATCH bytes. Half-precision logits are rounded to their type.
+whose coefficients are 0 (clipped, dead, non-finite) before the two gradient products, where they are
+enough to pay for moving the others together. Extra memory: one chunk of logits (`linear_logp`).
 Legend: B completions, N rows, K unmasked rows, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reasonrl.kernels.common import available
-from reasonrl.kernels.logp import row_grad, row_stats
+from reasonrl.kernels.common import available, scaled
+from reasonrl.kernels.linear_logp import Gradients, Head, Rows
 from reasonrl.kernels.policy_loss import SUMS, Inputs, coefficients, named, shares
 
 __all__ = ["available", "linear_policy_loss"]
 
-SCRATCH = 1 << 28  # bytes of logits alive at one time
-
-
-@dataclass
-class Head:
-    """The matrix product and the gradients that grow while chunks pass."""
-
-    x: Tensor  # (N, D)
-    w: Tensor  # (V, D)
-    bias: Tensor | None
-    target: Tensor  # (N,)
-    scale: tuple[float, float | None]  # temperature, softcap
-
-    def __post_init__(self) -> None:
-        self.dx = torch.zeros_like(self.x)
-        self.dw = torch.zeros_like(self.w, dtype=torch.float32)
-        self.db = torch.zeros(self.w.shape[0], dtype=torch.float32, device=self.w.device)
-
-    def logits(self, rows: Tensor) -> Tensor:
-        u = self.x[rows] @ self.w.t()
-        return u if self.bias is None else u.add_(self.bias.to(u.dtype))
-
-    def stats(self, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return row_stats(u, self.target[rows], *self.scale)
-
-    def grow(self, u: Tensor, rows: Tensor, stats: Tensor, c: Tensor, eta: Tensor) -> None:
-        """Add what these rows contribute; u becomes dL/du."""
-        live = c != 0 if eta.numel() == 0 else (c != 0) | (eta != 0)
-        if not bool(live.all()):
-            u, rows, stats, c = u[live], rows[live], stats[live], c[live]
-            eta = eta[live] if eta.numel() else eta
-        h = eta if eta.numel() else None
-        row_grad(u, self.target[rows], stats, c, h, u, *self.scale)
-        self.dx.index_copy_(0, rows, u @ self.w)
-        self.dw += u.t() @ self.x[rows]
-        self.db += u.sum(0, dtype=torch.float32)
+WORTH = 0.85  # rows are moved together where at most this share of them is live
 
 
 class LinearPolicy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, given, spec, scale):
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        head = Head(hidden.to(dtype), weight.to(dtype), bias, target, scale)
-        sums = one_pass(head, given, spec) if spec.ratio == "token" else two_pass(head, given, spec)
-        db = None if bias is None else head.db.to(bias.dtype)
-        ctx.save_for_backward(head.dx.to(hidden.dtype), head.dw.to(weight.dtype), db)
+        head = Head(hidden, weight, bias, target, scale)
+        grads = Gradients(head)
+        walk = one_pass if spec.ratio == "token" else two_pass
+        sums = walk(head, grads, given, spec)
+        ctx.save_for_backward(*grads.of(hidden, weight, bias))
         ctx.mark_non_differentiable(sums)
         return sums[:, SUMS.index("loss")].sum().float(), sums
 
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[override]
-        dx, dw, db = ctx.saved_tensors
-        scaled = [None if x is None else (grad * x).to(x.dtype) for x in (dx, dw, db)]
-        return *scaled, None, None, None, None
+        found = (None if x is None else scaled(x, grad) for x in ctx.saved_tensors)
+        return *found, None, None, None, None
 
 
 def linear_policy_loss(
@@ -102,44 +66,65 @@ def linear_policy_loss(
     return loss, named(sums)
 
 
-def one_pass(head: Head, given: Inputs, spec: Any) -> Tensor:  # sums (B, 10)
+def one_pass(head: Head, grads: Gradients, given: Inputs, spec: Any) -> Tensor:  # sums (B, 10)
     rows, given = unmasked(head, given)
-    sums = torch.zeros((given.cu.numel() - 1, len(SUMS)), dtype=torch.float64, device=rows.device)
-    size = chunk(head)
-    for start in range(0, rows.numel(), size):
-        at = slice(start, min(start + size, rows.numel()))
-        u = head.logits(rows[at])
-        taken, stats = head.stats(u, rows[at])
+    shape, top = (given.cu.numel() - 1, len(SUMS)), SUMS.index("top")
+    sums = torch.zeros(shape, dtype=torch.float64, device=head.x.device)
+    for at in head.chunks(head.x.shape[0] if rows is None else rows.numel()):
+        own_rows = at if rows is None else rows[at]
+        u = head.logits(own_rows)
+        taken, stats = head.stats(u, own_rows)
         c, eta, own = coefficients(
             taken, stats[:, 2].contiguous() if spec.entropy_coef else None, cut(given, at), spec
         )
-        top = torch.maximum(sums[:, SUMS.index("top")], own[:, SUMS.index("top")])
+        most = torch.maximum(sums[:, top], own[:, top])
         sums += own
-        sums[:, SUMS.index("top")] = top
-        head.grow(u, rows[at], stats, c, eta)
+        sums[:, top] = most
+        grow(grads, u, own_rows, stats, c, eta if eta.numel() else None)
     return sums
 
 
-def two_pass(head: Head, given: Inputs, spec: Any) -> Tensor:  # sums (B, 10)
+def two_pass(head: Head, grads: Gradients, given: Inputs, spec: Any) -> Tensor:  # sums (B, 10)
     rows, given = unmasked(head, given)
-    parts = rows.split(chunk(head))
+    if rows is None:
+        rows = torch.arange(head.x.shape[0], device=head.x.device)
+    parts = [rows[at] for at in head.chunks(rows.numel())]
     stats = [head.stats(head.logits(part), part) for part in parts]
     taken, stats = (torch.cat([s[i] for s in stats]) for i in range(2))
     c, eta, sums = coefficients(
         taken, stats[:, 2].contiguous() if spec.entropy_coef else None, given, spec
     )
     live = ((c != 0) | (eta != 0) if eta.numel() else c != 0).nonzero()[:, 0]
-    for at in live.split(chunk(head)):
-        own = eta[at] if eta.numel() else eta
-        head.grow(head.logits(rows[at]), rows[at], stats[at], c[at], own)
+    for part in head.chunks(live.numel()):
+        at = live[part]
+        own, entropy = rows[at], eta[at] if eta.numel() else None
+        grads.add(head.logits(own), own, stats[at], c[at], entropy, head.x[own])
     return sums
 
 
-def unmasked(head: Head, given: Inputs) -> tuple[Tensor, Inputs]:
-    """The rows in use, and the inputs of these rows with offsets that count them."""
-    n = head.x.shape[0]
+def grow(
+    grads: Gradients, u: Tensor, rows: Rows, stats: Tensor, c: Tensor, eta: Tensor | None
+) -> None:
+    """Add what the live rows of a chunk contribute."""
+    live = c != 0 if eta is None else (c != 0) | (eta != 0)
+    count = int(live.sum())  # the one wait for the device in a chunk
+    if count == 0:
+        return
+    x = grads.head.x[rows]
+    if count <= WORTH * live.numel():
+        at = live.nonzero()[:, 0]
+        u, stats, c, x = (v.index_select(0, at) for v in (u, stats, c, x))
+        eta = None if eta is None else eta.index_select(0, at)
+        rows = at + rows.start if isinstance(rows, slice) else rows.index_select(0, at)
+    elif count < live.numel():
+        x = x.masked_fill(~live[:, None], 0.0)  # their dU is 0, but 0 times NaN is not
+    grads.add(u, rows, stats, c, eta, x)
+
+
+def unmasked(head: Head, given: Inputs) -> tuple[Tensor | None, Inputs]:
+    """The rows in use (None: all), and the inputs of these rows with offsets that count them."""
     if given.mask is None:
-        return torch.arange(n, device=head.x.device), given
+        return None, given
     rows = given.mask.nonzero()[:, 0]
     cu = torch.nn.functional.pad(given.mask.cumsum(0), (1, 0))[given.cu].contiguous()
     return rows, replace(given, **pick(given, rows), mask=None, cu=cu)
@@ -147,6 +132,8 @@ def unmasked(head: Head, given: Inputs) -> tuple[Tensor, Inputs]:
 
 def cut(given: Inputs, at: slice) -> Inputs:
     """The inputs of a run of rows; completions outside it are empty."""
+    if at.start == 0 and at.stop == given.advantage.numel():
+        return given
     cu = given.cu.clamp(at.start, at.stop) - at.start
     return replace(given, **pick(given, at), cu=cu.contiguous())
 
@@ -154,7 +141,3 @@ def cut(given: Inputs, at: slice) -> Inputs:
 def pick(given: Inputs, rows: Tensor | slice) -> dict[str, Tensor | None]:
     tokens = {name: getattr(given, name) for name in ("old", "advantage", "ref", "weight")}
     return {name: None if x is None else x[rows].contiguous() for name, x in tokens.items()}
-
-
-def chunk(head: Head) -> int:
-    return max(1, SCRATCH // max(1, head.w.shape[0] * head.x.element_size()))

@@ -19,8 +19,11 @@ from reasonrl.kernels.common import absorb, available, block, scores
 
 __all__ = ["available", "logp", "row_grad", "row_stats"]
 
+# both kernels must round a score alike: fused into s - m, it would differ from the largest by itself
+ROUNDED = {"enable_fp_fusion": False}
 
-@triton.jit(do_not_specialize=["vocab"])
+
+@triton.jit
 def stats_kernel(
     u_ptr, target_ptr, logp_ptr, stats_ptr, stride, vocab, temperature, softcap,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,7 +37,7 @@ def stats_kernel(
         u = tl.load(u_ptr + v, mask=v < vocab, other=0.0).to(tl.float32)
         s, _ = scores(u, temperature, softcap, CAPPED)
         s = tl.where(v < vocab, s, float("-inf"))
-        m, total, moment = absorb(m, total, moment, s, 0)
+        m, total, moment = absorb(m, total, moment, s)
     y = tl.load(target_ptr + row) + tl.arange(0, 1)
     taken, _ = scores(tl.load(u_ptr + y).to(tl.float32), temperature, softcap, CAPPED)
     one = row + tl.arange(0, 1)
@@ -44,7 +47,7 @@ def stats_kernel(
     tl.store(stats_ptr + 3 * one + 2, tl.log(total) - moment / total)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def grad_kernel(
     u_ptr, target_ptr, stats_ptr, g_ptr, h_ptr, du_ptr, stride, vocab, temperature, softcap,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +110,7 @@ def row_stats(
     if rows:
         stats_kernel[(rows,)](
             u, target, taken, stats, u.stride(0), vocab, temperature, softcap or 1.0,
-            CAPPED=softcap is not None, BLOCK=block(vocab, 4096), num_warps=8,
+            CAPPED=softcap is not None, BLOCK=block(vocab, 4096), num_warps=4, **ROUNDED,
         )  # fmt: skip
     return taken, stats
 
@@ -126,5 +129,5 @@ def row_grad(
     grad_kernel[(rows, triton.cdiv(vocab, size))](
         u, target, stats, g, g if h is None else h.contiguous(), du, u.stride(0), vocab,
         temperature, softcap or 1.0, CAPPED=softcap is not None, ENTROPY=h is not None, BLOCK=size,
-        num_warps=8,
+        num_warps=8, **ROUNDED,
     )  # fmt: skip

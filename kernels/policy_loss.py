@@ -283,9 +283,9 @@ def coefficients(
     logp: Tensor, entropy: Tensor | None, given: Inputs, spec: Any
 ) -> tuple[Tensor, Tensor, Tensor]:  # dL/dlogp (N,), dL/dentropy (N,) or (0,), sums (B, 10) float64
     rows, n = given.cu.numel() - 1, logp.numel()
-    c = torch.zeros_like(logp)
-    eta = torch.zeros_like(logp) if entropy is not None else logp.new_zeros(0)
-    sums = torch.zeros((rows, len(SUMS)), dtype=torch.float32, device=logp.device)
+    c = torch.empty_like(logp)
+    eta = torch.empty_like(logp) if entropy is not None else logp.new_empty(0)
+    sums = torch.empty((rows, len(SUMS)), dtype=torch.float32, device=logp.device)
     if rows and n:
         kernel[(rows,)](
             logp, flag(given.old, logp), given.advantage, flag(given.ref, logp),
@@ -294,6 +294,8 @@ def coefficients(
             spec.clip_low, spec.clip_high, spec.delta or 0.0, spec.dual_clip or 0.0, spec.sapo_pos,
             spec.sapo_neg, spec.kl_coef, **flags(spec, entropy, given), BLOCK=512, num_warps=4,
         )  # fmt: skip
+    else:
+        sums.zero_()
     return c, eta, sums.double()
 
 
@@ -335,19 +337,20 @@ def shares(
 
 def named(sums: Tensor) -> dict[str, Tensor]:
     """Sums of completions (B, 10) -> the metrics."""
-    total = dict(zip(SUMS, sums.sum(0).unbind(), strict=True))
-    top = sums[:, 5].max() if sums.shape[0] else total["top"]
-    tokens = total["tokens"].clamp(min=1)
-    metrics = {
-        "clip_ratio/low_mean": total["low"] / tokens,
-        "clip_ratio/high_mean": total["high"] / tokens,
-        "clip_ratio/region_mean": (total["low"] + total["high"]) / tokens,
-        "clip_ratio/dual_mean": total["dual"] / tokens,
-        "kl": total["kl"] / tokens,
-        "ratio/mean": total["rho"] / tokens,
+    total = sums.sum(0)
+    top = sums[:, SUMS.index("top")].max() if sums.shape[0] else total[SUMS.index("top")]
+    mean = (total / total[SUMS.index("tokens")].clamp(min=1)).float()
+    whole, top = total.float(), top.float()
+    at = {name: (mean[i], whole[i]) for i, name in enumerate(SUMS)}
+    return {
+        "clip_ratio/low_mean": at["low"][0],
+        "clip_ratio/high_mean": at["high"][0],
+        "clip_ratio/region_mean": at["low"][0] + at["high"][0],
+        "clip_ratio/dual_mean": at["dual"][0],
+        "kl": at["kl"][0],
+        "ratio/mean": at["rho"][0],
         "ratio/max": top,
-        "tokens": total["tokens"],
-        "nonfinite": total["nonfinite"],
-        "rows/active": total["active"] / tokens,
+        "tokens": at["tokens"][1],
+        "nonfinite": at["nonfinite"][1],
+        "rows/active": at["active"][0],
     }
-    return {name: value.float() for name, value in metrics.items()}

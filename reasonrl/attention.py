@@ -15,12 +15,17 @@ Shapes: H query heads, K key/value heads, d head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from reasonrl import flash
+from reasonrl.records import InputError
+
 NAME = "reasonrl"
+KINDS = ("auto", "flash", "sdpa")
 SMALL = 1 << 24  # score elements up to which the plain path keeps its fp32 scores (64 MiB)
 
 
@@ -38,12 +43,54 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 
 
 class Packed:
-    """The plan of one packed micro-batch; index tensors are made once and used by every layer."""
+    """The plan of one packed micro-batch; index tensors are made once and used by every layer.
+
+    how: `flash` (kernels without padding, `flash.py`), `sdpa` (blocks padded to the longest, with a
+    mask), `auto`: flash where its kernels can run.
+    """
 
     def __init__(
-        self, layout: Sequence[tuple[int, int, Sequence[int]]], device, keep: bool = False
+        self,
+        layout: Sequence[tuple[int, int, Sequence[int]]],
+        device,
+        keep: bool = False,
+        attn: str = "auto",
     ):
         self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+        self.layout, self.device, self.attn = layout, device, attn
+
+    @property
+    def prompts(self) -> Tensor:
+        """Positions of the prompts' tokens in the packing."""
+        runs = [torch.arange(start, start + n) for start, n, _ in self.layout]
+        return torch.cat(runs).to(self.device)
+
+    @cached_property
+    def spans(self) -> flash.Spans:
+        return flash.spans(self.layout, self.device)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        return Blocks(self.layout, self.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (H, L, d), k and v (K, L, d) -> (L, H, d)."""
+        q, k, v = (x.to(v.dtype).transpose(0, 1) for x in (q, k, v))  # (L, heads, d)
+        if self.cache is not None:
+            prompts = self.blocks.prompt, self.blocks.shape[0]
+            self.cache[layer] = _blocks(k, *prompts), _blocks(v, *prompts)
+        missing = "" if self.attn == "sdpa" else flash.missing(q)
+        if missing is None:
+            return flash.attend(q, k, v, self.spans, scaling)
+        if self.attn == "flash":
+            raise InputError(f"attn: flash needs {missing}")
+        return self.blocks.attend(q, k, v, scaling)
+
+
+class Blocks:
+    """A packing as blocks padded to the longest prompt and the longest completion, with masks."""
+
+    def __init__(self, layout: Sequence[tuple[int, int, Sequence[int]]], device):
         prompts = [range(start, start + length) for start, length, _ in layout]
         rows, owner, at = [], [], 0
         for g, (start, length, lengths) in enumerate(layout):
@@ -69,12 +116,9 @@ class Packed:
             seen = seen[self.owner][:, None, None, :].expand(-1, 1, r_max, -1)
             self.sees = torch.cat([seen, own.expand(len(rows), 1, -1, -1)], dim=-1)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q (H, L, d), k and v (K, L, d) -> (L, H, d)."""
-        q, k, v = (x.to(v.dtype).transpose(0, 1) for x in (q, k, v))  # (L, heads, d)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (L, H, d), k and v (L, K, d) -> (L, H, d)."""
         qp, kp, vp = (_blocks(x, self.prompt, self.shape[0]) for x in (q, k, v))
-        if self.cache is not None:
-            self.cache[layer] = (kp, vp)
         out = attend(qp, kp, vp, self.causal, scaling)
         out = out.transpose(1, 2).flatten(0, 1)
         if len(self.owner):
@@ -110,7 +154,8 @@ def _blocks(x: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _padded(spans: Sequence[range], width: int, device) -> Tensor:
-    rows = [i for s in spans for i in [*s, *([s.start] * (width - len(s)))]]
+    # an empty completion may stand at the very end, where there is no token
+    rows = [i for s in spans for i in [*s, *([s.start if len(s) else 0] * (width - len(s)))]]
     return torch.tensor(rows, dtype=torch.long, device=device)
 
 

@@ -154,6 +154,8 @@ class Config(Section):
     log: Log = Log()
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    attn: Literal["auto", "flash", "sdpa"] = "auto"  # of packed batches on a GPU
+    liger: Literal["auto", "off"] = "auto"  # fused layers on a GPU, where liger-kernel is there
     threads: Positive | None = None
     nan_patience: Positive = 3  # skipped steps in a row before the run stops
 

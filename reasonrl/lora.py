@@ -27,9 +27,7 @@ def trainable(
     layer but the head; on an image tower that is frozen there is none. alpha: 2 * rank."""
     model = initial.model
     if lora_rank == 0:
-        return Policy(
-            model.requires_grad_(True), initial.tokenizer, initial.compute, initial.processor
-        )
+        return replace(initial, model=model.requires_grad_(True))
     try:
         import peft
     except ImportError:
@@ -43,7 +41,7 @@ def trainable(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = peft.get_peft_model(model, settings).get_base_model()
-    return Policy(model, initial.tokenizer, initial.compute, initial.processor)
+    return replace(initial, model=model)
 
 
 def _layers(model: Any) -> list[str]:

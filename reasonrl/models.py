@@ -12,7 +12,7 @@ import copy
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, heads, smollm2, tiny, vision
+from reasonrl import attention, heads, layers, smollm2, tiny, vision
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
@@ -42,6 +42,7 @@ class Policy:
     tokenizer: Any
     compute: torch.dtype = torch.float32
     processor: Any = None  # of images, where the model has eyes
+    attn: str = "auto"  # the packed path's attention: auto, flash, sdpa
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +82,7 @@ class Policy:
         inside the module that owns the head."""
         device = self.device
         with self.autocast():
-            plan = attention.Packed(batch.layout, device)
+            plan = attention.Packed(batch.layout, device, attn=self.attn)
             ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
             hidden = self.hidden(ids, positions, plan, batch.images)
         hidden = hidden.index_select(0, batch.predict.to(device))
@@ -109,7 +110,7 @@ class Policy:
     def frozen(self) -> Policy:
         """A copy of the weights as they are now, without gradients: a reference."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        return Policy(model, self.tokenizer, self.compute, self.processor)
+        return replace(self, model=model)
 
     def save(self, folder: Path) -> None:
         """In the Hugging Face layout, loadable by `load` and from_pretrained."""
@@ -170,12 +171,16 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(
-    name: str, *, dtype: str = "auto", device: str = "cpu", seed: int = 0, **options
-) -> Policy:
+    name: str, *, dtype: str = "auto", device: str = "cpu", seed: int = 0, attn: str = "auto",
+    liger: str = "off", **options,
+) -> Policy:  # fmt: skip
     """The policy called `name`; InputError where the folder holds no usable model.
 
-    options: the sizes of a model built here; vision_tower: frozen | trained, for one with images.
+    attn: auto | flash | sdpa (`attention`); liger: auto | off (`layers`); options: the sizes of a
+    model built here; vision_tower: frozen | trained, for one with images.
     """
+    if attn not in attention.KINDS:
+        raise InputError(f"attn: expected one of {', '.join(attention.KINDS)}, got {attn!r}")
     _bound_kernel_cache()
     target = torch.device(device)
     how = options.pop("vision_tower", None)
@@ -204,7 +209,9 @@ def load(
         vision.set_tower(model, how or "trained")
         # packed attention for the text; an image's patches attend as the model has it
         model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
-    return Policy(model.to(target), tokenizer, compute_dtype(dtype, target), processor)
+    model = model.to(target)
+    layers.fuse(model, liger)
+    return Policy(model, tokenizer, compute_dtype(dtype, target), processor, attn)
 
 
 def _bound_kernel_cache() -> None:

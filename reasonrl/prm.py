@@ -80,7 +80,7 @@ class PRM:
     def new(policy: Policy, reading: Reading, seed: int = 0) -> PRM:
         """Fresh heads on the body of a policy, which is taken over, not copied."""
         width = policy.model.config.get_text_config().hidden_size
-        body = Policy(_bare(policy.model), policy.tokenizer, policy.compute)
+        body = Policy(_bare(policy.model), policy.tokenizer, policy.compute, attn=policy.attn)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = nn.Linear(width, 2 if reading.kind == "softmax" else 1)
@@ -154,7 +154,7 @@ class PRM:
         in the order of `batch.rows`; and how many steps each of them has."""
         device = self.body.device
         with self.body.autocast():
-            plan = attention.Packed(batch.layout, device)
+            plan = attention.Packed(batch.layout, device, attn=self.body.attn)
             ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
             hidden = self.body.hidden(ids, positions, plan)
         at, ends, counts = [], [], []

@@ -175,7 +175,7 @@ def _prefill(policy: Policy, prompt_ids, images) -> tuple[Packed, Tensor, Tensor
     own = [torch.arange(len(ids)) if look is None else look.positions for ids, look in pairs]
     positions = join_positions(own, bool(seen)).to(policy.device)
     first = torch.tensor([first_position(look, len(ids)) for ids, look in pairs])
-    plan = Packed(layout, policy.device, keep=True)
+    plan = Packed(layout, policy.device, keep=True, attn=policy.attn)
     hidden = policy.hidden(flat, positions, plan, seen)
     ends = torch.tensor([start + length - 1 for start, length, _ in layout], device=policy.device)
     return plan, hidden.index_select(0, ends), first.to(policy.device)

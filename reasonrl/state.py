@@ -117,6 +117,8 @@ def reference(out: Path, config: Config, device: str) -> Policy:
     path = checkpoint.latest_verified(out / "reference")
     if path is None:
         raise InputError(f"{out / 'reference'}: the run's reference weights are missing")
-    policy = models.load(str(path), dtype=config.dtype, device=device)
+    policy = models.load(
+        str(path), dtype=config.dtype, device=device, attn=config.attn, liger=config.liger
+    )
     policy.model.eval().requires_grad_(False)
     return policy

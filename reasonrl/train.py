@@ -121,6 +121,8 @@ class Run:
             dtype=config.dtype,
             device=str(self.accelerator.device),
             seed=config.seed,
+            attn=config.attn,
+            liger=config.liger,
             **(config.model_options if fresh else _kept(config)),
         )
         if rank:

@@ -100,7 +100,7 @@ def hidden(
     with torch.set_grad_enabled(learns):
         features = model.get_image_features(pixels, grid, return_dict=True)
     asked = torch.zeros_like(input_ids, dtype=torch.bool)
-    asked[plan.prompt] = True
+    asked[plan.prompts] = True
     place = asked & (input_ids == policy.model.config.image_token_id)
     found = torch.cat(list(features.pooler_output))
     words = model.get_input_embeddings()(input_ids)

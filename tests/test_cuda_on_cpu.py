@@ -317,7 +317,8 @@ def test_nvcc_compiles_without_stack_or_spills(nvcc, arch, tmp_path):
     for source in core.KERNELS:
         for row in builds.nvcc_report(nvcc, source, arch, tmp_path / "out.o"):
             assert row["stack"] == row["spills"] == 0, row
-            used[row["kernel"]] = row["registers"]
+            name = row["kernel"]  # of a template's kernels the largest counts
+            used[name] = max(used.get(name, 0), row["registers"])
     assert used.keys() == budget["kernels"].keys()
     if version[1] != budget["nvcc"]:
         pytest.skip(f"SKIPPED: the register budget is for nvcc {budget['nvcc']}, not {version[1]}")

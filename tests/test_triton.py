@@ -49,7 +49,7 @@ ARCHES = [80, 90, 100, "gfx942"]
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_kernels_build_without_stack_or_spills(arch, tmp_path):
-    quick = ("linear_logp.stats", "linear_logp.grad", "logp.stats", "logp.grad", "policy.10")
+    quick = ("scale", "logp.stats", "logp.grad", "policy.10")
     gate(arch, "bf16", tmp_path, quick)
 
 
@@ -66,47 +66,24 @@ def gate(arch, dtype, folder, names):
         if names is not None and name not in names:
             continue
         compiled = build(kernel, types, constants, options, arch)
-        matrix = name.startswith("linear") and dtype != "fp32"
         if isinstance(arch, str):
             text = compiled.asm["amdgcn"]
             found = read_amd(text)
             assert found["stack"] == found["spills"] == 0, f"{name} {arch}: {found}"
-            assert "v_mfma" in text or not matrix
             continue
         seen = read_nvidia(compiled, folder)
         bad = {key: seen[key] for key in ("STACK", "LOCAL", "LDL", "STL") if seen[key]}
         assert not bad, f"{name} sm_{arch} {dtype}: {bad}"
-        if matrix:
-            assert seen["tensor"] and seen["LDGSTS"], f"{name} sm_{arch}: {seen}"
-            assert arch != 90 or seen["wgmma"]
+        if name.startswith("logp"):  # a row of a vocabulary of a multiple of 16, as the JIT sees it
+            assert seen["wide"], f"{name} sm_{arch}: {seen}"
 
 
 def test_a_new_number_or_length_compiles_nothing():
     """Every numeric argument of a kernel is a run-time argument: flags and block sizes alone are
     not."""
-    from reasonrl.kernels import linear_logp, logp, policy_loss
+    from reasonrl.kernels import common, logp, policy_loss
 
-    flags = {
-        "BIAS",
-        "CAPPED",
-        "ENTROPY",
-        "EXACT",
-        "RATIO",
-        "SURROGATE",
-        "KL",
-        "KL_ON",
-        "DELTA",
-        "DUAL",
-    }
-    flags |= {"OLD", "REF", "W", "ENT", "MASK", "BLOCK", "ROWS", "COLS", "DEPTH"}
-    kernels = (
-        linear_logp.stats_kernel,
-        linear_logp.grad_kernel,
-        logp.stats_kernel,
-        logp.grad_kernel,
-    )
-    for kernel in (*kernels, policy_loss.kernel):
+    flags = {"CAPPED", "ENTROPY", "RATIO", "SURROGATE", "KL", "KL_ON", "DELTA", "DUAL", "OLD"}
+    flags |= {"REF", "W", "ENT", "MASK", "BLOCK"}
+    for kernel in (logp.stats_kernel, logp.grad_kernel, policy_loss.kernel, common.scale_kernel):
         assert {p.name for p in kernel.params if p.is_constexpr} <= flags
-    for kernel in kernels:
-        lengths = [p for p in kernel.params if p.name == "n"]
-        assert all(p.do_not_specialize for p in lengths)

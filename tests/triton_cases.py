@@ -1,4 +1,5 @@
-"""Numerics of the Triton kernels in the interpreter: run by test_triton.py in a process of its own.
+"""Numerics of the Triton kernels: in the interpreter, run by test_triton.py in a process of its own,
+and on a GPU, by test_gpu.py.
 
 Against float64 truth by the rule of test_parity.py; fp32 only (the interpreter's bf16 products are
 wrong). The interpreter runs programs one after another on numpy: no races, no memory model. Outputs
@@ -19,13 +20,21 @@ from reasonrl.kernels import linear_policy_loss as head_loss
 from reasonrl.kernels import logp as logp_kernels
 from reasonrl.loss import NAMED
 
+DEVICE = "cuda" if os.environ.get("REASONRL_PARITY") == "triton" else "cpu"
+RUN_HERE = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py"),
+    pytest.mark.skipif(not RUN_HERE, reason="run by test_triton.py and test_gpu.py"),
     pytest.mark.usefixtures("poison"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 ULP = torch.finfo(torch.float32).eps
 PATHS = ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "triton"))
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with torch.device(DEVICE):
+        yield
 
 
 def within(truth, yard, got, k, scale=0.0):
@@ -69,7 +78,7 @@ def test_logp_keeps_nan_in_its_row():
 
 
 def tokens(n, seed, spread=0.3):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(DEVICE).manual_seed(seed)
     names = ("logp", "old", "ref", "advantage", "weight", "entropy")
     x = {name: torch.randn(n, generator=g) * spread for name in names}
     x["logp"] = x["logp"] - 2
@@ -125,7 +134,6 @@ def test_policy_loss(name):
 )
 def test_linear_logp(n, depth, width, softcap, monkeypatch):
     monkeypatch.setattr(linear_logp, "SCRATCH", 13 * width * 4)
-    monkeypatch.setattr(linear_logp, "PARTS", 3)
     x, w, b = torch.randn(n, depth), torch.randn(width, depth), torch.randn(width)
     target, up, results = torch.randint(0, width, (n,)), torch.randn(2, n), []
     up[:, ::5] = 0
@@ -140,15 +148,19 @@ def test_linear_logp(n, depth, width, softcap, monkeypatch):
     assert results[2][2][::5].eq(0).all()
 
 
+@pytest.mark.parametrize("worth", [0.85, 0.0], ids=["dead rows left out", "dead rows zeroed"])
 @pytest.mark.parametrize("name", ["grpo", "cispo", "gspo", "gspo_token", "gmpo"])
-def test_linear_policy_loss(name, monkeypatch):
+def test_linear_policy_loss(name, worth, monkeypatch):
     n, depth, width = 70, 40, 53
-    monkeypatch.setattr(head_loss, "SCRATCH", 30 * width * 4)
-    for case, change in enumerate(({}, {"kl_coef": 0.1, "entropy_coef": 0.05})):
+    monkeypatch.setattr(linear_logp, "SCRATCH", 30 * width * 4)
+    monkeypatch.setattr(head_loss, "WORTH", worth)
+    for case, change in enumerate(({}, {"kl_coef": 0.1, "entropy_coef": 0.05}, {})):
         spec = LossSpec.named(name, **({"max_length": 40} | change))
         x, mask = tokens(n, case)
         hidden, w, b = torch.randn(n, depth), torch.randn(width, depth) * 0.2, torch.randn(width)
         hidden[9] = math.nan
+        if case == 2:  # no mask: runs of rows, not their numbers
+            mask = torch.ones_like(mask)
         target = torch.where(mask, torch.randint(0, width, (n,)), -7)
         truth = hidden.double() @ w.double().T + b
         base = torch.log_softmax(6 * torch.tanh(truth / 6) / 0.8, -1)
@@ -159,12 +171,13 @@ def test_linear_policy_loss(name, monkeypatch):
             v = {key: value.to(dtype) for key, value in x.items()}
             shift = base.to(dtype) - v["logp"]
             out = linear_policy_loss(
-                *leaves[:2], target, v["old"] + shift, v["advantage"], spec, mask=mask,
+                *leaves[:2], target, v["old"] + shift, v["advantage"], spec,
+                mask=None if case == 2 else mask,
                 cu_seqlens=torch.tensor([0, 3, 3, 41, 70]), ref_logp=v["ref"] + shift,
                 bias=leaves[2], temperature=0.8, softcap=6.0, is_weight=v["weight"], impl=impl,
             )  # fmt: skip
             results.append(
-                (out.loss, *torch.autograd.grad(out.loss, leaves), *out.metrics.values())
+                (out.loss, *torch.autograd.grad(1.7 * out.loss, leaves), *out.metrics.values())
             )
         for i, values in enumerate(zip(*results, strict=True)):
             within(*values, k=3 if i else 2, scale=0.5 if i == 0 else 2e-1)

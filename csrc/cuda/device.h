@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 #define SHARED(type, name, count) __shared__ type name[count]
 #define ROLLED _Pragma("unroll 1")
+#define UNROLLED _Pragma("unroll")
 #endif
 
 #include <stdint.h>
@@ -57,8 +58,8 @@ __device__ inline Affine after(Affine first, Affine second) {
     return {second.a * first.a, second.a * first.b + second.b};
 }
 
-// A tile of the scan: each thread's run after those of the threads before it, and the carry.
-__device__ inline double scan_tile(Affine run, double* carry, Affine* totals) {
+// A tile of the scan: what enters each thread's run from the threads before it and the carry.
+__device__ inline double scan_before(Affine run, double* carry, Affine* totals) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int step = 1; step < 32; step *= 2) {
         const double a = __shfl_up_sync(ALL_LANES, run.a, step);
@@ -73,7 +74,15 @@ __device__ inline double scan_tile(Affine run, double* carry, Affine* totals) {
         *carry = totals[w].a * *carry + totals[w].b;
     }
     __syncthreads();  // the next tile writes the totals again
-    return run.a * entering + run.b;
+    const double a = __shfl_up_sync(ALL_LANES, run.a, 1);
+    const double b = __shfl_up_sync(ALL_LANES, run.b, 1);
+    return lane == 0 ? entering : a * entering + b;
+}
+
+// The same after each thread's own run.
+__device__ inline double scan_tile(Affine run, double* carry, Affine* totals) {
+    const double before = scan_before(run, carry, totals);
+    return run.a * before + run.b;
 }
 
 // Whether this block is the last of the launch to come here; it then sees what the others wrote.

@@ -11,6 +11,7 @@ namespace reasonrl {
 namespace {
 
 constexpr int64_t CHUNK = 4096;
+constexpr int AHEAD = 4;  // tokens of a thread whose bytes are under way at once
 
 bool ignores_completions(const Loss& loss, int per_completion, int credited) {
     return loss.ratio == TOKEN && !per_completion && !credited;
@@ -21,30 +22,48 @@ struct Token {
     float logp, d, advantage, r, weight, entropy;
 };
 
-// x[i], or `absent` without x; false where it is not finite. One read.
-__device__ bool take(const float* x, int64_t i, float absent, float* out) {
-    *out = x ? x[i] : absent;
-    return is_finite(*out);
+// A token as it lies in memory; reads alone, so that those of several tokens are under way at once.
+struct Raw {
+    bool on;
+    float logp, old, advantage, ref, weight, entropy;
+};
+
+__device__ bool is_on(const PolicyTask& task, int64_t i, int64_t end) {
+    return i < end && (task.mask == nullptr || task.mask[i] != 0);
 }
 
-// Masked and non-finite tokens hold zeros: selected away, never multiplied. `made`: an advantage
-// that does not lie in memory.
-__device__ Token load(const PolicyTask& task, int64_t i, const float* made) {
+__device__ Raw read(const PolicyTask& task, int64_t i, bool on, const float* made) {
+    const auto at = [&](const float* x, float absent) { return x && on ? x[i] : absent; };
+    Raw raw;
+    raw.on = on;
+    raw.logp = at(task.logp, 0.0f);
+    raw.old = at(task.old_logp, raw.logp);
+    raw.advantage = made ? *made : at(task.advantage, 0.0f);
+    raw.ref = at(task.ref_logp, raw.logp);
+    raw.weight = at(task.weight, 1.0f);
+    raw.entropy = at(task.entropy, 0.0f);
+    return raw;
+}
+
+// Masked and non-finite tokens hold zeros: selected away, never multiplied.
+__device__ Token token_of(const Raw& x) {
     Token t = {};
-    t.on = task.mask == nullptr || task.mask[i] != 0;
-    if (!t.on) return t;
-    Token read = {true, true};
-    float old, ref;
-    bool good = take(task.logp, i, 0.0f, &read.logp);
-    good &= take(task.old_logp, i, read.logp, &old);
-    good &= made ? take(made, 0, 0.0f, &read.advantage)
-                 : take(task.advantage, i, 0.0f, &read.advantage);
-    good &= take(task.ref_logp, i, read.logp, &ref);
-    good &= take(task.weight, i, 1.0f, &read.weight);
-    good &= take(task.entropy, i, 0.0f, &read.entropy);
-    read.d = read.logp - old;
-    read.r = ref - read.logp;
-    return good ? read : t;
+    t.on = x.on;
+    t.good = x.on && is_finite(x.logp) && is_finite(x.old) && is_finite(x.advantage) &&
+             is_finite(x.ref) && is_finite(x.weight) && is_finite(x.entropy);
+    if (!t.good) return t;
+    t.logp = x.logp;
+    t.d = x.logp - x.old;
+    t.advantage = x.advantage;
+    t.r = x.ref - x.logp;
+    t.weight = x.weight;
+    t.entropy = x.entropy;
+    return t;
+}
+
+// `made`: an advantage that does not lie in memory.
+__device__ Token load(const PolicyTask& task, int64_t i, const float* made) {
+    return token_of(read(task, i, is_on(task, i, task.tokens), made));
 }
 
 // Where the tokens come from: a stretch of memory, or completion j walked with its credit.
@@ -117,50 +136,91 @@ __device__ double unmasked(const PolicyTask& task, const Stretch& s, double* slo
     return n[0];
 }
 
-// Loss and gradients of one stretch; its sums are added to this block's in memory.
-__device__ void stretch(const Loss& loss, const PolicyTask& task, const Stretch& s, bool plain,
-                        double* slots) {
-    const double length = plain ? 1.0 : unmasked(task, s, slots);
-    const double count = length > 0.0 ? length : 1.0;
-    const double divisor = task.divisors ? task.divisors[0] : task.divisor;
-    const double apart = task.divisors ? task.divisors[1] : task.entropy_divisor;
-    const double scale = 1.0 / (task.per_completion ? divisor * count : divisor);
-    const double entropy_scale = apart != 0.0 ? 1.0 / apart : scale;
-    const float eta = -loss.entropy_coef * (float)entropy_scale;
+// What a thread adds up; in fp32 over a few tokens, in float64 over all of them.
+template <class Real>
+struct Tally {
+    Real policy, entropy, kl, ratio, even;
+    float top;
+    unsigned tokens, lost, low, high, cut, active;
+
+    __device__ void add(const Token& t, const Term<float>& term, float kl_loss, float k, bool acts) {
+        policy += term.loss + kl_loss;
+        entropy += t.entropy;
+        kl += k;
+        ratio += term.ratio;
+        even += term.grad;
+        top = max_of(top, term.ratio);
+        low += term.low != 0.0f;
+        high += term.high != 0.0f;
+        cut += term.cut != 0.0f;
+        active += acts;
+    }
+};
+
+__device__ void gather(Tally<double>* all, const Tally<float>& few) {
+    all->policy += few.policy;
+    all->entropy += few.entropy;
+    all->kl += few.kl;
+    all->ratio += few.ratio;
+    all->top = max_of(all->top, few.top);
+    all->tokens += few.tokens;
+    all->lost += few.lost;
+    all->low += few.low;
+    all->high += few.high;
+    all->cut += few.cut;
+    all->active += few.active;
+}
+
+// What a token's loss is multiplied with, and its entropy.
+struct Scale {
+    double loss, entropy;
+
+    __device__ Scale(const Loss& l, const PolicyTask& task, double count) {
+        const double divisor = task.divisors ? task.divisors[0] : task.divisor;
+        const double apart = task.divisors ? task.divisors[1] : task.entropy_divisor;
+        loss = 1.0 / (task.per_completion ? divisor * count : divisor);
+        entropy = -l.entropy_coef * (apart != 0.0 ? 1.0 / apart : loss);
+    }
+};
+
+// The block's sums x, in the order of Sum, join those that it has in memory.
+__device__ void note(const PolicyTask& task, const double* x) {
+    if (threadIdx.x != 0) return;
+    double* sums = task.sums + blockIdx.x * SUM_COUNT;
+    for (int k = 0; k < SUM_COUNT; k++) sums[k] = fold(sums[k], x[k], k == SUM_RATIO_MAX);
+}
+
+// Loss and gradients of one completion; its sums are added to this block's in memory.
+__device__ void stretch(const Loss& loss, const PolicyTask& task, const Stretch& s, double* slots) {
+    const double length = unmasked(task, s, slots), count = length > 0.0 ? length : 1.0;
+    const Scale scale(loss, task, count);
+    const float eta = (float)scale.entropy;
     const bool shared = loss.ratio == SEQUENCE && loss.surrogate == CLIP;
     Whole whole = {};
     if (loss.ratio != TOKEN) whole = look_ahead(loss, task, s, count, slots);
 
-    double policy = 0.0, kl = 0.0, ratio = 0.0, even = 0.0;
-    float top = 0.0f;
-    unsigned tokens = 0, lost = 0, low = 0, high = 0, cut = 0, active = 0;
+    Tally<double> all = {};
     each_token(task, s, [&](int64_t i, const Token& t) {
-        tokens += t.on;
-        lost += t.on && !t.good;
+        all.tokens += t.on;
+        all.lost += t.on && !t.good;
         float c = 0.0f, slope;
         if (t.good) {
             const Term<float> term = term_of(loss, whole, t);
             const float k = kl_term(loss.kl_coef != 0.0f ? loss.kl : (int)K3, t.r, &slope);
-            c = ((shared ? 0.0f : term.grad) + loss.kl_coef * slope) * (float)scale;
-            policy += (term.loss + loss.kl_coef * k) * scale + (double)eta * t.entropy;
-            low += term.low != 0.0f;
-            high += term.high != 0.0f;
-            cut += term.cut != 0.0f;
-            kl += k;
-            ratio += term.ratio;
-            top = max_of(top, term.ratio);
-            active += !shared && (c != 0.0f || eta != 0.0f);
-            even += term.grad;
+            c = ((shared ? 0.0f : term.grad) + loss.kl_coef * slope) * (float)scale.loss;
+            all.add(t, term, loss.kl_coef * k, k, !shared && (c != 0.0f || eta != 0.0f));
         }
         task.grad_logp[i] = c;
         if (task.grad_entropy) task.grad_entropy[i] = t.good ? eta : 0.0f;
     });
+    const double total = all.policy * scale.loss + eta * all.entropy;
     // in the order of Sum; the last one is the gradient that a completion shares evenly
-    double x[SUM_COUNT + 1] = {policy, (double)low,    (double)high, (double)cut,    kl,  ratio,
-                               top,    (double)tokens, (double)lost, (double)active, even};
+    double x[SUM_COUNT + 1] = {total,     (double)all.low,    (double)all.high, (double)all.cut,
+                               all.kl,    all.ratio,          all.top,          (double)all.tokens,
+                               (double)all.lost, (double)all.active, all.even};
     block_sums<SUM_COUNT + 1>(x, slots, 1u << SUM_RATIO_MAX);
     if (shared) {
-        const float part = (float)(x[SUM_COUNT] / count * scale);
+        const float part = (float)(x[SUM_COUNT] / count * scale.loss);
         double moved[1] = {};
         each_token(task, s, [&](int64_t i, const Token& t) {
             if (!t.good) return;
@@ -171,9 +231,7 @@ __device__ void stretch(const Loss& loss, const PolicyTask& task, const Stretch&
         block_sums<1>(moved, slots);
         x[SUM_ACTIVE] = moved[0];
     }
-    if (threadIdx.x != 0) return;
-    double* sums = task.sums + blockIdx.x * SUM_COUNT;
-    for (int k = 0; k < SUM_COUNT; k++) sums[k] = fold(sums[k], x[k], k == SUM_RATIO_MAX);
+    note(task, x);
 }
 
 __device__ void begin(const PolicyTask& task) {
@@ -201,12 +259,61 @@ __device__ void finish(const PolicyTask& task, double* slots) {
     for (int k = 0; k < 10; k++) task.metrics[k] = (float)metrics[k];
 }
 
-__global__ void policy_kernel(Loss loss, PolicyTask task, bool plain) {
-    SHARED(double, slots, WARPS*(SUM_COUNT + 1));
-    const int64_t b = blockIdx.x, start = plain ? b * CHUNK : task.cu[b];
-    const int64_t last = start + CHUNK < task.tokens ? start + CHUNK : task.tokens;
+// Token ratios, where no completion matters: a block has a chunk of the memory. The surrogate is
+// known when this is compiled, and a thread reads AHEAD tokens before it works on them.
+template <int SURROGATE>
+__global__ void __launch_bounds__(THREADS, 3) chunk_kernel(Loss loss, PolicyTask task) {
+    SHARED(double, slots, WARPS* SUM_COUNT);
+    const int64_t start = blockIdx.x * CHUNK;
+    const int64_t end = start + CHUNK < task.tokens ? start + CHUNK : task.tokens;
     begin(task);
-    stretch(loss, task, {start, plain ? last : task.cu[b + 1], b, nullptr, nullptr}, plain, slots);
+    const Scale scale(loss, task, 1.0);
+    const float share = (float)scale.loss, eta = (float)scale.entropy;
+    const int kl = loss.kl_coef != 0.0f ? loss.kl : (int)K3;
+    Tally<double> all = {};
+    for (int64_t first = start + threadIdx.x; first < end; first += AHEAD * THREADS) {
+        bool on[AHEAD];
+        Raw raw[AHEAD];
+        UNROLLED
+        for (int n = 0; n < AHEAD; n++) on[n] = is_on(task, first + n * THREADS, end);
+        UNROLLED
+        for (int n = 0; n < AHEAD; n++) raw[n] = read(task, first + n * THREADS, on[n], nullptr);
+        Tally<float> few = {};
+        UNROLLED
+        for (int n = 0; n < AHEAD; n++) {
+            const int64_t i = first + n * THREADS;
+            if (i >= end) break;
+            const Token t = token_of(raw[n]);
+            few.tokens += t.on;
+            few.lost += t.on && !t.good;
+            float c = 0.0f, k = 0.0f, slope = 0.0f;
+            if (t.good) {
+                Term<float> term = surrogate_term(loss, SURROGATE, t.d, t.logp, t.advantage);
+                term.loss *= t.weight;
+                term.grad *= t.weight;
+                if (task.ref_logp) k = kl_term(kl, t.r, &slope);
+                c = (term.grad + loss.kl_coef * slope) * share;
+                few.add(t, term, loss.kl_coef * k, k, c != 0.0f || eta != 0.0f);
+            }
+            task.grad_logp[i] = c;
+            if (task.grad_entropy) task.grad_entropy[i] = t.good ? eta : 0.0f;
+        }
+        gather(&all, few);
+    }
+    const double total = all.policy * scale.loss + eta * all.entropy;
+    double x[SUM_COUNT] = {total,     (double)all.low,    (double)all.high, (double)all.cut,
+                           all.kl,    all.ratio,          all.top,          (double)all.tokens,
+                           (double)all.lost, (double)all.active};
+    block_sums<SUM_COUNT>(x, slots, 1u << SUM_RATIO_MAX);
+    note(task, x);
+    finish(task, slots);
+}
+
+__global__ void completion_kernel(Loss loss, PolicyTask task) {
+    SHARED(double, slots, WARPS*(SUM_COUNT + 1));
+    const int64_t b = blockIdx.x;
+    begin(task);
+    stretch(loss, task, {task.cu[b], task.cu[b + 1], b, nullptr, nullptr}, slots);
     finish(task, slots);
 }
 
@@ -221,7 +328,7 @@ __global__ void __launch_bounds__(THREADS, 2)
         measure(credit, task.cu, task.mask, task.batch, b, slots);
         for (int64_t j = b; j < task.batch; j++) {
             if (credit.group[j] != credit.group[b]) continue;
-            stretch(loss, task, {task.cu[j], task.cu[j + 1], j, &credit, totals}, false, slots);
+            stretch(loss, task, {task.cu[j], task.cu[j + 1], j, &credit, totals}, slots);
         }
     }
     finish(task, slots);
@@ -255,8 +362,14 @@ int64_t reasonrl_policy_items(const Loss* loss, int64_t tokens, int64_t batch, i
 int reasonrl_policy(const Loss* loss, const PolicyTask* task, void* stream) {
     const int64_t items =
         reasonrl_policy_items(loss, task->tokens, task->batch, task->per_completion, 0);
-    const bool plain = ignores_completions(*loss, task->per_completion, 0);
-    return launch(items, stream, policy_kernel, *loss, *task, plain);
+    if (!ignores_completions(*loss, task->per_completion, 0)) {
+        return launch(items, stream, completion_kernel, *loss, *task);
+    }
+    const auto run = loss->surrogate == CISPO       ? chunk_kernel<CISPO>
+                     : loss->surrogate == SAPO      ? chunk_kernel<SAPO>
+                     : loss->surrogate == REINFORCE ? chunk_kernel<REINFORCE>
+                                                    : chunk_kernel<CLIP>;
+    return launch(items, stream, run, *loss, *task);
 }
 
 int reasonrl_core(const Loss* loss, const PolicyTask* task, const CreditTask* credit,

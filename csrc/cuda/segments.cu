@@ -48,20 +48,34 @@ __global__ void group_kernel(const float* reward, const int64_t* group, const ui
     out[b] = dead ? 0.0f : (float)((own - base) / scale);
 }
 
-// A block per completion walks it in tiles of 256 tokens, from the end (or, forward, from the
+constexpr int RUN = 4;  // neighbouring tokens of a thread
+
+// A block per completion walks it in tiles of 1024 tokens, from the end (or, forward, from the
 // start).
 __global__ void returns_kernel(const float* reward, const int64_t* cu, const uint8_t* mask,
                                double gamma, int forward, float* out) {
     SHARED(Affine, totals, WARPS);
     const int64_t start = cu[blockIdx.x], end = cu[blockIdx.x + 1];
     double carry = 0.0;
-    for (int64_t tile = 0; tile < end - start; tile += THREADS) {
-        const int64_t k = tile + threadIdx.x, i = forward ? start + k : end - 1 - k;
-        const bool on = k < end - start && (mask == nullptr || mask[i] != 0);
+    for (int64_t tile = 0; tile < end - start; tile += RUN * THREADS) {
+        const int64_t first = tile + RUN * threadIdx.x;
+        Affine upto[RUN];  // this thread's tokens up to each of its own
+        bool on[RUN];
         Affine run = {1.0, 0.0};
-        if (on) run = {gamma, (double)reward[i]};
-        const double found = scan_tile(run, &carry, totals);
-        if (k < end - start) out[i] = on ? (float)found : 0.0f;
+        UNROLLED
+        for (int k = 0; k < RUN; k++) {
+            const int64_t i = forward ? start + first + k : end - 1 - first - k;
+            on[k] = first + k < end - start && (mask == nullptr || mask[i] != 0);
+            if (on[k]) run = after(run, {gamma, (double)reward[i]});
+            upto[k] = run;
+        }
+        const double entering = scan_before(run, &carry, totals);
+        UNROLLED
+        for (int k = 0; k < RUN; k++) {
+            const int64_t i = forward ? start + first + k : end - 1 - first - k;
+            if (first + k >= end - start) continue;
+            out[i] = on[k] ? (float)(upto[k].a * entering + upto[k].b) : 0.0f;
+        }
     }
 }
 

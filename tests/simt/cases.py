@@ -161,6 +161,17 @@ def credit_cases(cuda, g):
     for form, gamma, base in (("rloo", 1.0, True), ("grpo", 0.9, False), ("reinforce", 1.0, False)):
         made.append(replace(tokens, form=form, gamma=gamma, verl_baseline=base))
     made.append(replace(tokens, outcome_weight=0.5, process_weight=2.0))
+    known = outcome.nan_to_num(0.25)
+    for form, white, given in (
+        ("rloo", False, scored),
+        ("grpo", True, scored),
+        ("reinforce", True, None),
+    ):
+        args = (group, cu, mask, form, 0.9, 1, given, white, form == "rloo")
+        out = cuda.prime_advantage(token, known, *args)
+        true = reference.prime_advantage(token.double(), known.double(), *args)
+        close(out, true, 32 * EPS)
+        yield out
     logp, x, _ = compared(cu, g, mask)
     for k, credit in enumerate(made):
         lay = checks.Layout((n,), cu, mask)

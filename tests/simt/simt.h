@@ -20,6 +20,7 @@
 #define __host__
 #define __launch_bounds__(...)
 #define ROLLED
+#define UNROLLED
 
 struct dim3 {
     unsigned x, y, z;
