@@ -2,7 +2,7 @@
 
 What is known of them: the sources are compiled by nvcc for four architectures and executed line by
 line on a CPU, under a SIMT model with sanitizers and a race detector (tests/test_cuda_on_cpu.py).
-They have not been run or timed on a GPU. No float atomics: the same bits in every run. Nothing here
+What one NVIDIA H200 showed stands in bench/results. No float atomics: the same bits in every run. Nothing here
 waits for the device. Arguments as in native.py: packed, contiguous, validated.
 Legend: B completions, N packed tokens, S steps.
 """
@@ -188,7 +188,7 @@ def prime_advantage(
     whiten_result: bool,
     verl_baseline: bool,
 ) -> Tensor:  # (N,)
-    """Process returns and outcome against the group, one launch; whitening, if asked, is torch's."""
+    """Process returns and outcome against the group, one launch; whitening is torch's."""
     credit = SimpleNamespace(
         outcome=outcome, group=group, scored=scored, token_reward=token_reward.detach(),
         step_reward=None, step_scored=None, step=None, step_cu=None, kind=form, pay="return",

@@ -4,8 +4,8 @@ For a chunk of rows: u = x W^T + b (a matrix product), `logp`'s statistics, `pol
 coefficients, dL/du in place of u, then dX = dU W and dW += dU^T X. Loss, dX, dW and db are ready
 after the forward, 6 N D V FLOP; backward only scales them. A sequence ratio needs every log p of a
 completion first: then u is made twice, 8 N D V. Masked rows are left out before the forward; rows
-whose coefficients are 0 (clipped, dead, non-finite) before the two gradient products, where they are
-enough to pay for moving the others together. Extra memory: one chunk of logits (`linear_logp`).
+whose coefficients are 0 (clipped, dead, non-finite) before the two gradient products, where they
+are enough to pay for moving the others together. Extra memory: one chunk of logits (`linear_logp`).
 Legend: B completions, N rows, K unmasked rows, D hidden, V vocabulary.
 """
 

@@ -19,7 +19,7 @@ from reasonrl.kernels.common import absorb, available, block, scores
 
 __all__ = ["available", "logp", "row_grad", "row_stats"]
 
-# both kernels must round a score alike: fused into s - m, it would differ from the largest by itself
+# both kernels must round a score alike: fused into s - m, it would differ from m, which is itself
 ROUNDED = {"enable_fp_fusion": False}
 
 

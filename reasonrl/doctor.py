@@ -22,7 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from reasonrl import ops, tiny
+from reasonrl import flash, ops, tiny
+from reasonrl.attention import Packed
 from reasonrl.loss import LossSpec, policy_loss
 from reasonrl.records import KernelUnavailable
 
@@ -131,11 +132,20 @@ def _imported(package: str, module: str, install: str) -> Callable[[], str]:
 
 
 def _flash() -> str:
-    version = _version("flash-attn", "pip install 'reasonrl[cuda]' on a GPU machine; SDPA is used")
-    module = importlib.import_module("flash_attn")
-    if not hasattr(module, "flash_attn_varlen_func"):
-        raise RuntimeError(f"{version} has no flash_attn_varlen_func")
-    return version
+    """Packed attention by torch's flash kernels against the masked path."""
+    if not torch.cuda.is_available():
+        raise Absent("no GPU: packed batches attend by SDPA (attn=flash would be refused)")
+    layout, found = [(0, 5, [7, 3])], []
+    made = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(h, 15, 64, generator=made).to("cuda", torch.float16) for h in (4, 2))
+    if missing := flash.missing(q.transpose(0, 1)):
+        raise Absent(f"needs {missing}; SDPA is used")
+    for attn in ("sdpa", "flash"):
+        found.append(Packed(layout, "cuda", attn=attn).attend(0, q, k, k, 0.125).float())
+    gap = float((found[0] - found[1]).abs().max())
+    if gap > 1e-2:
+        raise RuntimeError(f"it differs from SDPA by {gap:.1e}")
+    return f"torch's flash kernels agree with SDPA ({gap:.0e})"
 
 
 def _maths() -> str:
@@ -260,7 +270,7 @@ CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("triton kernels", lambda: _kernel("triton")),
     ("cuda kernels", lambda: _kernel("cuda")),
     ("nvcc", _nvcc),
-    ("flash-attn", _flash),
+    ("flash attention", _flash),
     ("liger-kernel", _imported("liger-kernel", "liger_kernel", "pip install liger-kernel")),
     ("deepspeed", _imported("deepspeed", "deepspeed", "pip install 'reasonrl[deepspeed]'")),
     ("peft", _imported("peft", "peft", "pip install 'reasonrl[lora]'")),

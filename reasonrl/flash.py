@@ -5,10 +5,10 @@ completion to its prompt (one call more). The two softmaxes of a completion's to
 
     lse = log(e^lse_a + e^lse_b),   o = e^(lse_a - lse) o_a + e^(lse_b - lse) o_b
 
-Backward asks for the gradient of each part with the *joint* o and lse, for which p = e^(s - lse) is
-the joint softmax: exact, and nothing is made again. The kernels are torch's own FlashAttention-2 for
-sequences of any length; they need CUDA and a half type. Sums over a key's queries use atomics: the
-last bits vary between runs unless torch.use_deterministic_algorithms is on.
+Backward asks for the gradient of each part with the *joint* o and lse, for which p = e^(s - lse)
+is the joint softmax: exact, and nothing is made again. The kernels are torch's own FlashAttention-2
+for sequences of any length; they need CUDA and a half type. Sums over a key's queries use atomics:
+the last bits vary between runs unless torch.use_deterministic_algorithms is on.
 Shapes: L tokens, H query heads, K key/value heads, d head width.
 """
 

@@ -1,9 +1,9 @@
 """Which implementation of an op runs: native, triton, cuda, reference.
 
-`impl="auto"` takes native on the CPU and cuda, then triton, on a GPU, and the reference for float64
-or where nothing else can run (said once in the log "reasonrl"). An implementation asked for by name
-runs or raises KernelUnavailable. Kernels are imported on first use. Under torch.compile the op
-becomes one operator (`compiled`).
+`impl="auto"` takes native on the CPU and cuda, then triton, on a GPU, of those that have the op, and
+the reference for float64 or where nothing else can run (said once in the log "reasonrl"). An
+implementation asked for by name runs or raises KernelUnavailable. Kernels are imported on first
+use. Under torch.compile the op becomes one operator (`compiled`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from reasonrl.records import KernelUnavailable
 
 IMPLS = ("auto", "native", "triton", "cuda", "reference")
 TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss")  # kernels/<name>.py
+VOCABULARY = ("logp", "linear_logp", "linear_policy_loss")  # on a GPU these are Triton's alone
 
 log = logging.getLogger("reasonrl")
 
@@ -42,7 +43,7 @@ def eager(op: str, impl: str, args: tuple) -> Any:
     tensors = _tensors(args)
     if impl != "auto":
         return _function(op, impl, tensors, args)(*args)
-    order = _order(tensors)
+    order = _order(op, tensors)
     for candidate, following in zip(order, order[1:], strict=False):
         try:
             return _function(op, candidate, tensors, args)(*args)
@@ -64,10 +65,11 @@ def _is_credit(x: Any) -> bool:
     return hasattr(x, "token_reward")
 
 
-def _order(tensors: Sequence[Tensor]) -> list[str]:
+def _order(op: str, tensors: Sequence[Tensor]) -> list[str]:
     if any(x.dtype == torch.float64 for x in tensors):
         return ["reference"]
-    fast = {"cpu": ["native"], "cuda": ["cuda", "triton"]}
+    gpu = ["triton"] if op in VOCABULARY else ["cuda", "triton"] if op in TRITON else ["cuda"]
+    fast = {"cpu": ["native"], "cuda": gpu}
     return [*fast.get(tensors[0].device.type, []), "reference"]
 
 

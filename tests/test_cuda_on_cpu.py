@@ -2,7 +2,7 @@
 
 csrc/cuda is compiled as C++ against tests/simt, where CUDA threads are fibers. This shows: every
 line runs, the numbers are right, no access is out of place, no barrier is missing. It cannot show
-speed, nvcc's own code or memory order between blocks. Nothing here has run on a GPU.
+speed, nvcc's own code or memory order between blocks. test_gpu.py does on a GPU.
 """
 
 from __future__ import annotations

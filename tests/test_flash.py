@@ -24,7 +24,7 @@ def cut(x, offsets):
 
 
 def probabilities(q, k, causal, scaling, lse=None):
-    """Scores softmaxed over keys (H, R, S), by themselves or by a log-sum-exp given from outside."""
+    """Softmax over keys (H, R, S), by their own log-sum-exp or by one given from outside."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     s = torch.einsum("rhd,shd->hrs", q, k) * scaling
     if causal:

@@ -78,6 +78,7 @@ STAIR = [
             "stepwise_formats",
             "dense",
             "attention",
+            "layers",
             "chat",
             "tiny",
             "tiny_vl",
@@ -90,7 +91,7 @@ STAIR = [
     },
     {"ops"},
     {"implementations"},
-    {"checks", "compiled", "records"},
+    {"checks", "compiled", "flash", "records"},
 ]
 LEVEL = {name: level for level, row in enumerate(STAIR) for name in row}
 NEVER = {"models", "rollout", "batch", "checkpoint", "log", "config"}  # never rewards or algos

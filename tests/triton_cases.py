@@ -1,5 +1,5 @@
-"""Numerics of the Triton kernels: in the interpreter, run by test_triton.py in a process of its own,
-and on a GPU, by test_gpu.py.
+"""Numerics of the Triton kernels: in the interpreter, run by test_triton.py in a process of its
+own, and on a GPU, by test_gpu.py.
 
 Against float64 truth by the rule of test_parity.py; fp32 only (the interpreter's bf16 products are
 wrong). The interpreter runs programs one after another on numpy: no races, no memory model. Outputs

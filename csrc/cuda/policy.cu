@@ -143,7 +143,8 @@ struct Tally {
     float top;
     unsigned tokens, lost, low, high, cut, active;
 
-    __device__ void add(const Token& t, const Term<float>& term, float kl_loss, float k, bool acts) {
+    __device__ void add(const Token& t, const Term<float>& term, float kl_loss, float k,
+                        bool acts) {
         policy += term.loss + kl_loss;
         entropy += t.entropy;
         kl += k;
@@ -215,9 +216,9 @@ __device__ void stretch(const Loss& loss, const PolicyTask& task, const Stretch&
     });
     const double total = all.policy * scale.loss + eta * all.entropy;
     // in the order of Sum; the last one is the gradient that a completion shares evenly
-    double x[SUM_COUNT + 1] = {total,     (double)all.low,    (double)all.high, (double)all.cut,
-                               all.kl,    all.ratio,          all.top,          (double)all.tokens,
-                               (double)all.lost, (double)all.active, all.even};
+    double x[SUM_COUNT + 1] = {
+        total,   (double)all.low,    (double)all.high, (double)all.cut,    all.kl,  all.ratio,
+        all.top, (double)all.tokens, (double)all.lost, (double)all.active, all.even};
     block_sums<SUM_COUNT + 1>(x, slots, 1u << SUM_RATIO_MAX);
     if (shared) {
         const float part = (float)(x[SUM_COUNT] / count * scale.loss);
@@ -301,9 +302,9 @@ __global__ void __launch_bounds__(THREADS, 3) chunk_kernel(Loss loss, PolicyTask
         gather(&all, few);
     }
     const double total = all.policy * scale.loss + eta * all.entropy;
-    double x[SUM_COUNT] = {total,     (double)all.low,    (double)all.high, (double)all.cut,
-                           all.kl,    all.ratio,          all.top,          (double)all.tokens,
-                           (double)all.lost, (double)all.active};
+    double x[SUM_COUNT] = {
+        total,     (double)all.low, (double)all.high,   (double)all.cut,  all.kl,
+        all.ratio, all.top,         (double)all.tokens, (double)all.lost, (double)all.active};
     block_sums<SUM_COUNT>(x, slots, 1u << SUM_RATIO_MAX);
     note(task, x);
     finish(task, slots);
