@@ -1,11 +1,12 @@
 """Programs are graded by their tests, and no hostile one gets out, gets through or gets away."""
 
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+from escapes.places import descendants
 
 from reasonrl import doctor
 from reasonrl.records import InputError
@@ -192,12 +193,16 @@ def test_tests_that_are_none_make_it_unscorable(tests, reason):
     assert score.kind == "unscorable" and score.value is None and reason in score.reason, score
 
 
-def test_a_process_killed_from_outside_is_infra(monkeypatch, box):
+@pytest.mark.parametrize("victim", ["all", "the last"])
+def test_a_process_killed_from_outside_is_infra(victim, monkeypatch, box):
+    """All of its processes, or only the innermost one, which bubblewrap reports as a status."""
     real = module.Process.send
 
     def killed(self, message):
         if self.kind == "code":
-            self.process.kill()
+            found = descendants(self.process.pid)
+            for pid in sorted(found) if victim == "all" else [max(found)]:
+                os.kill(pid, signal.SIGKILL)
         real(self, message)
 
     monkeypatch.setattr(module.Process, "send", killed)
@@ -270,25 +275,6 @@ def test_bubblewrap_is_preferred(monkeypatch, require):
     assert module.choose() == ("bubblewrap", "it works")
     with module.Process("code", 1.0, module.choose()) as process:
         assert process.layers == ["limits", "bubblewrap", "seccomp"]
-
-
-def test_as_an_unprivileged_user():
-    """The layers need no root; run as nobody where this is root."""
-    if os.getuid() != 0:
-        return  # every other test in this file has just shown it
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from reasonrl.rewards import verify_code\n"
-        "ok = 'def f(): return 1'; bad = 'import os\\ndef f():\\n    os.fork()\\n    return 1'\n"
-        "print([s.value for s in verify_code([ok, bad], [['assert f() == 1']] * 2)])"
-    )
-    nobody = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
-    command = [sys.executable, "-c", script, str(ROOT)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, **nobody)
-    except PermissionError as error:
-        pytest.skip(f"SKIPPED: nobody may not run this interpreter: {error}")
-    assert done.stdout.strip() == "[1.0, 0.0]", done.stderr
 
 
 def test_arguments_are_checked():

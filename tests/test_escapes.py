@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from escapes import files, kernel, limits, network, processes, verdict
+from escapes.places import descendants
 
 from reasonrl.rewards import _box
 
@@ -28,7 +29,7 @@ def driven(require, mode: str, *names: str) -> dict:
     require("an unprivileged user", done.stdout if done.returncode == 77 else None)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found["uid"] != 0
+    assert found["uid"] != 0 and found["good"] == [1.0, 0.0]
     return found
 
 
@@ -94,20 +95,6 @@ process.send({"do": "execute", "code": "import time\\nwhile True: time.sleep(600
 print(process.process.pid, flush=True)
 time.sleep(600)
 """
-
-
-def descendants(pid: int) -> set[int]:
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            rest = path.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(path.parent.name)] = int(rest[1])
-    found = {pid}
-    while more := {p for p, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
 
 
 def alive(pid: int) -> bool:

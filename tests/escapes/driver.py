@@ -171,7 +171,14 @@ def main() -> None:
         os.kill(pid, signal.SIGKILL)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     tricked = {n: naive(body) for n, body in verdict.SAFE.items()} if MODE == "bare" else {}
-    facts = {"uid": os.getuid(), "box": box, "kernel": platform.release(), "survivors": left}
+    good = verify_code(["def f(x): return x + 1"] * 2, [["assert f(1) == 2"], ["assert f(1) == 3"]])
+    facts = {
+        "good": [score.value for score in good],
+        "uid": os.getuid(),
+        "box": box,
+        "kernel": platform.release(),
+        "survivors": left,
+    }
     facts |= {"harm": victim.harm(), "heard": len(listeners.heard), "grown_mib": grown >> 10}
     victim.end()
     shutil.rmtree(folder, ignore_errors=True)

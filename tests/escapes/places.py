@@ -18,6 +18,21 @@ for line in sys.stdin:
 """
 
 
+def descendants(pid: int) -> set[int]:
+    """A process, its children, and theirs."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            rest = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        parents[int(path.parent.name)] = int(rest[1])
+    found = {pid}
+    while more := {p for p, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
 class Victim:
     """Another process of the same user, with a token in its memory, environment, arguments."""
 
