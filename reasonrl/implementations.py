@@ -9,7 +9,6 @@ becomes one operator (`compiled`).
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -17,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl import checks, compiled
+from reasonrl import checks, compiled, keys
 from reasonrl.records import KernelUnavailable
 
 IMPLS = ("auto", "native", "triton", "cuda", "reference")
 TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss")  # kernels/<name>.py
 
-log = logging.getLogger("reasonrl")
+log = keys.logger("reasonrl")
 
 
 class DtypeUnavailable(KernelUnavailable, ValueError):

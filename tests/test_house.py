@@ -90,7 +90,7 @@ STAIR = [
     },
     {"ops"},
     {"implementations"},
-    {"checks", "compiled", "records"},
+    {"checks", "compiled", "keys", "records"},
 ]
 LEVEL = {name: level for level, row in enumerate(STAIR) for name in row}
 NEVER = {"models", "rollout", "batch", "checkpoint", "log", "config"}  # never rewards or algos
