@@ -56,6 +56,17 @@ def test_nothing_gets_out(name, require):
     assert found["grown_mib"] < 256  # by floods of answers
 
 
+def test_nothing_gets_out_where_the_host_forbids_namespaces(require):
+    require("landlock", _box.trouble("landlock"))
+    names = [f"network: {name}" for name in network.SAFE]
+    names += [f"processes: {name}" for name in processes.SAFE]
+    names += [f"limits: {name}" for name in limits.SAFE]
+    found = driven(require, "alone", *names)
+    assert len(found["outcomes"]) == len(names)
+    assert not [o for o in found["outcomes"] if o["signs"]], found["outcomes"]
+    assert (found["harm"], found["survivors"], found["heard"]) == ("", {}, 0)
+
+
 def test_without_a_sandbox_they_do(require):
     """Or the test above could not fail. Some depend on the host: most, and every kind of sign."""
     require("landlock", _box.trouble("landlock"))

@@ -83,7 +83,14 @@ def trouble(name: str) -> str | None:
 def _bubblewrap() -> list[str]:
     """The command up to the one that is run inside."""
     library = os.path.join(sys.base_prefix, "lib")
-    words = ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--clearenv"]
+    words = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--cap-drop",
+        "ALL",
+        "--clearenv",
+    ]
     words += ["--setenv", "LANG", "C.UTF-8", "--hostname", "box", "--ro-bind-try"]
     words += ["/etc/ld.so.cache", "/etc/ld.so.cache"]
     for place in ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/lib", "/lib64", library):
@@ -114,7 +121,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env={"LANG": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)},
+            env={"LANG": "C.UTF-8"},
             start_new_session=True,
         )
         os.set_blocking(self.process.stdout.fileno(), False)  # type: ignore[union-attr]

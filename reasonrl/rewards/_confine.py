@@ -51,7 +51,7 @@ DESCRIPTORS = (
     1030,
 )  # fcntl: duplicates and flags; not owners, signals, leases, locks
 SIGKILL = 137  # the exit status that looks like a kill from outside
-THREADS = 64  # of one process, where it has a user namespace of its own
+THREADS = 64  # of one process, counted in its own user namespace; not enforced for root
 NAMESPACES = 0x10000000 | 0x40000000 | 0x08000000 | 0x04000000  # user, net, ipc, uts
 ALLOW, REFUSE, ABSENT, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 READ = 0x4 | 0x8  # Landlock: read a file, list a folder
@@ -69,9 +69,11 @@ def confine(memory: int, cpu: int, box: str, parent: int) -> list[str]:
         if libc.prctl(1, 9, 0, 0, 0) != 0 or os.getppid() != parent:
             raise RuntimeError("it would outlive its parent")
         apart = "namespaces" if libc.unshare(NAMESPACES) == 0 else ""
-    if apart:  # threads are counted in this user namespace only
-        layers.append(apart)
-        resource.setrlimit(resource.RLIMIT_NPROC, (THREADS, THREADS))
+    layers += [apart] if apart else []
+    most = THREADS if apart else 4 * THREADS + _running()
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     if libc.prctl(38, 1, 0, 0, 0) != 0:  # no new privileges
         raise RuntimeError("no_new_privs could not be set")
     _no_capabilities(libc)
@@ -81,6 +83,18 @@ def confine(memory: int, cpu: int, box: str, parent: int) -> list[str]:
     _seccomp(libc)
     _check()
     return [*layers, "seccomp"]
+
+
+def _running() -> int:
+    """Threads of this user: where there is no namespace, the limit on them counts all."""
+    count = 0
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{name}/task"))
+        except OSError:
+            continue  # it has just ended
+    return count
 
 
 def _boxed() -> None:
