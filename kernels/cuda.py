@@ -2,8 +2,8 @@
 
 What is known of them: the sources are compiled by nvcc for four architectures and executed line by
 line on a CPU, under a SIMT model with sanitizers and a race detector (tests/test_cuda_on_cpu.py).
-What one NVIDIA H200 showed stands in bench/results. No float atomics: the same bits in every run. Nothing here
-waits for the device. Arguments as in native.py: packed, contiguous, validated.
+What one NVIDIA H200 showed stands in bench/results. No float atomics: the same bits in every run.
+Nothing here waits for the device. Arguments as in native.py: packed, contiguous, validated.
 Legend: B completions, N packed tokens, S steps.
 """
 

@@ -8,18 +8,18 @@ empty one means. The same prompt several times in one call asks for as many samp
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
+from reasonrl import keys
 from reasonrl.cache import Cache
 from reasonrl.models import Policy
 from reasonrl.prompts import render
 from reasonrl.records import Problem, Score
 from reasonrl.rollout import Sampling, sample
 
-logger = logging.getLogger("reasonrl")
+logger = keys.logger("reasonrl")
 
 
 class Asker(Protocol):

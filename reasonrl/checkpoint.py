@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import platform
 import re
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from reasonrl import keys
 from reasonrl.records import InputError
 
 MANIFEST = "manifest.json"
@@ -35,7 +35,7 @@ PUBLISHED = re.compile(r"(checkpoint|replaced)-([0-9]{1,15})(?:-[0-9a-f]+)?")
 ASIDE = re.compile(r"tmp-[0-9]{1,15}-[0-9a-f]+")
 CHUNK = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT)
-logger = logging.getLogger("reasonrl.checkpoint")
+logger = keys.logger("reasonrl.checkpoint")
 
 
 class Disk:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reasonrl import __version__
+from reasonrl import __version__, keys
 from reasonrl.commands import bench, judge, plan, plot, prm, report, score, serve
 from reasonrl.records import InputError, NonFiniteStop, ScorerDown, Stalled
 
@@ -25,10 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # overrides may stand on both sides of the options
         options.overrides = [*options.overrides, *rest]
     _quiet_libraries()
+    keys.install()
     try:
         return options.run(options)
     except tuple(STATUS) as error:
-        line = " ".join(str(error).split())
+        line = keys.hide(" ".join(str(error).split()))
         print(f"reasonrl: {line}", file=sys.stderr)
         return next(code for kind, code in STATUS.items() if isinstance(error, kind))
     except KeyboardInterrupt:

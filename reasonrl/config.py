@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from reasonrl.config_yaml import read_scalar, read_yaml, write_yaml
+from reasonrl.keys import refuse
 from reasonrl.loss import LossSpec
 from reasonrl.records import InputError
 
@@ -233,6 +234,7 @@ def section(kind: type[S], overrides: Sequence[str]) -> S:
     values: dict[str, Any] = {}
     for override in overrides:
         _apply(values, override)
+    refuse(values, "override")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -302,6 +304,7 @@ def _apply(values: dict[str, Any], override: str) -> str:
 
 
 def _build(values: dict[str, Any], where: str, overridden: set[str]) -> Config:
+    refuse(values, where)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

@@ -25,7 +25,7 @@ import torch
 from reasonrl import flash, ops, tiny
 from reasonrl.attention import Packed
 from reasonrl.loss import LossSpec, policy_loss
-from reasonrl.records import KernelUnavailable
+from reasonrl.records import InputError, KernelUnavailable
 
 
 class Line(NamedTuple):
@@ -158,14 +158,21 @@ def _maths() -> str:
 
 
 def _sandbox() -> str:
-    from reasonrl.rewards import verify_code
+    """Which sandbox confines programs here, and why not a better one; one program is graded."""
+    from reasonrl.rewards import code
 
-    (score,) = verify_code(["def f(x): return x + 1"], [["assert f(1) == 2", "assert f(1) == 3"]])
-    if score.kind == "infra":
-        raise Absent(f"programs cannot be confined here ({score.reason})")
+    try:
+        box = code.choose()
+    except InputError as error:
+        raise Absent(str(error)) from None
+    (score,) = code.verify_code(
+        ["def f(x): return x + 1"], [["assert f(1) == 2", "assert f(1) == 3"]]
+    )
     if score.value != 0.5:
-        raise RuntimeError(f"expected the score 0.5, got {score}")
-    return "runs confined programs"
+        raise RuntimeError(f"{box.name}: expected the score 0.5, got {score}")
+    with code.Process("code", 1.0, box) as process:
+        layers = ", ".join(process.layers)
+    return f"{box.name} ({box.why}): {layers}"
 
 
 def _trl() -> str:

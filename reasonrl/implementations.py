@@ -1,7 +1,7 @@
 """Which implementation of an op runs: native, triton, cuda, reference.
 
-`impl="auto"` takes native on the CPU and cuda, then triton, on a GPU, of those that have the op, and
-the reference for float64 or where nothing else can run (said once in the log "reasonrl"). An
+`impl="auto"` takes native on the CPU; on a GPU cuda, then triton, of those that have the op; and the
+reference for float64 or where nothing else can run (said once in the log "reasonrl"). An
 implementation asked for by name runs or raises KernelUnavailable. Kernels are imported on first
 use. Under torch.compile the op becomes one operator (`compiled`).
 """
@@ -9,7 +9,6 @@ use. Under torch.compile the op becomes one operator (`compiled`).
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -17,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl import checks, compiled
+from reasonrl import checks, compiled, keys
 from reasonrl.records import KernelUnavailable
 
 IMPLS = ("auto", "native", "triton", "cuda", "reference")
 TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss")  # kernels/<name>.py
 VOCABULARY = ("logp", "linear_logp", "linear_policy_loss")  # on a GPU these are Triton's alone
 
-log = logging.getLogger("reasonrl")
+log = keys.logger("reasonrl")
 
 
 class DtypeUnavailable(KernelUnavailable, ValueError):

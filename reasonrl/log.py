@@ -31,6 +31,7 @@ import pyarrow.parquet
 import torch
 
 from reasonrl.config import Config
+from reasonrl.keys import refuse
 from reasonrl.log_backends import backends
 from reasonrl.log_view import View, view
 from reasonrl.records import InputError
@@ -71,6 +72,7 @@ class RunLog:
         self.backends = []
         if not self.writes:
             return
+        refuse(config.model_dump(mode="json"), "config")
         try:
             (self.out / "completions").mkdir(parents=True, exist_ok=True)
             replace_file(self.out / "config.yaml", config.to_yaml().encode())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from reasonrl.plan_shapes import Shape
 
-SCRATCH = 1 << 28  # of logits alive at one time in the fused loss (kernels/linear_policy_loss.py)
+SCRATCH = 1 << 30  # of logits alive at one time in the fused loss (kernels/linear_logp.py)
 
 
 @dataclass(frozen=True)

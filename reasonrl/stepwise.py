@@ -11,20 +11,20 @@ PRM800K are read as they are published (stepwise_formats.py).
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reasonrl import keys
 from reasonrl.records import InputError, Message
 from reasonrl.redact import Redact, redacted
 from reasonrl.rows import Refused, brief, clean, field_of, prompt_of, read_rows
 from reasonrl.segment import split_steps
 from reasonrl.stepwise_formats import stepwise
 
-logger = logging.getLogger("reasonrl")
+logger = keys.logger("reasonrl")
 OWN = ("id", "prompt", "completions", "completion", "steps", "labels", "final")
 
 

@@ -1,18 +1,28 @@
 """Programs are graded by their tests, and no hostile one gets out, gets through or gets away."""
 
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+from escapes.places import descendants
 
+from reasonrl import doctor
 from reasonrl.records import InputError
-from reasonrl.rewards import code as module
+from reasonrl.rewards import _box as module
 from reasonrl.rewards import verify_code
 from reasonrl.tasks import make_task
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=module.NAMES)
+def box(request, require, monkeypatch) -> str:
+    """Each sandbox in turn, as far as it works here."""
+    require(request.param, module.trouble(request.param))
+    monkeypatch.setenv(module.CHOICE, request.param)
+    return request.param
 
 
 def one(program, tests, timeout=3.0, fence=True):
@@ -49,7 +59,7 @@ ADD = "def f(a, b):\n    return a + b"
          ["assert f() == 1"], 1.0),
     ],
 )  # fmt: skip
-def test_the_share_of_tests_passed(program, tests, value):
+def test_the_share_of_tests_passed(program, tests, value, box):
     score = one(program, tests)
     assert score.kind == "scored" and score.value == pytest.approx(value), score
 
@@ -117,7 +127,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_program_scores_nothing_and_does_nothing(program):
+def test_a_hostile_program_scores_nothing_and_does_nothing(program, box):
     before = set(os.listdir("/tmp"))
     score = one(program, ["assert f() == 1"], timeout=5.0)
     assert (score.kind, score.value) == ("scored", 0.0), score
@@ -129,19 +139,39 @@ def test_a_hostile_program_scores_nothing_and_does_nothing(program):
     "program",
     ["def f():\n    while True: pass", "import time\ntime.sleep(99)", "def f(): return 10**10**9"],
 )
-def test_a_program_without_end_is_wrong_in_time(program):
+def test_a_program_without_end_is_wrong_in_time(program, box):
     score = one(program, ["assert f() == 1"], timeout=0.5)
     assert score.value == 0.0 and "timeout" in score.reason
 
 
 def test_a_test_led_astray_by_a_value_is_the_programs_fault(monkeypatch):
     """A huge number keeps the tests themselves busy: wrong, not unscorable."""
-    real = module._Process.receive
+    real = module.Process.receive
     monkeypatch.setattr(
-        module._Process, "receive", lambda self, seconds: real(self, min(seconds, 2.0))
+        module.Process, "receive", lambda self, seconds: real(self, min(seconds, 2.0))
     )
     score = one("def f(): return 10**9", ["assert sum(1 for _ in range(f())) == 1"])
     assert score.value == 0.0 and "did not come to an end" in score.reason
+
+
+def test_tests_kept_busy_to_their_limit_are_the_programs_fault(box):
+    """The CPU limit kills the tests here before the wall clock does; that is nobody outside."""
+    score = one("def f(): return 10**10", ["assert sum(1 for _ in range(f())) == 1"], timeout=0.1)
+    assert score.value == 0.0 and "did not come to an end" in score.reason, score
+
+
+def test_a_plain_value_that_keeps_the_tests_busy_is_the_programs_fault(monkeypatch):
+    real = module.Process.receive
+    monkeypatch.setattr(
+        module.Process, "receive", lambda self, seconds: real(self, min(seconds, 2.0))
+    )
+    tests = ["assert sum(1 for _ in range(N)) == 1"]
+    score = one("N = 10**10", tests)
+    assert score.value == 0.0 and "did not come to an end" in score.reason
+    score = one("N = 10**10", ["while True: pass", *tests])  # these would not end without it either
+    assert score.kind == "unscorable" and "neither asserts" in score.reason
+    score = one("N = 10**10", ["x = iter(int, 1)\nassert 5 in x"])
+    assert score.kind == "unscorable" and "did not come to an end" in score.reason
 
 
 @pytest.mark.parametrize(
@@ -163,48 +193,88 @@ def test_tests_that_are_none_make_it_unscorable(tests, reason):
     assert score.kind == "unscorable" and score.value is None and reason in score.reason, score
 
 
-def test_a_process_killed_from_outside_is_infra(monkeypatch):
-    real = module._Process.send
+@pytest.mark.parametrize("victim", ["all", "the last"])
+def test_a_process_killed_from_outside_is_infra(victim, monkeypatch, box):
+    """All of its processes, or only the innermost one, which bubblewrap reports as a status."""
+    real = module.Process.send
 
     def killed(self, message):
         if self.kind == "code":
-            self.process.kill()
-            self.process.wait()
+            found = descendants(self.process.pid)
+            for pid in sorted(found) if victim == "all" else [max(found)]:
+                os.kill(pid, signal.SIGKILL)
         real(self, message)
 
-    monkeypatch.setattr(module._Process, "send", killed)
+    monkeypatch.setattr(module.Process, "send", killed)
     score = one(ADD, ["assert f(1, 2) == 3"])
     assert score.kind == "infra" and "killed from outside" in score.reason
 
 
-def test_without_a_layer_nothing_is_run(tmp_path, monkeypatch):
-    folder = tmp_path / "rewards"
-    folder.mkdir()
+def weakened(folder: Path, monkeypatch, *changes: tuple[str, str]) -> None:
+    """The worker with a text of _confine.py changed."""
     for name in ("_code_worker.py", "_confine.py"):
         text = (ROOT / "reasonrl" / "rewards" / name).read_text()
-        (folder / name).write_text(text.replace("    _landlock(libc)\n", ""))
+        for old, new in changes if name == "_confine.py" else ():
+            assert old in text
+            text = text.replace(old, new)
+        (folder / name).write_text(text)
+    folder.chmod(0o755)
     monkeypatch.setattr(module, "WORKER", folder / "_code_worker.py")
-    score = one("open('/etc/passwd').read()\ndef f(): return 1", ["assert f() == 1"])
-    assert score.kind == "infra" and "Landlock did not take effect" in score.reason
 
 
-def test_as_an_unprivileged_user():
-    """The layers need no root; run as nobody where this is root."""
-    if os.getuid() != 0:
-        return  # every other test in this file has just shown it
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from reasonrl.rewards import verify_code\n"
-        "ok = 'def f(): return 1'; bad = 'import os\\ndef f():\\n    os.fork()\\n    return 1'\n"
-        "print([s.value for s in verify_code([ok, bad], [['assert f() == 1']] * 2)])"
-    )
-    nobody = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
-    command = [sys.executable, "-c", script, str(ROOT)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, **nobody)
-    except PermissionError as error:
-        pytest.skip(f"SKIPPED: nobody may not run this interpreter: {error}")
-    assert done.stdout.strip() == "[1.0, 0.0]", done.stderr
+LAYERS = {
+    "landlock": ("        _landlock(libc)\n", "        pass\n", "Landlock did not take effect"),
+    "seccomp": ("    _seccomp(libc)\n", "", "seccomp did not take effect"),
+    "no seccomp": ("machine not in ARCHITECTURES", "True", "no system call list for"),
+    "limits": ("setrlimit(kind, pair)", "setrlimit(kind, (1, pair[1]))", "a resource limit"),
+    "no landlock": ("if abi < 1", "if True", "this kernel has no Landlock"),
+    "parent": ("os.getppid() != parent", "True", "outlive its parent"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_a_layer_nothing_is_run(name, tmp_path, monkeypatch):
+    old, new, reason = LAYERS[name]
+    weakened(tmp_path, monkeypatch, (old, new))
+    monkeypatch.setenv(module.CHOICE, "landlock")
+    with pytest.raises(InputError, match=reason):
+        one("open('/etc/passwd').read()\ndef f(): return 1", ["assert f() == 1"])
+    (line,) = [c for n, c in doctor.CHECKS if n == "code sandbox"]
+    found = doctor._tried("code sandbox", line)
+    assert found.state == "missing" and reason in found.text
+
+
+def test_the_sandbox_is_chosen_and_told(monkeypatch, require, tmp_path):
+    """bubblewrap first; where it is missing or does not work, landlock, with the reason."""
+    require("landlock", module.trouble("landlock"))
+    monkeypatch.delenv(module.CHOICE, raising=False)
+    (line,) = [c for n, c in doctor.CHECKS if n == "code sandbox"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    module._chosen.cache_clear()
+    assert module.choose() == ("landlock", "bubblewrap: bwrap is not installed")
+    assert line().startswith("landlock (bubblewrap: bwrap is not installed): limits, ")
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    module._chosen.cache_clear()
+    name, why = module.choose()
+    assert name == "landlock" and "the process ended (status 1)" in why
+    arguments = f"tests {1 << 30} 9 bubblewrap 1"  # a bwrap that builds nothing
+    broken.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S -B {module.WORKER} {arguments}\n")
+    assert "bubblewrap made no process namespace" in str(module.trouble("bubblewrap"))
+    monkeypatch.setenv(module.CHOICE, "docker")
+    with pytest.raises(InputError, match="REASONRL_SANDBOX: expected bubblewrap or landlock"):
+        one(ADD, ["assert f(1, 2) == 3"])
+    module._chosen.cache_clear()
+
+
+def test_bubblewrap_is_preferred(monkeypatch, require):
+    require("bubblewrap", module.trouble("bubblewrap"))
+    monkeypatch.delenv(module.CHOICE, raising=False)
+    module._chosen.cache_clear()
+    assert module.choose() == ("bubblewrap", "it works")
+    with module.Process("code", 1.0, module.choose()) as process:
+        assert process.layers == ["limits", "bubblewrap", "seccomp"]
 
 
 def test_arguments_are_checked():

@@ -16,7 +16,6 @@ rule for its steps the outcome is all the credit there is, which the log says on
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -25,13 +24,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reasonrl import ops
+from reasonrl import keys, ops
 from reasonrl.algos.base import GRPO, cu_seqlens, outcomes, per_token
 from reasonrl.credit import StepCredit
 from reasonrl.records import Rewards, Rollout
 from reasonrl.segment import token_steps
 
-logger = logging.getLogger("reasonrl")
+logger = keys.logger("reasonrl")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import random
 import threading
@@ -24,13 +23,14 @@ from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reasonrl import keys
 from reasonrl.chat.cache import Cache, key_of
 from reasonrl.chat.exchange import Address, Door, Failed, HTTPReply, TooLarge
 from reasonrl.chat.outage import Budget, Circuit, Patience, rest
 from reasonrl.chat.reply import Malformed, Trouble, Unanswerable, text_of
 from reasonrl.records import InputError, Message, Score, ScorerDown, infra, unscorable
 
-logger = logging.getLogger("reasonrl.chat")
+logger = keys.logger("reasonrl.chat")
 PATH = "/chat/completions"
 KEY = "REASONRL_API_KEY"  # the environment variable, unless another one is named
 AGAIN = 3  # times that `pause` asks again what a server that works could not answer
@@ -62,6 +62,7 @@ class ChatClient:
         self.cache = None if cache is None else Cache(cache)
         self.counts: Counter[str] = Counter()
         self.budget, self.circuit = Budget(), Circuit(self.patience.trip, self.patience.pause)
+        keys.used(key_env)
         self._key_env, self._draws = key_env, random.Random(0)
         self._turn, self._probing = threading.Lock(), asyncio.Lock()
         self._key()  # a key that cannot be sent is refused now
@@ -81,12 +82,12 @@ class ChatClient:
 
         InputError: the server refuses key, model or arguments. ScorerDown: by the policy.
         """
-        keys, wanted = [], {}
+        hashes, wanted = [], {}
         for prompt, seed in zip(prompts, seeds, strict=True):
             body = self._body(prompt, max_tokens, temperature, seed)
-            keys.append(key_of(self.address.url, body))
-            wanted[keys[-1]] = body
-        self.counts["questions"] += len(keys)
+            hashes.append(key_of(self.address.url, body))
+            wanted[hashes[-1]] = body
+        self.counts["questions"] += len(hashes)
         found: dict[str, str | Score] = {}
         for key in wanted:
             if self.cache is not None and (text := self.cache.get(key)) is not None:
@@ -96,7 +97,7 @@ class ChatClient:
         if asked:
             with self._turn:
                 _run(self._answer(asked, found))
-        return [found[key] for key in keys]
+        return [found[key] for key in hashes]
 
     async def _answer(self, asked: dict[str, bytes], found: dict[str, str | Score]) -> None:
         door = Door(self.address, limit=self.limit)
@@ -243,15 +244,13 @@ class ChatClient:
         return key
 
     def _without_key(self, reply: HTTPReply) -> HTTPReply:
-        """A reply in which the server does not repeat the key, as JSON may write it either."""
+        """A reply in which the server does not repeat the key, however it writes it."""
         if not (key := self._key()):
             return reply
-        body, spellings = reply.body, {key, key.replace("/", "\\/")}
-        for spelling in spellings:
-            body = body.replace(spelling.encode(), b"***")
-        return HTTPReply(
-            reply.status, {k: v.replace(key, "***") for k, v in reply.headers.items()}, body
-        )
+        found = keys.spelled(key)
+        body = found.sub(keys.STARS, reply.body.decode("latin-1")).encode("latin-1")
+        headers = {name: found.sub(keys.STARS, value) for name, value in reply.headers.items()}
+        return HTTPReply(reply.status, headers, body)
 
     def _infra(self, reason: str) -> Score:
         self.counts["infra"] += 1

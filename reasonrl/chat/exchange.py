@@ -51,15 +51,17 @@ class Address(NamedTuple):
 
     @staticmethod
     def of(url: str) -> Address:
+        if "@" in url:  # before anything that would repeat it
+            raise InputError("a server's address must hold no name and password")
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as error:
             raise InputError(f"{url!r}: expected http://host:port/v1 ({error})") from None
-        if parts.username or parts.password:
-            raise InputError("a server's address must hold no name and password")
         known = parts.scheme in ("http", "https") and parts.hostname
-        if not known or parts.query or parts.fragment or not url.isascii() or " " in url:
+        if parts.query or parts.fragment:
+            raise InputError("a server's address must hold no ? and no #")
+        if not known or not url.isascii() or " " in url:
             raise InputError(f"{url!r}: expected http://host:port/v1 or https://...")
         tls = parts.scheme == "https"
         port = port or (443 if tls else 80)

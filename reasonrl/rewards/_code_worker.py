@@ -23,18 +23,16 @@ ITEMS = 100_000  # of an iteration over a reference
 
 
 def main() -> None:
-    kind, memory, cpu = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    kind, memory, cpu, box, parent = sys.argv[1:6]
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path.insert(0, here)
     import _confine
 
     sys.path.remove(here)
     channel = os.fdopen(os.dup(1), "w", encoding="ascii")
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
     questions = os.fdopen(os.dup(0), "r", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # standard error leads nowhere, and so does the rest from here
+    os.dup2(2, 0)
 
     def send(message: dict) -> None:
         text = json.dumps(message)
@@ -44,7 +42,7 @@ def main() -> None:
         channel.flush()
 
     try:
-        layers = _confine.confine(memory, cpu)
+        layers = _confine.confine(int(memory), int(cpu), box, int(parent))
     except (RuntimeError, OSError, ValueError) as error:
         send({"refused": str(error)})
         return
@@ -210,19 +208,27 @@ class Tests:
         return unpack(answer["value"], self._find)
 
     def run(self, question: dict) -> None:
-        space = {"__name__": "tests", "__builtins__": builtins}
-        for name, packed in question["names"].items():
-            if not hasattr(builtins, name):  # or the completion could lend the tests its own abs
-                try:
-                    space[name] = unpack(packed, self._find)
-                except (TypeError, ValueError, AttributeError, KeyError, RecursionError):
-                    pass  # forged by the completion: the name stays unknown, its tests fail
-        results: list[str | None] = []
+        todo = []
         for i, test in enumerate(question["tests"]):
             try:
-                results += [self._one(part, space) for part in parts(test)]
-            except (SyntaxError, ValueError, Untestable) as error:
+                todo += [(i + 1, part) for part in parts(test)]
+            except (SyntaxError, ValueError) as error:
                 self.send({"refused": f"test {i + 1}: {error}"})
+                return
+        self.send({"parsed": len(todo)})
+        space = {"__name__": "tests", "__builtins__": builtins}
+        for name, packed in json.loads(next(self.answers))["names"].items():
+            if name.isidentifier() and not (name.startswith("__") or hasattr(builtins, name)):
+                try:  # a builtin, or all of them, the completion may not lend to the tests
+                    space[name] = unpack(packed, self._find)
+                except Exception:
+                    pass  # forged by the completion: the name stays unknown, its tests fail
+        results: list[str | None] = []
+        for number, part in todo:
+            try:
+                results.append(self._one(part, space))
+            except Untestable as error:
+                self.send({"refused": f"test {number}: {error}"})
                 return
         self.send({"verdict": [r for r in results if r is not None]})
 

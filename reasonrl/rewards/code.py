@@ -2,13 +2,14 @@
 
     verify_code(["def f(x): return x + 1"], [["assert f(1) == 2"]])[0].value == 1.0
 
-The completion runs in one confined process (_confine.py: Landlock, seccomp, limits, namespaces),
-the tests in another; only plain values cross, through this process, so the code under test sees
-neither the tests nor the verdict. A score is the share of tests passed (PRIME, arXiv 2502.01456,
-for code): a wrong program, one that raises, exits, hangs or eats its memory fails the tests it
-fails. Tests that do not parse are unscorable; a process that could not start or was killed from
-outside is infra. Left out: packages outside the standard library, tests that hand functions to the
-program or look at arguments it changed in place, machines without Landlock (infra, with why).
+The completion runs in one confined process (_box.py: bubblewrap, or namespaces and Landlock; with
+limits and a filter of system calls), the tests in another; only plain values cross, through this
+process, so the code under test sees neither the tests nor the verdict. A score is the share of
+tests passed (PRIME, arXiv 2502.01456, for code): a wrong program, one that raises, exits, hangs or
+eats its memory fails the tests it fails. Tests that do not parse are unscorable; a process that
+could not start or was killed from outside is infra; where no sandbox works, InputError says why.
+Left out: packages outside the standard library, tests that hand functions to the program or look at
+arguments it changed in place.
 """
 
 from __future__ import annotations
@@ -16,32 +17,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import selectors
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from reasonrl.records import Score, infra, scored, unscorable
+from reasonrl.rewards._box import Box, Process, Stopped, choose
 
-WORKER = Path(__file__).with_name("_code_worker.py")
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-MEMORY = 1 << 30  # bytes of address space
-STARTUP = 30.0  # seconds a worker may take to be ready
-LINE = 1 << 23  # bytes of one message, at most
 CODE = 1 << 17  # characters of a program, at most
-
-
-class Stopped(Exception):
-    """The process gave no answer; `fault`: whether that is the completion's own doing."""
-
-    def __init__(self, reason: str, fault: bool):
-        super().__init__(reason)
-        self.fault = fault
 
 
 class Refused(Exception):
@@ -67,10 +52,11 @@ def verify_code(
     for i, completion in enumerate(completions):
         if not isinstance(completion, str):
             raise ValueError(f"completions[{i}] must be a string, got {type(completion).__name__}")
+    box = choose()
     size = max(1, min(8, len(os.sched_getaffinity(0)), len(completions)))
     with ThreadPoolExecutor(size) as threads:
         pairs = zip(completions, tests, strict=True)
-        return list(threads.map(lambda pair: _one(pair[0], pair[1], timeout), pairs))
+        return list(threads.map(lambda pair: _one(pair[0], pair[1], timeout, box), pairs))
 
 
 def program(completion: str) -> str | None:
@@ -81,7 +67,7 @@ def program(completion: str) -> str | None:
     return code if code.strip() else None
 
 
-def _one(completion: str, tests: Any, timeout: float) -> Score:
+def _one(completion: str, tests: Any, timeout: float, box: Box) -> Score:
     try:
         cases = _cases(tests)
     except Refused as error:
@@ -94,7 +80,7 @@ def _one(completion: str, tests: Any, timeout: float) -> Score:
     deadline = _Deadline(timeout)
     try:
         run = _run_scripts if isinstance(cases[0], tuple) else _run_tests
-        results = run(code, cases, deadline)
+        results = run(code, cases, deadline, box)
     except Refused as error:
         return unscorable(str(error))
     except Stopped as error:
@@ -150,95 +136,7 @@ class _Deadline:
         self.seconds, self.left = seconds, seconds
 
 
-class _Process:
-    """One confined process; `ask` sends a question and waits for its answer."""
-
-    def __init__(self, kind: str, seconds: float):
-        self.kind, self.buffer = kind, b""
-        cpu = int(2 * seconds) + 5  # behind the wall limit, which comes first
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(WORKER), kind, str(MEMORY), str(cpu)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env={"LANG": "C.UTF-8"},
-            start_new_session=True,
-        )
-        os.set_blocking(self.process.stdout.fileno(), False)  # type: ignore[union-attr]
-        try:
-            ready = self.receive(STARTUP)
-        except Stopped as stopped:
-            self.kill()
-            raise Stopped(f"no confined process could start: {stopped}", False) from None
-        if "ready" not in ready:
-            self.kill()
-            raise Stopped(f"model code cannot be confined here: {ready.get('refused')}", False)
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-    def send(self, message: dict) -> None:
-        try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
-            self.process.stdin.flush()  # type: ignore[union-attr]
-        except BrokenPipeError:
-            pass  # its death shows when the answer is read
-
-    def receive(self, seconds: float) -> dict:
-        """The next message; Stopped where none comes in time, or none that is one."""
-        until = time.monotonic() + seconds
-        while b"\n" not in self.buffer:
-            if len(self.buffer) > LINE:
-                raise Stopped("its answer is too long", True)
-            data = self._read(until)
-            if not data:
-                raise self._ended()
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict):
-            raise Stopped("its answer is no message", True)
-        return message
-
-    def _read(self, until: float) -> bytes:
-        stream = self.process.stdout.fileno()  # type: ignore[union-attr]
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)
-            if not selector.select(max(0.0, until - time.monotonic())):
-                raise Stopped("timeout", True)
-        return os.read(stream, 1 << 16)
-
-    def _ended(self) -> Stopped:
-        """Why the stream closed. Only somebody else can send SIGKILL: the code may not."""
-        try:
-            status = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return Stopped("it closed its channel", True)
-        if status == -signal.SIGKILL:
-            return Stopped("the process was killed from outside", False)
-        return Stopped(f"the process ended (status {status})", True)
-
-    def kill(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        for pipe in (self.process.stdin, self.process.stdout):
-            try:
-                pipe.close()  # type: ignore[union-attr]
-            except BrokenPipeError:
-                pass
-        self.process.wait()
-
-
-def _ask(process: _Process, question: dict, deadline: _Deadline) -> dict:
+def _ask(process: Process, question: dict, deadline: _Deadline) -> dict:
     """The answer of the completion's process; its time is taken off the deadline."""
     if deadline.left <= 0:
         raise Stopped("timeout", True)
@@ -254,18 +152,16 @@ def _ask(process: _Process, question: dict, deadline: _Deadline) -> dict:
         deadline.left -= time.monotonic() - began
 
 
-def _run_scripts(code: str, cases: Sequence[Any], deadline: _Deadline) -> list[str]:
+def _run_scripts(code: str, cases: Sequence[Any], deadline: _Deadline, box: Box) -> list[str]:
     """ "" or the reason for every (stdin, stdout) pair, each in a fresh process."""
     results = []
     for given, wanted in cases:
         question = {"do": "script", "code": code, "stdin": given}
         try:
-            with _Process("code", deadline.seconds) as process:
+            with Process("code", deadline.seconds, box) as process:
                 answer = _ask(process, question, deadline)
         except Stopped as stopped:
-            if not stopped.fault:
-                raise
-            answer = {"error": "Stopped", "message": str(stopped)}
+            answer = {"error": "Stopped", "message": _fault(stopped)}
         if "error" in answer:
             results.append(f"{answer['error']}: {answer.get('message')}")
         elif _lines(answer.get("value")) == _lines(wanted):
@@ -279,12 +175,11 @@ def _lines(text: Any) -> list[str]:
     return [line.rstrip() for line in str(text).rstrip().splitlines()]
 
 
-def _run_tests(code: str, cases: Sequence[Any], deadline: _Deadline) -> list[str]:
+def _run_tests(code: str, cases: Sequence[Any], deadline: _Deadline, box: Box) -> list[str]:
     """ "" or the reason for every assert of the test programs."""
-    with (
-        _Process("tests", deadline.seconds) as tests,
-        _Process("code", deadline.seconds) as process,
-    ):
+    seconds = deadline.seconds
+    with Process("tests", seconds, box) as tests, Process("code", seconds, box) as process:
+        _parsed(tests, cases, seconds)
         broken = ""  # once the program's process is gone, every further question fails with this
         names: Any = {}
         try:
@@ -293,20 +188,17 @@ def _run_tests(code: str, cases: Sequence[Any], deadline: _Deadline) -> list[str
             if "error" in answer:
                 broken = f"{answer['error']}: {answer.get('message')}"
         except Stopped as stopped:
-            if not stopped.fault:
-                raise
-            broken = str(stopped)
-        tests.send({"tests": list(cases), "names": names if isinstance(names, dict) else {}})
-        asked = False  # from then on the tests hold values that the program chose
+            broken = _fault(stopped)
+        tests.send({"names": names if isinstance(names, dict) else {}})
+        asked = False  # from then on the tests surely hold values that the program chose
         while True:
             try:
-                message = tests.receive(10.0 + deadline.seconds)
+                message = tests.receive(10.0 + seconds)
             except Stopped as stopped:
-                if not stopped.fault:
-                    raise
-                if asked:
-                    return [f"the tests did not come to an end: {stopped}"]
-                raise Refused(f"the tests did not come to an end: {stopped}") from None
+                reason = f"the tests did not come to an end: {_fault(stopped)}"
+                if not asked:
+                    _end_alone(cases, seconds, box)
+                return [reason]
             asked = True
             if "refused" in message:
                 raise Refused(message["refused"])
@@ -318,8 +210,35 @@ def _run_tests(code: str, cases: Sequence[Any], deadline: _Deadline) -> list[str
                 try:
                     reply = _ask(process, message, deadline)
                 except Stopped as stopped:
-                    if not stopped.fault:
-                        raise
-                    broken = str(stopped)
+                    broken = _fault(stopped)
                     reply = {"error": "RuntimeError", "message": broken}
             tests.send(reply)
+
+
+def _fault(stopped: Stopped) -> str:
+    """The reason, where the completion is to blame; else the exception goes on."""
+    if not stopped.fault:
+        raise stopped
+    return str(stopped)
+
+
+def _parsed(tests: Process, cases: Sequence[Any], seconds: float) -> None:
+    """The tests are handed over before anything of the program is: whether they can be run."""
+    tests.send({"tests": list(cases)})
+    try:
+        message = tests.receive(10.0 + seconds)
+    except Stopped as stopped:
+        raise Refused(f"the tests cannot be read: {_fault(stopped)}") from None
+    if "refused" in message:
+        raise Refused(message["refused"])
+
+
+def _end_alone(cases: Sequence[Any], seconds: float, box: Box) -> None:
+    """Refused where the tests do not come to an end even without the program's names."""
+    with Process("tests", seconds, box) as tests:
+        _parsed(tests, cases, seconds)
+        tests.send({"names": {}})
+        try:
+            tests.receive(10.0 + seconds)
+        except Stopped as stopped:
+            raise Refused(f"the tests did not come to an end: {_fault(stopped)}") from None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import resource
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,10 +21,11 @@ from typing import NamedTuple
 
 import h11
 
+from reasonrl import keys
 from reasonrl.records import InputError
 from reasonrl.serve.metrics import Metrics
 
-logger = logging.getLogger("reasonrl.serve")
+logger = keys.logger("reasonrl.serve")
 HEAD = 16 << 10  # bytes of request line and headers
 CHUNK = 1 << 16
 TURNED_AWAY = 256  # connections that are being told so, at most

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
+from reasonrl import keys
 from reasonrl.records import InputError, Problem
 from reasonrl.tasks.base import Draws, Task, check_split
 
-logger = logging.getLogger("reasonrl.tasks")
+logger = keys.logger("reasonrl.tasks")
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ tags.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from reasonrl import keys
 from reasonrl.records import Problem, Score
 from reasonrl.rewards.outcome import grade, ready
 from reasonrl.tasks.base import content_share
 from reasonrl.tasks.divided import Divided, check_shares
 from reasonrl.tasks.rows import read_problems
 
-logger = logging.getLogger("reasonrl.tasks")
+logger = keys.logger("reasonrl.tasks")
 
 
 @dataclass(frozen=True)

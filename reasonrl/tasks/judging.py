@@ -16,11 +16,11 @@ A row's split is decided by a hash of its question: no question has responses on
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from reasonrl import keys
 from reasonrl.cases import Case, read_cases
 from reasonrl.judging import Style, ask, read, verdict_text
 from reasonrl.records import InputError, Problem, Score, scored, unscorable
@@ -28,7 +28,7 @@ from reasonrl.tasks.base import split_of
 from reasonrl.tasks.divided import Divided, check_shares
 from reasonrl.tasks.rows import read_problems
 
-logger = logging.getLogger("reasonrl.tasks")
+logger = keys.logger("reasonrl.tasks")
 
 
 @dataclass(frozen=True)
