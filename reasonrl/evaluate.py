@@ -23,6 +23,7 @@ def evaluate(
     """Metrics `eval/...` over `problems` distinct problems of a split, and the completions.
 
     eval/accuracy is the share of right ones among the scored, eval/accuracy_se its standard error;
+    eval/reward the mean grade, where the task's stated reward is more than right or wrong;
     eval/prefix the mean share of leading right steps where the task has rules for them, eval/steps
     the mean share of right ones, eval/lucky the share of right answers behind a wrong step.
     """
@@ -44,6 +45,9 @@ def evaluate(
         "eval/mean_length": sum(map(len, rollout.completion_ids)) / max(1, len(chosen)),
         "eval/clipped_ratio": 1 - sum(rollout.finished) / max(1, len(chosen)),
     }
+    if type(algo.task).verdicts is not Task.verdicts and algo.task.reward_spec() is not None:
+        rewards = [s.value for s in algo.task.grades(chosen, rollout.text) if s.value is not None]
+        metrics["eval/reward"] = sum(rewards) / len(rewards) if rewards else math.nan
     if prefix and len(prefix) == len(found):
         metrics["eval/prefix"] = sum(prefix) / len(prefix)
     return metrics | _steps(algo.task, chosen, rollout.text, grades), rollout

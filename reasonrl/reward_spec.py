@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class Case:
     value: float
     when: str = "otherwise"
     holds: Callable[[str, Any], bool] | None = None
+    short: str = ""  # the condition in the short text
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,21 @@ class RewardSpec:
             found.add(_total(values))
         return tuple(sorted(found, reverse=True))
 
-    def render(self, detail: Detail = "full") -> str:
+    def render(self, detail: Detail = "full", short: bool = False) -> str:
         """The motivation text.
 
         full: parts, conditions, numbers and every total. score: the numbers without the conditions.
         correctness_only: the main part alone. adverse: the full text with every value negated.
+        short: one line for models of single characters, "q+1 -1>ok+2 no-1.5 -2": the cases of a
+        part, `short` before each value; a part behind ">" counts only where the best case of its
+        gate holds, one behind ";" always. It leaves out titles, closed values and totals.
         """
         if detail not in DETAILS:
             raise InputError(f"reward spec: detail: expected {', '.join(DETAILS)}, got {detail!r}")
         sign = -1.0 if detail == "adverse" else 1.0
         parts = [p for p in self.parts if detail != "correctness_only" or p.name == self.main]
+        if short:
+            return _short_text(parts, sign, conditions=detail != "score")
         lines = [f"{self.title}:"]
         for part in parts:
             alone = len(parts) == 1
@@ -132,7 +138,7 @@ def _check_part(part: Part, earlier: list[str]) -> None:
     for case in part.cases:
         if not math.isfinite(case.value):
             raise InputError(f"{where}: {case.when!r}: expected a finite value, got {case.value}")
-        if not case.when.strip() or DIGIT.search(case.when):
+        if not case.when.strip() or DIGIT.search(case.when + case.short):
             raise InputError(f"{where}: a condition in words without digits, got {case.when!r}")
     if (part.gate is None) != (part.closed is None):
         raise InputError(f"{where}: a gate and a closed value come together or not at all")
@@ -171,6 +177,22 @@ def _part_lines(part: Part, sign: float, conditions: bool, gated: bool) -> list[
     for value, case in zip(values, part.cases, strict=True):
         lines.append(f"* {value} {'' if case.holds is None else 'if '}{case.when}")
     return lines
+
+
+def _short_text(parts: Sequence[Part], sign: float, conditions: bool) -> str:
+    out = ""
+    for part in parts:
+        for case in part.cases[:-1]:
+            if not case.short:
+                raise InputError(
+                    f"reward spec: part {part.name!r}: {case.when!r} has no short form"
+                )
+        cases = [
+            f"{case.short if conditions else ''}{_number(sign * case.value, True)}"
+            for case in part.cases
+        ]
+        out += f"{'' if not out else '>' if part.gate else ';'}{' '.join(cases)}"
+    return out
 
 
 def _closed(part: Part) -> float:

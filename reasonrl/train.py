@@ -278,8 +278,9 @@ class Run:
             metrics, _ = evaluate(self.algo, *limits)
             if type(self.algo).prompt is not Algorithm.prompt:
                 own, _ = evaluate(self.algo, *limits, trained_prompt=True)
-                for name in ("accuracy", "accuracy_se"):
-                    metrics[f"eval/trained_prompt/{name}"] = own[f"eval/{name}"]
+                for name in ("accuracy", "accuracy_se", "reward"):
+                    if f"eval/{name}" in own:
+                        metrics[f"eval/trained_prompt/{name}"] = own[f"eval/{name}"]
         self.log.evaluation(step, metrics)
         return metrics
 

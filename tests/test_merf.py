@@ -86,6 +86,19 @@ def test_a_task_without_words_for_its_reward_is_refused(policy):
         merf(policy, motivated=1.5)
 
 
+def test_the_short_text_is_a_line_that_lessons_have_too(policy):
+    algo = merf(policy, task=make_task("marks"), text="short")
+    problem = algo.task.problem("train", 0)
+    asked = policy.tokenizer.decode(algo.prompt([problem])[0])
+    assert asked == f"p+1 -1>!+2 ?-1.5 -2\n{problem.prompt}\n"
+    lesson = next(p for p in algo.task.problems("sft", 0, 99) if p.prompt[0]["content"][1] == "+")
+    taught = policy.tokenizer.decode(algo.plain_prompt([lesson])[0])
+    text, _, rest = taught.partition("\n")
+    assert text[1:] == "+1 -1>!+2 ?-1.5 -2" and rest == f"{lesson.prompt[1]['content']}\n"
+    with pytest.raises(InputError, match="has no short form"):
+        merf(policy, text="short")
+
+
 def test_a_run_reports_both_prompts(tmp_path):
     small = ["model_options={width: 32, layers: 1, heads: 2}", "threads=1", "eval_problems=6"]
     small += ["steps=2", "cold_start_steps=1", "prompts_per_step=2", "group=2"]
@@ -93,3 +106,4 @@ def test_a_run_reports_both_prompts(tmp_path):
     assert train(config, tmp_path / "run", quiet=True)
     rows = [json.loads(r) for r in (tmp_path / "run" / "evals.jsonl").read_text().splitlines()]
     assert all("eval/accuracy" in r and "eval/trained_prompt/accuracy" in r for r in rows)
+    assert all(-3 <= r[f"eval/{at}reward"] <= 3 for r in rows for at in ("", "trained_prompt/"))

@@ -118,3 +118,18 @@ def test_an_unknown_main_part_and_a_number_in_the_title_are_refused():
         RewardSpec((FORMAT,), main="answer")
     with pytest.raises(InputError, match="title states a number"):
         RewardSpec((FORMAT,), title="The 5 rules")
+
+
+def test_the_short_text_is_one_line_of_the_same_numbers():
+    shape = Part("format", (Case(1.0, "it is long", long, "L"), Case(-1.0)))
+    answer = (Case(2.0, "it has the letter", has_a, "A"), Case(-2.0))
+    gated = RewardSpec((shape, Part("answer", answer, "format", -3.0)))
+    assert gated.render(short=True) == "L+1 -1>A+2 -2"
+    assert gated.render("adverse", short=True) == "L-1 +1>A-2 +2"
+    assert gated.render("score", short=True) == "+1 -1>+2 -2"
+    assert gated.render("correctness_only", short=True) == "A+2 -2"
+    assert RewardSpec((shape, Part("answer", answer))).render(short=True) == "L+1 -1;A+2 -2"
+    with pytest.raises(InputError, match="part 'format': 'it is long' has no short form"):
+        GATED.render(short=True)
+    with pytest.raises(InputError, match="words without digits"):
+        RewardSpec((Part("a", (Case(1.0, "x", long, "L2"), Case(0.0))),))

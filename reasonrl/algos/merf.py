@@ -6,7 +6,8 @@ old and the reference log-probabilities; evaluation uses the plain prompt, and r
 motivated one beside it. `motivated` and `motivated_end` are the share of prompts that carry the
 text at the first and the last step (linear between); a hash of the problem decides which ones.
 Variants: full, score (numbers without conditions), correctness_only (the suboptimal one),
-adverse (every value negated).
+adverse (every value negated). `text`: words, or the spec's short line for models of single
+characters, which read only what their cold start taught them (tasks/marks.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from reasonrl.tasks.base import content_share
 @dataclass(frozen=True)
 class Merf(GRPO):
     variant: Literal["full", "score", "correctness_only", "adverse"] = "full"
+    text: Literal["words", "short"] = "words"
     motivated: float = 1.0
     motivated_end: float | None = None
 
@@ -34,6 +36,7 @@ class Merf(GRPO):
                 raise InputError(f"algo.{knob}: expected a share from 0 to 1, got {share}")
         if self.task.reward_spec() is None:
             raise InputError(f"algorithm merf: task {self.task.name} cannot state its reward")
+        self.motivation()  # a spec without a short form is refused before the run
 
     def prompt(self, problems: Sequence[Problem]) -> list[list[int]]:
         share = self.share()
@@ -52,7 +55,7 @@ class Merf(GRPO):
         """The text: how a completion is scored."""
         spec = self.task.reward_spec()
         assert spec is not None  # checked when built
-        return spec.render(self.variant)
+        return spec.render(self.variant, short=self.text == "short")
 
     def share(self) -> float:
         """The share of prompts that carry the text at this step."""

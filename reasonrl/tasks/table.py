@@ -17,6 +17,7 @@ from reasonrl.tasks.gym import Gym
 from reasonrl.tasks.jsonl import Jsonl, is_data_file
 from reasonrl.tasks.judging import Judging
 from reasonrl.tasks.knights import Knights
+from reasonrl.tasks.marks import Marks
 
 TASKS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     "code": Code,
     "gym": Gym,
     "judging": Judging,
+    "marks": Marks,
 }
 
 

@@ -1,0 +1,274 @@
+"""GRPO with and without the motivation, and with wrong ones, over seeds.
+
+    python recipes/merf/measure.py --seeds 0 1 2 3 4
+
+A seed: one cold-started policy that was taught to read motivations, then all arms from it, alike in
+all but the text: nothing; the whole truth; numbers without conditions; the suboptimal half; the
+adverse text. At the end every arm is asked with the plain prompt and with the full text. Finished
+runs are not run again, interrupted ones go on. Writes results.json (every seed), results.md (means,
+95 % t-intervals of paired differences) and curve.svg. --jobs 2 runs two at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
+STEPS, HALF = 50, 25
+MORE, ENOUGH = 40, 0.5
+LOADING = threading.Lock()  # transformers loads one model at a time in a process
+SHARED = ["threads=1", "log.completions_every=0"]
+RL = ["cold_start_steps=0", f"steps={STEPS}", "eval.at_start=false", f"eval.every={HALF}"]
+ARMS = {
+    "none": ["algo.motivated=0.0"],
+    "full": [],
+    "score only": ["algo.variant=score"],
+    "suboptimal": ["algo.variant=correctness_only"],
+    "adverse": ["algo.variant=adverse"],
+}
+PAIRS = [
+    ("full", "none"),
+    ("score only", "none"),
+    ("suboptimal", "none"),
+    ("full", "suboptimal"),
+    ("adverse", "none"),
+    ("adverse", "full"),
+]
+# column: heading, what it is times
+MEASURES = {
+    "plain": ("right, plain prompt", 100),
+    "told": ("right, full text", 100),
+    "plain_reward": ("reward, plain prompt", 1),
+    "first": (f"sampled reward, steps 1-{HALF}", 1),
+    "last": (f"sampled reward, steps {STEPS - HALF + 1}-{STEPS}", 1),
+    "run": ("sampled reward, whole run", 1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/merf-measure"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    options = parser.parse_args()
+    jobs = [(seed, arm) for arm in options.arms for seed in options.seeds]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        bases = list(pool.map(lambda seed: base(options.runs, seed), options.seeds))
+        done = list(pool.map(lambda job: run_arm(options.runs, *job), jobs))
+    found: dict[int, dict] = {seed: {} for seed in options.seeds}
+    for (seed, arm), row in zip(jobs, done, strict=True):
+        found[seed][arm] = row
+    whole = {
+        "steps": STEPS,
+        "seeds": [
+            {"seed": seed, "base": row, **found[seed]}
+            for seed, row in zip(options.seeds, bases, strict=True)
+        ],
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
+        "versions": {n: version(n) for n in ("reasonrl", "torch", "transformers")},
+    }
+    (HERE / "results.json").write_text(json.dumps(rounded(whole)) + "\n")
+    (HERE / "results.md").write_text(table(whole))
+    picture(whole, HERE / "curve.svg")
+    print(table(whole))
+
+
+def rounded(value):
+    """Nested values with four digits behind the point: more is noise."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def base(runs: Path, seed: int) -> dict:
+    """A seed's cold-started policy, judged like the arms: the recipe's cold start, and MORE steps
+    until ENOUGH of the development problems are right with the plain prompt. From too weak a start
+    outcome rewards teach no arm anything."""
+    out = runs / f"base-{seed}"
+    found = run(out, [f"seed={seed}", "steps=0", "eval_problems=300", "eval.split=dev", *SHARED])
+    count = 0
+    while found["evals"][-1]["accuracy"] < ENOUGH and count < 10:
+        count += 1
+        words = [f"model={out}/checkpoint-0", "model_options={}", f"seed={seed + 1000 * count}"]
+        words += ["steps=0", f"cold_start_steps={MORE}", "task_options={reading: 0}"]
+        out = runs / f"base-{seed}-{count}"
+        found = run(out, [*words, "eval_problems=300", "eval.split=dev", *SHARED])
+    judged = [f"model={out}/checkpoint-0", "model_options={}", f"seed={seed}"]
+    words = [*judged, "cold_start_steps=0", "steps=0", *SHARED]
+    return run(runs / f"start-{seed}", words) | {"more": MORE * count}
+
+
+def run_arm(runs: Path, seed: int, arm: str) -> dict:
+    model = [f"model={runs}/start-{seed}/checkpoint-0", "model_options={}", f"seed={seed}"]
+    out = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    return run(out, [*model, *RL, *SHARED, *ARMS[arm]])
+
+
+def run(out: Path, words: list[str]) -> dict:
+    """One training run, unless it is finished: evaluations and steps."""
+    done = out / "measured.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    command = [sys.executable, "-m", "reasonrl.cli", "train", "merf_tiny", *words]
+    command += ["--out", str(out), "--quiet"]
+    if (out / "config.yaml").exists():
+        command.append("--resume")
+    load, began = os.getloadavg()[0], time.time()
+    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    names = ("step", "reward", "entropy", "step_time", "completions/mean_length")
+    row = {
+        "command": f"reasonrl train merf_tiny {' '.join(words)}",
+        "seconds": round(time.time() - began, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "load_before": round(load, 2),
+        "evals": [
+            {k.removeprefix("eval/"): v for k, v in r.items()} for r in read(out / "evals.jsonl")
+        ],
+        "steps": [{k: r.get(k) for k in names} for r in read(out / "metrics.jsonl")],
+        "told": told(out),
+    }
+    done.write_text(json.dumps(row))
+    return row
+
+
+def told(out: Path) -> dict:
+    """The finished policy asked with the full text, whatever it was trained with."""
+    from reasonrl import config as configs
+    from reasonrl import models
+    from reasonrl.algos import Merf
+    from reasonrl.algos.base import make
+    from reasonrl.evaluate import evaluate
+    from reasonrl.tasks import make_task
+
+    config = configs.load(out / "config.yaml")
+    folder = max(out.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    with LOADING:
+        policy = models.load(str(folder), dtype="fp32", device="cpu", seed=config.seed)
+    task = make_task(config.task, seed=config.seed, **config.task_options)
+    algo = make(Merf, task, policy, {"text": "short"})
+    limits = (config.eval.split, config.eval_problems, config.max_completion_length)
+    found, _ = evaluate(algo, *limits, config.eval.batch, trained_prompt=True)
+    return {name: found[f"eval/{name}"] for name in ("accuracy", "reward")}
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure(row: dict, name: str) -> float:
+    """One number of a run, in the unit of its column."""
+    last, rewards = row["evals"][-1], [s["reward"] for s in row["steps"]]
+    parts = {"first": rewards[:HALF], "last": rewards[-HALF:], "run": rewards}
+    if name in parts:
+        return sum(parts[name]) / len(parts[name]) if rewards else math.nan
+    found = {"plain": last["accuracy"], "plain_reward": last["reward"]}
+    return MEASURES[name][1] * (found | {"told": row["told"]["accuracy"]})[name]
+
+
+def interval(values: list[float], name: str, sign: str = "") -> str:
+    """Mean and 95 % t-interval."""
+    n, form = len(values), f"{sign}.{1 if MEASURES[name][1] == 100 else 2}f"
+    middle = sum(values) / n
+    if math.isnan(middle):
+        return ""
+    if n < 2:
+        return f"{middle:{form}}"
+    spread = math.sqrt(sum((v - middle) ** 2 for v in values) / (n - 1))
+    half = T95[n] * spread / math.sqrt(n)
+    return f"{middle:{form}} ({middle - half:{form}} to {middle + half:{form}})"
+
+
+def table(whole: dict) -> str:
+    seeds = whole["seeds"]
+    problems = seeds[0]["base"]["evals"][-1]["problems"]
+    arms = [arm for arm in ARMS if arm in seeds[0]]
+    heads = " | ".join(head for head, _ in MEASURES.values())
+    lines = [
+        f"{len(seeds)} seeds, {whole['steps']} steps; {problems} held-out problems a seed, greedy."
+        " Right answers in percent, behind any letter; reward from -3 to 3. Mean and 95 %"
+        " t-interval over seeds.",
+        "",
+        f"| arm | {heads} |",
+        f"|{'---|' * (1 + len(MEASURES))}",
+    ]
+    for arm in ("base", *arms):
+        cells = [interval([measure(s[arm], m) for s in seeds], m) for m in MEASURES]
+        lines.append(f"| {'cold start' if arm == 'base' else arm} | {' | '.join(cells)} |")
+    lines += ["", f"| difference, paired by seed | {heads} |", f"|{'---|' * (1 + len(MEASURES))}"]
+    for one, other in [pair for pair in PAIRS if {*pair} <= {*arms}]:
+        gaps = {m: [measure(s[one], m) - measure(s[other], m) for s in seeds] for m in MEASURES}
+        cells = [interval(g, m, "+") for m, g in gaps.items()]
+        lines.append(f"| {one} - {other} | {' | '.join(cells)} |")
+    lines += ["", "Right answers with the plain prompt, over the run:", ""]
+    marks = [e["step"] for e in seeds[0]["none"]["evals"]]
+    lines += [
+        f"| arm | {' | '.join(f'step {m}' for m in marks)} |",
+        f"|{'---|' * (1 + len(marks))}",
+    ]
+    for arm in arms:
+        columns = [[100 * s[arm]["evals"][i]["accuracy"] for s in seeds] for i in range(len(marks))]
+        lines.append(f"| {arm} | {' | '.join(interval(c, 'plain') for c in columns)} |")
+    lines += ["", "Seed by seed, right answers with the plain prompt / the full text:", ""]
+    lines += [f"| seed | cold start | {' | '.join(arms)} |", f"|{'---|' * (2 + len(arms))}"]
+    for s in seeds:
+        both = [
+            f"{measure(s[a], 'plain'):.1f} / {measure(s[a], 'told'):.1f}" for a in ("base", *arms)
+        ]
+        lines.append(f"| {s['seed']} | {' | '.join(both)} |")
+    versions = ", ".join(f"{k} {v}" for k, v in whole["versions"].items())
+    runs = [s[arm] for s in seeds for arm in arms]
+    lines += [
+        "",
+        f"Measured {whole['date']}, {whole['machine']}, {versions}; a run took"
+        f" {min(r['cpu_seconds'] for r in runs):.0f} to {max(r['cpu_seconds'] for r in runs):.0f}"
+        f" processor seconds, load before a run {min(r['load_before'] for r in runs)} to"
+        f" {max(r['load_before'] for r in runs)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def picture(whole: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for i, arm in enumerate(a for a in ARMS if a in whole["seeds"][0]):
+        rows = [seed[arm] for seed in whole["seeds"]]
+        middle = [
+            sum(c) / len(c)
+            for c in zip(*([s["reward"] for s in r["steps"]] for r in rows), strict=True)
+        ]
+        axes[0].plot(range(1, len(middle) + 1), middle, color=f"C{i}", label=arm)
+        start = [100 * s["base"]["evals"][-1]["accuracy"] for s in whole["seeds"]]
+        points = [[100 * e["accuracy"] for e in r["evals"]] for r in rows]
+        means = [sum(c) / len(c) for c in [start, *zip(*points, strict=True)]]
+        steps = [0, *(e["step"] for e in rows[0]["evals"])]
+        axes[1].plot(steps, means, "o-", color=f"C{i}", label=arm)
+    axes[0].set(xlabel="RL step", ylabel="sampled reward")
+    axes[1].set(xlabel="RL step", ylabel="held-out right, plain prompt, %")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
