@@ -139,6 +139,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float) -> Ten
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.device.type != "cpu" or scores > SMALL:
         gqa = q.shape[1] != k.shape[1]
+        if gqa and q.shape[2] == 1:  # the heads of one key head as rows: the kernels know no groups
+            rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+            out = scaled_dot_product_attention(rows, k, v, attn_mask=sees, scale=scaling)
+            return out.reshape(q.shape)
         return scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling, enable_gqa=gqa)
     b, h, r, d = q.shape
     heads = k.shape[1]
@@ -183,6 +187,7 @@ class Decode:
     ):
         self.length = prompt_length[owner]  # (B,)
         self.ahead = (prompt_length if first is None else first)[owner] - self.length
+        self.longest = int(self.length.max()) if len(owner) else -1
         self.cache: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, (k, v) in (prefill.cache or {}).items():
             width = k.shape[2]
@@ -199,22 +204,23 @@ class Decode:
         return self.length + self.ahead
 
     def _advance(self) -> None:
-        self.row = torch.arange(len(self.length), device=self.length.device)
-        self.width = int(self.length.max()) + 1 if len(self.length) else 0
+        self.slot = self.length[:, None, None, None]
+        self.width = self.longest + 1
         columns = torch.arange(self.width, device=self.length.device)
         self.sees = (columns <= self.length[:, None])[:, None, None, :]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q (H, B, d), k and v (K, B, d) -> (B, H, d)."""
         keys, values = self.cache[layer]
-        keys[self.row, :, self.length] = k.transpose(0, 1).to(keys.dtype)
-        values[self.row, :, self.length] = v.transpose(0, 1).to(values.dtype)
+        for cache, new in ((keys, k), (values, v)):
+            slot = self.slot.expand(-1, cache.shape[1], 1, cache.shape[3])
+            cache.scatter_(2, slot, new.transpose(0, 1)[:, :, None].to(cache.dtype))
         q = q.transpose(0, 1)[:, :, None].to(keys.dtype)
         out = attend(q, keys[:, :, : self.width], values[:, :, : self.width], self.sees, scaling)
         return out[:, :, 0]
 
     def step(self) -> None:
-        self.length = self.length + 1
+        self.length, self.longest = self.length + 1, self.longest + 1
         self._advance()
 
     def keep(self, rows: Tensor) -> None:
@@ -223,4 +229,5 @@ class Decode:
             for layer, (k, v) in self.cache.items()
         }
         self.length, self.ahead = self.length[rows], self.ahead[rows]
+        self.longest = int(self.length.max()) if len(rows) else -1
         self._advance()

@@ -136,12 +136,12 @@ def _decode(policy, prompt_ids, images, group: int, sampling: Sampling, seed, fi
         uniform = _uniform(seed, first_row, len(rows), sampling.max_tokens)
     else:
         uniform = torch.cat([_uniform(own, 0, group, sampling.max_tokens) for own in seed])
+    uniform = uniform.to(device)
     live = list(range(len(rows)))  # row number at each position of the running batch
     for t in range(sampling.max_tokens):
-        logits = policy.logits(hidden)
-        token, logp, chosen_logp = choose(logits, uniform[live, t].to(device), sampling)
-        drawn = zip(live, token.tolist(), logp.tolist(), chosen_logp.tolist(), strict=True)
-        for row, i, a, b in drawn:
+        token, *logps = choose(policy.logits(hidden), uniform[:, t], sampling)
+        numbers = torch.stack([token.double(), *(x.double() for x in logps)]).tolist()  # one wait
+        for row, i, a, b in zip(live, map(int, numbers[0]), *numbers[1:], strict=True):
             if rows[row].finished:
                 continue
             rows[row].tokens.append(i)
@@ -154,7 +154,7 @@ def _decode(policy, prompt_ids, images, group: int, sampling: Sampling, seed, fi
         if len(going) <= 0.8 * len(live):  # a copy of the cache pays once a fifth has left
             kept = torch.tensor(going, device=device)
             plan.keep(kept)
-            token = token.index_select(0, kept)
+            token, uniform = token.index_select(0, kept), uniform.index_select(0, kept)
             live = [live[at] for at in going]
         hidden = policy.hidden(token, plan.position, plan)
         plan.step()

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from reasonrl import models
+from reasonrl import attention, models
 from reasonrl.attention import Packed
 from reasonrl.batch import cu_seqlens, pack
 from reasonrl.loss import LossSpec, linear_policy_loss
@@ -145,3 +145,14 @@ def test_compiled_products_of_many_lengths_are_bounded(monkeypatch):
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")  # the user's own word
     models.load("tiny", dtype="fp32", width=32, layers=1)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_grouped_heads_by_any_path(rows, monkeypatch):
+    """Four query heads on two key heads: products, and SDPA with and without heads as rows."""
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, h, n, 8, generator=g) for h, n in ((4, rows), (2, 6), (2, 6)))
+    sees = torch.arange(6) <= torch.tensor([5, 2, 3])[:, None, None, None]
+    plain = attention.attend(q, k, v, sees, 0.3)
+    monkeypatch.setattr(attention, "SMALL", -1)
+    torch.testing.assert_close(attention.attend(q, k, v, sees, 0.3), plain)
