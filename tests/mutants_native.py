@@ -90,19 +90,20 @@ DEVICE = "csrc/cuda/device.h"
 CUDA_POLICY = "csrc/cuda/policy.cu"
 CUDA_CREDIT = "csrc/cuda/credit.h"
 CUDA_SEGMENTS = "csrc/cuda/segments.cu"
+CUDA_TOKENS = "csrc/cuda/tokens.h"
 
 CUDA = [
     ("block sum of one warp", DEVICE, "for (int w = 1; w < WARPS; w++) x[k]", "for (int w = 1; w < 1; w++) x[k]", "policy"),
     ("maximum summed", DEVICE, "if (top) return b > a ? b : a;", "if (false) return b > a ? b : a;", "policy"),
     ("carry of the first warp", DEVICE, "if (w == warp) entering = *carry;", "", "returns"),
     ("ticket not reset", DEVICE, "if (last[0]) *arrived = 0;", "", "policy"),
-    ("mask missed", CUDA_POLICY, "return i < end && (task.mask == nullptr || task.mask[i] != 0);", "return i < end;", "policy"),
+    ("mask missed", CUDA_TOKENS, "return i < end && (task.mask == nullptr || task.mask[i] != 0);", "return i < end;", "policy"),
     ("weight missed", CUDA_POLICY, "                term.grad *= t.weight;\n", "", "policy"),
     ("weight of a completion missed", CUDA_POLICY, "term.grad *= t.weight;\n        return term;", "return term;", "policy"),
     ("kl slope missed", CUDA_POLICY, "c = (term.grad + loss.kl_coef * slope) * share;", "c = term.grad * share;", "policy"),
     ("kl slope of a completion missed", CUDA_POLICY, "c = ((shared ? 0.0f : term.grad) + loss.kl_coef * slope) * (float)scale.loss;", "c = (shared ? 0.0f : term.grad) * (float)scale.loss;", "policy"),
     ("tokens between two reads", CUDA_POLICY, "first += AHEAD * THREADS) {", "first += (AHEAD + 1) * THREADS) {", "policy"),
-    ("few tokens not gathered", CUDA_POLICY, "    all->ratio += few.ratio;\n", "    all->ratio = few.ratio;\n", "policy"),
+    ("few tokens not gathered", CUDA_TOKENS, "    all->ratio += few.ratio;\n", "    all->ratio = few.ratio;\n", "policy"),
     ("share of the whole batch", CUDA_POLICY, "const float part = (float)(x[SUM_COUNT] / count * scale.loss);", "const float part = (float)(x[SUM_COUNT] * scale.loss);", "policy"),
     ("count of all tokens", CUDA_POLICY, "n[0] += task.mask[i] != 0 ? 1.0 : 0.0;", "n[0] += 1.0;", "policy"),
     ("last chunk cut", CUDA_POLICY, "return plain ? (tokens + CHUNK - 1) / CHUNK : batch;", "return plain ? tokens / CHUNK : batch;", "policy"),
