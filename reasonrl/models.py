@@ -237,6 +237,8 @@ def _pretrained(folder: str):
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        for name in ("is_local", "local_files_only"):  # where it came from is no part of it: saved
+            tokenizer.init_kwargs.pop(name, None)  # again it is the file that was loaded
         eyes = vision.is_vision(config)
         if eyes:
             _needs_pillow(folder)
