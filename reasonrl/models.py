@@ -31,6 +31,7 @@ from reasonrl import attention, heads, layers, smollm2, tiny, vision
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
+ALIGNED = 64  # bytes, torch's own choice on a CPU
 PRM_FILE = "prm.json"  # what makes a folder a process reward model
 
 
@@ -248,6 +249,7 @@ def _pretrained(folder: str):
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"model {folder}: {reason}") from error
+    _align(model)
     if config.is_encoder_decoder:
         raise InputError(f"model {folder}: expected a decoder-only model, got {config.model_type}")
     if eyes and not vision.usable(model):
@@ -256,6 +258,15 @@ def _pretrained(folder: str):
             " not know (Qwen2-VL, Qwen2.5-VL and Qwen3-VL are known)"
         )
     return model, tokenizer, processor
+
+
+def _align(model: nn.Module) -> None:
+    """Give weights that lie in a mapped file memory of their own, at addresses as torch chooses
+    them: a matrix product rounds by its operands' alignment, and a run that is resumed must go on
+    bit for bit."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNED:
+            tensor.data = tensor.data.clone()
 
 
 def _needs_pillow(name: str) -> None:

@@ -2,11 +2,13 @@
 
     python kill_server.py        one JSON object a line in, one out
 
-    {"arguments": ["train", ...], "folder": RUN, "kill": null}       -> {"status": 0, "events": 412}
-    ... "kill": {"event": 17}           before event 17: a file operation in RUN, a flush to the disk,
-                                        the beginning or end of a phase
-    ... "kill": {"event": 17, "torn": true}    the same; a file opened for writing holds half a write
-    ... "kill": {"after": 0.2}          from outside, that many seconds after the start
+    {"arguments": ["train", ...], "folder": RUN, "kill": KILL}   ->   {"status": 0, "events": 412}
+
+    KILL  null                        no kill
+          {"event": 17}               before event 17: a file operation in RUN, a flush to the disk,
+                                      the beginning of a phase
+          {"event": 17, "torn": true} the same; a file opened for writing there holds half a write
+          {"after": 0.2}              from outside, that many seconds after the start
 
 A forked attempt has torch and transformers already, so it costs a few tenths of a second and not
 four. It leads a process group of its own, and the group is killed.
