@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, heads, layers, smollm2, tiny, vision
+from reasonrl import attention, heads, layers, pretrained, smollm2, tiny, vision
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
@@ -235,20 +235,17 @@ def _pretrained(folder: str):
             )
     elif folder.startswith((".", "/", "~")) or folder.count("/") > 1:
         raise InputError(f"model {folder}: no such folder")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pretrained.reading(f"model {folder}"):
+        config = pretrained.part(AutoConfig, folder)
+        tokenizer = pretrained.part(AutoTokenizer, folder)
         for name in ("is_local", "local_files_only"):  # where it came from is no part of it: saved
             tokenizer.init_kwargs.pop(name, None)  # again it is the file that was loaded
         eyes = vision.is_vision(config)
         if eyes:
             _needs_pillow(folder)
         kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
-        model = kind.from_pretrained(folder, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(folder) if eyes else None
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"model {folder}: {reason}") from error
+        model = pretrained.model(kind, folder)
+        processor = pretrained.part(AutoImageProcessor, folder) if eyes else None
     _align(model)
     if config.is_encoder_decoder:
         raise InputError(f"model {folder}: expected a decoder-only model, got {config.model_type}")
