@@ -1,7 +1,7 @@
 """Which implementation of an op runs: native, triton, cuda, reference.
 
-`impl="auto"` takes native on the CPU; on a GPU cuda, then triton, of those that have the op; and the
-reference for float64 or where nothing else can run (said once in the log "reasonrl"). An
+`impl="auto"` takes native on the CPU; on a GPU cuda, then triton, of those that have the op; and
+the reference for float64 or where nothing else can run (said once in the log "reasonrl"). An
 implementation asked for by name runs or raises KernelUnavailable. Kernels are imported on first
 use. Under torch.compile the op becomes one operator (`compiled`).
 """

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, put into one place of a training step: the table, and one step of it.
+"""Numbers that are not finite, put into one place of a training step: the table, and one step.
 
 logit: the hidden state that predicts a token.  ref, old: the reference's and the sampling policy's
 log-probability of a token.  reward: the credit of a token.  gradient: of one parameter.

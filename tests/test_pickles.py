@@ -1,7 +1,6 @@
-"""Files that try to run code when they are read, and files that are damage: neither does anything.
-
-40 pickles (protocols, wrappers, ways to reach a function), one after the other in every place where
-a file is read; then safetensors, manifests, logs and rows of random and of mutated bytes.
+"""Files that would run code where somebody unpickles them: 40 pickles (ways to reach a function,
+protocols, wrappers), one after the other in every place where a file is read. Each is an InputError
+and runs nothing; that they would run is shown first, in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -28,8 +28,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from reasonrl import checkpoint, models, prm, prm_heads, rows
 from reasonrl.chat.cache import Cache
@@ -39,7 +37,7 @@ from reasonrl.log import read_rows
 from reasonrl.records import InputError
 from reasonrl.report.gather import read_table
 from reasonrl.state_file import load_state, save_state
-from reasonrl.tasks.base import Draws
+
 
 class Call:
     """Pickles as a call of a function."""
@@ -93,7 +91,8 @@ def bombs(mark: str) -> dict[str, bytes]:
     raw = f"touch {mark}".encode()
     made["stack global"] = (
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c" + bytes([len(raw)]) + raw + b"\x85R."
-        if len(raw) < 256 else made["by hand"]
+        if len(raw) < 256
+        else made["by hand"]
     )
     whole = io.BytesIO()
     torch.save({"weight": torch.ones(2), "more": plain}, whole)
@@ -130,7 +129,7 @@ def test_the_pickles_are_40_and_do_what_they_say(tmp_path):
     assert set(forms) == asleep
     script = [code.split("\n")[0], "for line in sys.stdin:"]
     script += ["    name, data = line.rstrip().split('|'); data = bytes.fromhex(data)", "    try:"]
-    script += ["        " + "; ".join(["pickle.loads(data) if name not in %r else None" % asleep])]
+    script += [f"        pickle.loads(data) if name not in {asleep!r} else None"]
     for name, how in forms.items():
         script += [f"        if name == {name!r}:", f"            {how}"]
     script += ["    except Exception as error:", "        print(name, repr(error))"]
@@ -170,11 +169,11 @@ def places(folder: Path, model: Path, data: bytes):
     (folder / "metrics.jsonl").write_bytes(data + b"\n")
     yield "metrics", lambda: read_rows(folder / "metrics.jsonl")
     for end in ("jsonl", "json", "parquet"):
-        yield f"rows.{end}", lambda path=written(f"rows.{end}"): list(rows.read_rows(path))
-    yield "completions", lambda path=written("completions.parquet"): read_table(path)
-    yield "config", lambda path=written("config.yaml"): read(path)
+        yield f"rows.{end}", partial(rows.read_rows, written(f"rows.{end}"))
+    yield "completions", partial(read_table, written("completions.parquet"))
+    yield "config", partial(read, written("config.yaml"))
     for name in ("model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"):
-        yield name, lambda at=replaced(model, folder, name, data): models.load(str(at))
+        yield name, partial(models.load, str(replaced(model, folder, name, data)))
     stale = replaced(model, folder, "pytorch_model.bin", data)
     (stale / "model.safetensors").rename(stale / "other.safetensors")
     yield "pytorch_model.bin beside other tensors", lambda: models.load(str(stale))
