@@ -40,7 +40,7 @@ class Bad:
 
 
 ALONE = [Bad(*row) for row in product(NAMED, PLACES, VALUES)]
-RANKS = [Bad("dapo", *row) for row in product(PLACES, VALUES, (0, 1))]
+RANKS = [Bad(*row) for row in product(("dapo", "gspo"), PLACES, VALUES, (0, 1))]
 
 
 @cache
