@@ -181,7 +181,9 @@ def _retire(run_dir: Path, step: int, keep: int, disk: Disk) -> None:
     for path in [*older[keep - 1 :], *newer]:
         doomed = run_dir / f"tmp-{step}-{uuid.uuid4().hex}"  # half a removal must not look whole
         disk.rename(path, doomed)
-        disk.remove(doomed)
+    for path in run_dir.iterdir():
+        if ASIDE.fullmatch(path.name):  # these, and what killed saves left behind
+            disk.remove(path)
 
 
 def _clean(run_dir: Path, chosen: Path | None) -> Path | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from reasonrl import models
+from reasonrl import models, pretrained
 from reasonrl.cache import Cache, fingerprint
 from reasonrl.records import InputError
 
@@ -46,12 +46,9 @@ class Encoder:
             return Encoder(body.eval(), policy.tokenizer, name, cache, pooling)
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"encoder {name}: expected a folder with config.json, found none")
-        try:
-            model = AutoModel.from_pretrained(name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InputError(f"encoder {name}: {reason}") from error
+        with pretrained.reading(f"encoder {name}"):
+            model = pretrained.model(AutoModel, name)
+            tokenizer = pretrained.part(AutoTokenizer, name)
         return Encoder(model.eval(), tokenizer, fingerprint(name), cache, pooling)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

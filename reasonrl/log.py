@@ -130,7 +130,10 @@ class RunLog:
         path = self.out / "completions" / f"completions_{step:05d}.parquet"
         aside = path.with_suffix(".tmp")
         try:
-            pyarrow.parquet.write_table(pyarrow.table(arrays), aside)
+            with aside.open("wb") as file:
+                pyarrow.parquet.write_table(pyarrow.table(arrays), file)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint of this step must not outlive its rows
             os.replace(aside, path)
         except OSError as error:
             raise _unwritable(path, error) from None

@@ -72,7 +72,11 @@ def restore(policy: Policy, folder: Path, adapter: Path) -> None:
     if adapted(policy):
         saved = load_state(adapter)
     else:
-        saved = type(policy.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+        saved = (
+            type(policy.model)
+            .from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            .state_dict()
+        )
     here = dict(policy.model.named_parameters())
     with torch.no_grad():
         for name, parameter in here.items():

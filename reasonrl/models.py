@@ -27,10 +27,11 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, heads, layers, smollm2, tiny, vision
+from reasonrl import attention, heads, layers, pretrained, smollm2, tiny, vision
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
+ALIGNED = 64  # bytes, torch's own choice on a CPU
 PRM_FILE = "prm.json"  # what makes a folder a process reward model
 
 
@@ -234,18 +235,18 @@ def _pretrained(folder: str):
             )
     elif folder.startswith((".", "/", "~")) or folder.count("/") > 1:
         raise InputError(f"model {folder}: no such folder")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pretrained.reading(f"model {folder}"):
+        config = pretrained.part(AutoConfig, folder)
+        tokenizer = pretrained.part(AutoTokenizer, folder)
+        for name in ("is_local", "local_files_only"):  # where it came from is no part of it: saved
+            tokenizer.init_kwargs.pop(name, None)  # again it is the file that was loaded
         eyes = vision.is_vision(config)
         if eyes:
             _needs_pillow(folder)
         kind = AutoModelForImageTextToText if eyes else AutoModelForCausalLM
-        model = kind.from_pretrained(folder, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(folder) if eyes else None
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"model {folder}: {reason}") from error
+        model = pretrained.model(kind, folder)
+        processor = pretrained.part(AutoImageProcessor, folder) if eyes else None
+    _align(model)
     if config.is_encoder_decoder:
         raise InputError(f"model {folder}: expected a decoder-only model, got {config.model_type}")
     if eyes and not vision.usable(model):
@@ -254,6 +255,15 @@ def _pretrained(folder: str):
             " not know (Qwen2-VL, Qwen2.5-VL and Qwen3-VL are known)"
         )
     return model, tokenizer, processor
+
+
+def _align(model: nn.Module) -> None:
+    """Give weights that lie in a mapped file memory of their own, at addresses as torch chooses
+    them: a matrix product rounds by its operands' alignment, and a run that is resumed must go on
+    bit for bit."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNED:
+            tensor.data = tensor.data.clone()
 
 
 def _needs_pillow(name: str) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from reasonrl import attention, checkpoint, models
+from reasonrl import attention, checkpoint, models, pretrained
 from reasonrl.batch import pack
 from reasonrl.models import Policy
 from reasonrl.prompts import render
@@ -228,16 +228,13 @@ class PRM:
                     f"{folder}: expected a process reward model ({models.PRM_FILE}), found none"
                 )
             path = found
-        try:
+        with pretrained.reading(str(path)):
             about = json.loads((path / models.PRM_FILE).read_text())
             number = about.pop("format")
             reading = Reading(**about)
             heads = load_file(path / HEADS)
-            model = AutoModel.from_pretrained(path, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InputError(f"{path}: {reason}") from error
+            model = pretrained.model(AutoModel, path)
+            tokenizer = pretrained.part(AutoTokenizer, path)
         if number != FORMAT or reading.kind not in ("sigmoid", "softmax", "value"):
             raise InputError(f"{path}: {models.PRM_FILE}: expected format {FORMAT}, got {number!r}")
         model.set_attn_implementation(attention.NAME)

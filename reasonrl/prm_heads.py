@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from reasonrl import attention, checkpoint, models
+from reasonrl import attention, checkpoint, models, pretrained
 from reasonrl.models import Policy
 from reasonrl.prm import PRM, Reading, layers
 from reasonrl.records import InputError
@@ -46,11 +46,9 @@ def load(
         raise InputError(f"prm {folder}: no such folder")
     if (path / models.PRM_FILE).is_file() or checkpoint.checkpoints(path):
         return PRM.load(path, dtype=dtype, device=device)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"prm {folder}: {str(error).strip().splitlines()[0]}") from error
+    with pretrained.reading(f"prm {folder}"):
+        config = pretrained.part(AutoConfig, path)
+        tokenizer = pretrained.part(AutoTokenizer, path)
     architecture = (config.architectures or ["none"])[0]
     if architecture.endswith("ForCausalLM"):
         if pair is None:
@@ -61,7 +59,8 @@ def load(
         model, heads = _from_pair(path, tokenizer, pair)
         kind = "softmax"
     else:
-        model, heads = AutoModel.from_pretrained(path, dtype=torch.float32), _heads(path)
+        with pretrained.reading(f"prm {folder}"):
+            model, heads = pretrained.model(AutoModel, path), _heads(path)
         kind = _kind(architecture, heads, folder)
     model.set_attn_implementation(attention.NAME)
     target = torch.device(device)
@@ -105,7 +104,8 @@ def _heads(path: Path) -> dict[str, Tensor]:
 def _from_pair(path: Path, tokenizer: Any, pair: tuple[str, str]) -> tuple[Any, dict[str, Tensor]]:
     """The body of a causal model, and the head's rows of two tokens."""
     ids = [_token(tokenizer, token, path) for token in pair]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with pretrained.reading(f"prm {path}"):
+        model = pretrained.model(AutoModelForCausalLM, path)
     head: Any = model.get_output_embeddings()
     heads = {"weight": head.weight.detach()[ids].clone()}
     if head.bias is not None:

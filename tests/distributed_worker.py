@@ -229,6 +229,9 @@ def main(out: Path, kind: str) -> None:
         train(small("prompts_per_step=1"), out / "one prompt", quiet=True)
         train(small(), out / "alone", resume=True, quiet=True)  # the test ran two steps of it
         stopped_on_rank_1(out / "stopped", accelerator.process_index)
+    elif kind == "nan":
+        accelerator = Accelerator(cpu=True)
+        done = importlib.import_module("nan_cases").ranks(accelerator)
     else:
         accelerator = plugged(kind)
         names = ("grpo", "no group on rank 1", "nan on rank 1", "all dead")

@@ -154,6 +154,13 @@ def test_retention_keeps_the_newest_and_never_less_than_one(tmp_path):
         save(tmp_path, 12, write(12), {}, keep=0)
 
 
+def test_a_save_removes_what_killed_ones_left(tmp_path):
+    assert killed(tmp_path, 1, 5, "after") == 9
+    assert [p.name[:4] for p in tmp_path.iterdir()] == ["tmp-"]
+    save(tmp_path, 1, write(1), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 def test_a_damaged_newer_checkpoint_never_crowds_out_the_whole_one(tmp_path, caplog):
     for step in (1, 2, 3):
         save(tmp_path, step, write(step), {}, keep=3)

@@ -84,7 +84,7 @@ STAIR = [
             "tiny_vl",
             "images",
             "smollm2",
-            "images",
+            "pretrained",
             "images_header",
             "workers",
         ),

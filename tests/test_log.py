@@ -181,6 +181,16 @@ def test_a_row_is_on_the_disk_when_the_process_dies(tmp_path):
     assert rows(tmp_path) == [{"step": 1, "reward": 1.0}]
 
 
+def test_completions_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    log, seen = run_log(tmp_path), []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: (seen.append(os.fstat(n).st_ino), sync(n)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(str(b)), replace(a, b)))
+    log.completions(1, {"step": [1], "prompt": ["p"], "completion": ["c"]})
+    path = tmp_path / "completions" / "completions_00001.parquet"
+    assert seen == [path.stat().st_ino, str(path)]
+
+
 def test_an_unwritable_folder_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="file/run: cannot be written"):

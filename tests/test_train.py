@@ -85,6 +85,14 @@ def test_checkpoints_load_in_transformers(unbroken):
     assert model.config.use_cache
 
 
+def test_loaded_weights_lie_at_addresses_like_those_of_new_ones(unbroken):
+    """A matrix product rounds by alignment: weights in a mapped file would give other last bits."""
+    from reasonrl import models
+
+    model = models.load(str(unbroken / "checkpoint-4"), dtype="fp32").model
+    assert {p.data_ptr() % models.ALIGNED for p in model.parameters()} == {0}
+
+
 def test_resumed_equals_unbroken_bit_for_bit(unbroken, tmp_path):
     out = tmp_path / "run with spaces"
     train(small("steps=2"), out, quiet=True)

@@ -19,7 +19,7 @@ steps, while it learns from ordinary outcome-only ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -140,6 +140,8 @@ class Prime(Algorithm):
         if self.order == "double":
             metrics |= held.learning.step()
             scores = held.learning.score(rollout, ref)
+        scores, lost = _usable(scores, known)
+        metrics["process/nonfinite"] = sum(n for (n,) in gathered(accelerator, [lost]))
         token = self._process(scores, rollout)
         metrics["process/return_std"] = _spread(token, rollout)
         metrics["process/weight"] = self._weight()
@@ -212,6 +214,17 @@ class Prime(Algorithm):
         mean = total / max(n, 1.0)
         variance = (squares - n * mean * mean) / max(n - 1, 1.0)
         return torch.where(keep, (value - mean) / (variance + 1e-8) ** 0.5, 0.0).float()
+
+
+def _usable(scores: Rewards, known: Tensor) -> tuple[Rewards, float]:
+    """Token rewards that are not finite count as none, as a token's credit does in the loss; how
+    many there were. The update finds the cause: its gradient is not finite either."""
+    tokens, lost = [], 0
+    for token, sure in zip(scores.token or (), known.tolist(), strict=True):
+        bad = ~token.isfinite() if sure else torch.zeros_like(token, dtype=torch.bool)
+        lost += int(bad.sum())
+        tokens.append(token.masked_fill(bad, 0.0))
+    return replace(scores, token=tokens), float(lost)
 
 
 def _agreement(scores: Rewards, outcome: Tensor, known: Tensor, count: float) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 The deadline covers everything: looking the name up, connecting, TLS, sending, every byte of the
 reply; a server that drips cannot stretch it. A reply may have so many bytes and no more, comes
-uncompressed, and a redirect is a reply like any other. Idle connections are kept and used again.
+uncompressed, and a redirect is a reply like any other. Idle connections are kept and used again,
+unless something came that nobody asked for.
 Why not a client library: those bound single reads, not the whole, and inflate what they get.
 Left out: proxies (those of the environment are not used), HTTP/2, cookies.
 """
@@ -128,6 +129,9 @@ class Door:
         while True:
             used = bool(self.idle)
             line = self.idle.pop() if used else await self._connect()
+            if used and await _spoke(line):
+                line.writer.transport.abort()
+                continue
             try:
                 reply = await self._exchange(line, path, body, headers)
             except (ConnectionError, asyncio.IncompleteReadError) as error:
@@ -139,7 +143,8 @@ class Door:
             except BaseException:
                 line.writer.transport.abort()
                 raise
-            if line.wire.our_state is h11.DONE and line.wire.their_state is h11.DONE:
+            over = line.wire.our_state is h11.DONE and line.wire.their_state is h11.DONE
+            if over and not line.wire.trailing_data[0]:
                 line.wire.start_next_cycle()
                 self.idle.append(line)
             else:
@@ -208,6 +213,20 @@ class Door:
                 continue
             return _Line(reader, writer, h11.Connection(h11.CLIENT, HEAD))
         raise OSError(f"no address for {self.address.host}")
+
+
+async def _spoke(line: _Line) -> bool:
+    """Whether bytes, or the end, came on an idle connection: they would be read as the reply to the
+    next question, and every later reply as that to the one after its own."""
+    reading = asyncio.ensure_future(line.reader.read(1))
+    for _ in range(3):  # until the loop has looked at the socket, and the reader at what it gave
+        await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait({reading})
+    if reading.cancelled():
+        return False
+    reading.exception()  # looked at, so that nobody is told of it
+    return True
 
 
 async def _look_up(host: str, port: int) -> list[tuple[int, str]]:

@@ -1,0 +1,144 @@
+"""A warm process that forks attempts at a command and lets each die by SIGKILL where it is told.
+
+    python kill_server.py        one JSON object a line in, one out
+
+    {"arguments": ["train", ...], "folder": RUN, "kill": KILL}   ->   {"status": 0, "events": 412}
+
+    KILL  null                        no kill
+          {"event": 17}               before event 17: a file operation in RUN, a flush to the disk,
+                                      the beginning of a phase
+          {"event": 17, "torn": true} the same; a file opened for writing there holds half a write
+          {"after": 0.2}              from outside, that many seconds after the start
+
+A forked attempt has torch and transformers already, so it costs a few tenths of a second and not
+four. It leads a process group of its own, and the group is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import torch
+
+from reasonrl import cli, log, models
+
+cli._quiet_libraries()
+import reasonrl.train  # noqa: E402, F401 - heavy, and before the first fork
+
+TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+HALF = b'{"step": 1, "rew'
+
+
+class Fate:
+    """Counts the events of this process and ends it before the one that was drawn."""
+
+    def __init__(self, folder: str, at: int, torn: bool, count: int):
+        self.folder, self.at, self.torn = os.path.abspath(folder), at, torn
+        self.count, self.tally = 0, count  # and a descriptor that gets the count at the end
+
+    def watch(self) -> None:
+        sync, phase = os.fsync, log.RunLog.phase
+
+        def synced(handle: int) -> None:
+            self.event()
+            sync(handle)
+
+        def marked(run: Any, name: str) -> Any:
+            self.event()
+            return phase(run, name)
+
+        os.fsync = synced
+        log.RunLog.phase = marked  # type: ignore[method-assign]
+        sys.addaudithook(self.audit)
+
+    def audit(self, name: str, given: tuple[Any, ...]) -> None:
+        if name in TOUCHES and isinstance(given[0], str | bytes | os.PathLike):
+            path = os.path.abspath(os.fsdecode(given[0]))
+            if path.startswith(self.folder):
+                self.event(path if name == "open" else "", given[1:])
+
+    def event(self, opened: str = "", how: tuple[Any, ...] = ()) -> None:
+        self.count += 1
+        if self.count != self.at:
+            return
+        if self.torn and opened and isinstance(how[0], str) and how[0][:1] in "wa":
+            kind = os.O_TRUNC if how[0].startswith("w") else os.O_APPEND
+            handle = os.open(opened, os.O_WRONLY | os.O_CREAT | kind)
+            os.write(handle, HALF)
+        os.kill(0, signal.SIGKILL)
+
+
+def attempt(order: dict[str, Any], count: int) -> None:
+    """In the child: run the command; never returns."""
+    os.setsid()
+    random.seed(0)  # Python seeds it anew in a forked process; a checkpoint keeps its state
+    with open(order["log"], "ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    kill = order["kill"] or {}
+    fate = Fate(order["folder"], kill.get("event", 0), kill.get("torn", False), count)
+    fate.watch()
+    status = cli.main(order["arguments"])
+    os.write(count, str(fate.count).encode())
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def forked(order: dict[str, Any]) -> dict[str, Any]:
+    """Start an attempt, kill it if it must be killed from outside, say how it ended."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            attempt(order, writing)
+        finally:
+            os._exit(99)  # an error that no status stands for
+    os.close(writing)
+    after = (order["kill"] or {}).get("after")
+    if after is not None:
+        handle = os.pidfd_open(child)
+        ended, _, _ = select.select([handle], [], [], after)
+        os.close(handle)
+        if not ended:
+            _killed(child)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    told = os.read(reading, 20)
+    os.close(reading)
+    return {"status": status, "events": int(told or 0)}
+
+
+def _killed(child: int) -> None:
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:  # not yet the leader of its group
+        os.kill(child, signal.SIGKILL)
+
+
+def warmed() -> None:
+    """Import what a run imports when it first needs it: hosts of models, tables."""
+    pyarrow.array(["x"])
+    with tempfile.TemporaryDirectory() as folder:
+        models.load("tiny", width=32, layers=1, heads=2).save(Path(folder))
+        models.load(folder)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries talk
+    warmed()
+    for line in sys.stdin:
+        print(json.dumps(forked(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
