@@ -119,7 +119,10 @@ def test_every_line_runs(built):
             count, number, text = [*line.split(":", 2), "", ""][:3]
             if text.startswith("Source:"):
                 current = Path(text.removeprefix("Source:")).name
-            elif current.endswith((".cu", "device.h", "credit.h", "tokens.h")) and number.strip().isdigit():
+            elif (
+                current.endswith((".cu", "device.h", "credit.h", "tokens.h"))
+                and number.strip().isdigit()
+            ):
                 # a template's or a header's line stands once for each use: any of them counts
                 if count.strip() not in ("-", ""):
                     key = f"{current}:{number.strip()}"
