@@ -1,6 +1,7 @@
 """Programs are graded by their tests, and no hostile one gets out, gets through or gets away."""
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -260,7 +261,8 @@ def test_the_sandbox_is_chosen_and_told(monkeypatch, require, tmp_path):
     name, why = module.choose()
     assert name == "landlock" and "the process ended (status 1)" in why
     arguments = f"tests {1 << 30} 9 bubblewrap 1"  # a bwrap that builds nothing
-    broken.write_text(f"#!/bin/sh\nexec {sys.executable} -I -S -B {module.WORKER} {arguments}\n")
+    python, worker = shlex.quote(sys.executable), shlex.quote(str(module.WORKER))
+    broken.write_text(f"#!/bin/sh\nexec {python} -I -S -B {worker} {arguments}\n")
     assert "bubblewrap made no process namespace" in str(module.trouble("bubblewrap"))
     monkeypatch.setenv(module.CHOICE, "docker")
     with pytest.raises(InputError, match="REASONRL_SANDBOX: expected bubblewrap or landlock"):
