@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "records": (
         "Batch InputError KernelUnavailable LossOut Message NonFiniteStop Problem Rewards Rollout "
-        "Score ScorerDown Stalled Step infra scored unscorable"
+        "Score ScorerDown Step infra scored unscorable"
     ),
     "ops": "linear_logp logp trust_advantage",
     "credit": "StepCredit TokenCredit credit_advantage",

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reasonrl import flash
 from reasonrl.records import InputError
+from reasonrl.watchdog import beat
 
 NAME = "reasonrl"
 KINDS = ("auto", "flash", "sdpa")
@@ -31,6 +32,7 @@ SMALL = 1 << 24  # score elements up to which the plain path keeps its fp32 scor
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """transformers' attention signature: q (1, H, L, d), k and v (1, K, L, d) -> (1, L, H, d)."""
+    beat()
     plan = kwargs.get("plan")
     if plan is None:
         raise ValueError("the 'reasonrl' attention needs plan=, got none")

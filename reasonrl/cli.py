@@ -10,9 +10,9 @@ from pathlib import Path
 
 from reasonrl import __version__, keys
 from reasonrl.commands import bench, judge, plan, plot, prm, report, score, serve
-from reasonrl.records import InputError, NonFiniteStop, ScorerDown, Stalled
+from reasonrl.records import InputError, NonFiniteStop, ScorerDown
 
-STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4, Stalled: 5}
+STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4}  # 5: watchdog.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

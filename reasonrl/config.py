@@ -159,6 +159,9 @@ class Config(Section):
     liger: Literal["auto", "off"] = "auto"  # fused layers on a GPU, where liger-kernel is there
     threads: Positive | None = None
     nan_patience: Positive = 3  # skipped steps in a row before the run stops
+    stall: Annotated[float, Field(ge=0)] = (
+        3600.0  # seconds without any progress before it ends itself; 0 = never
+    )
 
     @field_validator("loss")
     @classmethod
@@ -174,7 +177,7 @@ class Config(Section):
 
 
 # what --resume may change (schedules follow the new `steps`); "x." means the whole section
-RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.")
+RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.", "stall")
 
 # whose options a section holds
 OPTIONS = {"task": "task_options", "model": "model_options", "algorithm": "algo"}

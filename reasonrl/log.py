@@ -35,6 +35,7 @@ from reasonrl.keys import refuse
 from reasonrl.log_backends import backends
 from reasonrl.log_view import View, view
 from reasonrl.records import InputError
+from reasonrl.watchdog import beat
 
 COMPLETIONS = re.compile(r"completions_([0-9]{5,})\.parquet")
 COLUMNS = {  # types that must not depend on what a step happens to hold
@@ -96,9 +97,11 @@ class RunLog:
         """Time a part of the step; calls of one name add up."""
         began = time.perf_counter()
         self.view.phase(name)
+        beat()
         try:
             yield
         finally:
+            beat()
             self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - began
 
     def step(self, step: int, total: int, metrics: Mapping[str, Any], sample: str = "") -> None:
@@ -131,7 +134,7 @@ class RunLog:
         aside = path.with_suffix(".tmp")
         try:
             with aside.open("wb") as file:
-                pyarrow.parquet.write_table(pyarrow.table(arrays), file)
+                pyarrow.parquet.write_table(pyarrow.table(arrays), file, write_page_checksum=True)
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint of this step must not outlive its rows
             os.replace(aside, path)

@@ -32,10 +32,6 @@ class ScorerDown(RuntimeError):
     """A judge or verifier stayed down. Exit status 4."""
 
 
-class Stalled(RuntimeError):
-    """No progress for longer than the watchdog allows. Exit status 5."""
-
-
 @dataclass(frozen=True)
 class Problem:
     """One problem; `id` is unique in its task and stable across runs."""

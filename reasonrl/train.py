@@ -32,6 +32,7 @@ from reasonrl.records import InputError, ScorerDown
 from reasonrl.rollout import Sampling
 from reasonrl.tasks import make_task
 from reasonrl.update import Learner, rate_at
+from reasonrl.watchdog import Watchdog
 
 COLD_START = LossSpec.named("reinforce")
 
@@ -137,7 +138,7 @@ class Run:
 
     def train(self) -> bool:
         """All that is left of the run; True when it is complete, False when asked to stop."""
-        with Stop() as stop:
+        with Watchdog(self.config.stall, self.out), Stop() as stop:
             self._train(stop)
         done = self.step >= self.config.steps
         if done:

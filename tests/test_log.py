@@ -16,6 +16,7 @@ from reasonrl.config import Config, read
 from reasonrl.log import RunLog, json_row, read_rows
 from reasonrl.log_view import Eta, Lines, Panels, View, duration, printable, view
 from reasonrl.records import InputError
+from reasonrl.report.gather import read_table
 
 
 def run_log(path, resume_step=0, **options):
@@ -305,3 +306,21 @@ def test_steps_are_called_what_they_are(tmp_path):
         log = RunLog(tmp_path / algorithm, Config(algorithm=algorithm), stream=stream)
         log.step(1, 2, {"loss": 0.5})
         assert stream.getvalue().startswith(f"{name} 1/2  loss 0.5")
+
+
+def test_a_flipped_bit_in_the_completions_is_seen(tmp_path):
+    """Pages carry checksums: damaged text is never shown as what a model wrote."""
+    log = RunLog(tmp_path / "run", Config(model="tiny", task="arithmetic"), quiet=True)
+    words = [f"3+{i}=8;so the answer is {i * 7919}" for i in range(400)]
+    log.completions(1, {"step": [1] * 400, "completion": words, "reward": [0.5] * 400})
+    (file,) = (tmp_path / "run" / "completions").glob("*.parquet")
+    whole = file.read_bytes()
+    assert [row["completion"] for row in read_table(file)] == words
+    caught = 0
+    for at in range(40, len(whole) // 2, 97):  # pages; the footer is behind them
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            assert [row["completion"] for row in read_table(file)] == words, at
+        except InputError:
+            caught += 1
+    assert caught > 10

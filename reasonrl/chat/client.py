@@ -29,6 +29,7 @@ from reasonrl.chat.exchange import Address, Door, Failed, HTTPReply, TooLarge
 from reasonrl.chat.outage import Budget, Circuit, Patience, rest
 from reasonrl.chat.reply import Malformed, Trouble, Unanswerable, text_of
 from reasonrl.records import InputError, Message, Score, ScorerDown, infra, unscorable
+from reasonrl.watchdog import beat
 
 logger = keys.logger("reasonrl.chat")
 PATH = "/chat/completions"
@@ -209,6 +210,7 @@ class ChatClient:
         end = began + self.patience.wait
         while (trouble := await self._probe(door, end)) is not None:
             attempt += 1
+            beat()  # a pause is no stall
             if attempt == 1:
                 logger.warning(
                     "judge %s is down (%s): %d requests wait, for %g s at most",

@@ -77,7 +77,8 @@ def read_table(file: Path) -> list[dict[str, Any]]:
     """The rows of a completions table; InputError where it is torn."""
     try:
         with file.open("rb") as data:
-            return pyarrow.parquet.read_table(data).to_pylist()
+            table = pyarrow.parquet.read_table(data, page_checksum_verification=True)
+            return table.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file}: cannot be read ({reason})") from None
