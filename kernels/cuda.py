@@ -28,6 +28,7 @@ from reasonrl.kernels.native import (
     named_metrics,
     pointer,
 )
+from reasonrl.kernels.native_credit import counted
 from reasonrl.kernels.reference_credit import check_steps
 from reasonrl.kernels.reference_segments import whiten
 
@@ -198,11 +199,7 @@ def prime_advantage(
     out = credit_advantage(credit, cu, mask)
     if not whiten_result:
         return out
-    keep = mask
-    if scored is not None:
-        known = scored.repeat_interleave(cu.diff(), output_size=out.numel())
-        keep = known if mask is None else known & mask
-    return whiten(out, keep, 1e-8)
+    return whiten(out, counted(cu, mask, scored, out.numel()), 1e-8)
 
 
 def group_advantage(

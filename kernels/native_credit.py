@@ -60,11 +60,15 @@ def prime_advantage(
     core().credit_advantage(task, pointer(out), threads())
     if not whiten_result:
         return out
-    keep = mask
-    if scored is not None:
-        known = scored.repeat_interleave(cu.diff(), output_size=reward.numel())
-        keep = known if mask is None else known & mask
-    return whiten(out, keep, 1e-8)
+    return whiten(out, counted(cu, mask, scored, out.numel()), 1e-8)
+
+
+def counted(cu: Tensor, mask: Tensor | None, scored: Tensor | None, n: int) -> Tensor | None:
+    """Which of n tokens are unmasked and of a scored completion; None: all."""
+    if scored is None:
+        return mask
+    known = scored.repeat_interleave(cu.diff(), output_size=n)
+    return known if mask is None else known & mask
 
 
 def trust(

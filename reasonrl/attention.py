@@ -47,8 +47,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 class Packed:
     """The plan of one packed micro-batch; index tensors are made once and used by every layer.
 
-    how: `flash` (kernels without padding, `flash.py`), `sdpa` (blocks padded to the longest, with a
-    mask), `auto`: flash where its kernels can run.
+    attn: `flash` (kernels without padding, `flash.py`), `sdpa` (blocks padded to the longest, with
+    a mask), `auto`: flash where its kernels can run.
     """
 
     def __init__(

@@ -159,9 +159,7 @@ class Config(Section):
     liger: Literal["auto", "off"] = "auto"  # fused layers on a GPU, where liger-kernel is there
     threads: Positive | None = None
     nan_patience: Positive = 3  # skipped steps in a row before the run stops
-    stall: Annotated[float, Field(ge=0)] = (
-        3600.0  # seconds without any progress before it ends itself; 0 = never
-    )
+    stall: Annotated[float, Field(ge=0)] = 3600.0  # seconds without any progress; 0 = never ends
 
     @field_validator("loss")
     @classmethod

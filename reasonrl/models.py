@@ -108,6 +108,11 @@ class Policy:
         enabled = self.compute != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute, enabled=enabled)
 
+    def follow(self, other: Policy) -> Policy:
+        """Itself, in the compute dtype and with the attention of the policy that it runs beside."""
+        self.compute, self.attn = other.compute, other.attn
+        return self
+
     def frozen(self) -> Policy:
         """A copy of the weights as they are now, without gradients: a reference."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)

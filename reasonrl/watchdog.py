@@ -2,9 +2,10 @@
 
     with Watchdog(3600.0, out): ...        beat() wherever work goes on
 
-Work goes on when a layer attends, a phase begins or ends, or a server that is down is asked again.
-After `seconds` without any of that the stacks of all threads go to RUN/stalled.txt and the process
-ends at once: the main thread may sit in a collective or a driver, where no exception reaches it.
+Work goes on when a layer attends, a phase begins or ends, a verifier or a judge answers, or a
+server that is down is asked again. After `seconds` without any of that the stacks of all threads go
+to RUN/stalled.txt and the process ends at once: the main thread may sit in a collective or a
+driver, where no exception reaches it.
 The last checkpoint stays; `--resume` goes on from it. Time in which the process itself was stopped
 (SIGSTOP, a machine asleep) does not count. Every rank has its own.
 """

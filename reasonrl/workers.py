@@ -22,6 +22,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from reasonrl.watchdog import beat
+
 STARTUP = 60.0  # seconds a worker may take to import what it needs
 
 
@@ -113,6 +115,7 @@ class Pool:
                     worker.give(waiting.pop())
                     busy.add(worker)
                 for worker, reply in self._wait(busy):
+                    beat()
                     busy.discard(worker)
                     results[reply["id"]] = reply
                     worn = worker.done >= self.recycle

@@ -55,6 +55,14 @@ def test_one_instance_alone_is_changed(liger, monkeypatch):
     assert "Liger" not in repr(models.load("tiny", width=32, layers=1).model)
 
 
+def test_a_model_beside_the_policy_takes_its_attention_and_dtype():
+    policy = models.load("tiny", width=32, layers=1, dtype="fp32", attn="sdpa")
+    other = models.load("tiny", width=32, layers=1, dtype="bf16")
+    assert other.follow(policy) is other
+    assert (other.attn, other.compute) == ("sdpa", policy.compute)
+    assert policy.frozen().attn == "sdpa"
+
+
 def test_off_is_off(liger, monkeypatch):
     policy = models.load("tiny", width=32, layers=1)
     monkeypatch.setattr(type(policy.model), "device", models.torch.device("cuda"))

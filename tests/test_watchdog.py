@@ -13,6 +13,7 @@ import torch
 from reasonrl import attention, watchdog
 from reasonrl.attention import Packed
 from reasonrl.log import RunLog
+from reasonrl.rewards import verify_math
 from reasonrl.watchdog import Watchdog, beat
 
 HANGS = """
@@ -67,6 +68,12 @@ def test_layers_and_phases_are_progress(tmp_path):
     ):
         assert watchdog._beats == before + 2
     assert watchdog._beats == before + 3
+
+
+def test_verdicts_are_progress():
+    before = watchdog._beats
+    verify_math([r"\\boxed{1}", r"\\boxed{2}", "3"], ["1", "5", "3"])
+    assert watchdog._beats > before
 
 
 def test_a_run_that_hangs(tmp_path):

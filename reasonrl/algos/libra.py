@@ -130,7 +130,7 @@ class Libra(GRPO):
 
     def _hold(self, model: Policy | ChatClient) -> None:
         if isinstance(model, Policy):
-            model.compute = self.policy.compute
+            model.follow(self.policy)
             model.model.eval().requires_grad_(False)
         self.held.judge = Judge(
             model,

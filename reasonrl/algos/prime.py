@@ -103,7 +103,7 @@ class Prime(Algorithm):
         kept = self.reference == "initial" and not self.lora_rank
         if self.prm:
             model = models.load(self.prm, device=str(self.policy.device))
-            model.compute = self.policy.compute
+            model.follow(self.policy)
             if not same_vocabulary(model, self.policy):
                 raise InputError(f"algo.prm: {self.prm}: its vocabulary differs from the policy's")
         elif kept or start.shared:

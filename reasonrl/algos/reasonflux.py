@@ -84,7 +84,7 @@ class ReasonFlux(Process):
             self._hold(PRM.load(folder / "prm"))
 
     def _hold(self, prm: PRM) -> None:
-        prm.to(self.policy.device).body.compute = self.policy.compute
+        prm.to(self.policy.device).body.follow(self.policy)
         self.held.scorer = PRMScorer(prm, alpha=self.alpha)
 
     def _trained(self, start: Start) -> PRM:

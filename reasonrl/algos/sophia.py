@@ -167,10 +167,11 @@ def find_scorer(
     if (Path(name) / models.PRM_FILE).is_file():
         prm = prm_heads.load(name, delimiter=task.delimiter)
         if beside is not None:
-            prm.to(beside.device).body.compute = beside.compute
+            prm.to(beside.device).body.follow(beside)
         return ThinkingScorer(PRMScorer(prm, alpha=0.0), task, **options)
     policy = models.load(name, device="cpu" if beside is None else str(beside.device))
-    policy.compute = policy.compute if beside is None else beside.compute
+    if beside is not None:
+        policy.follow(beside)
     policy.model.requires_grad_(False)
     return ThinkingScorer(policy, task, **options)
 

@@ -122,6 +122,7 @@ class ChatClient:
         async def worker() -> None:
             for key, body in waiting:
                 found[key] = await self._one(door, body)
+                beat()
                 if isinstance(text := found[key], str) and self.cache is not None:
                     self.cache.put(key, text)
 

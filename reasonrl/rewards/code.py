@@ -24,6 +24,7 @@ from typing import Any
 
 from reasonrl.records import Score, infra, scored, unscorable
 from reasonrl.rewards._box import Box, Process, Stopped, choose
+from reasonrl.watchdog import beat
 
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 CODE = 1 << 17  # characters of a program, at most
@@ -68,6 +69,7 @@ def program(completion: str) -> str | None:
 
 
 def _one(completion: str, tests: Any, timeout: float, box: Box) -> Score:
+    beat()
     try:
         cases = _cases(tests)
     except Refused as error:
