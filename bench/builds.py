@@ -144,7 +144,7 @@ def shipped(dtype: str):
     types |= {f"{name}_ptr": f"*{dtype}" for name in ("x", "u", "du")}
     types |= {"target_ptr": "*i64", "cu_ptr": "*i64", "mask_ptr": "*i1"}
     types |= {name: "i32" for name in ("n", "vocab", "stride")}
-    numbers = "temperature softcap low high log_low log_high delta dual pos neg kl_coef"
+    numbers = "cold softcap per_softcap low high log_low log_high delta dual pos neg kl_coef"
     types |= {name: "fp32" for name in numbers.split()}
     policy = types | {"w_ptr": FP32}
     four, eight = ({"num_warps": n, **logp.ROUNDED} for n in (4, 8))

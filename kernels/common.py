@@ -84,7 +84,9 @@ def exp_minus_linear(r):
 def tanh(x):
     """tanh to fp32 accuracy, also near 0."""
     e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
+    per = 1.0 / (1.0 + e)
+    far = (1.0 - e) * per
+    far += tl.fma(-far, 1.0 + e, 1.0 - e) * per  # a division may miss 2 ulp on a GPU
     y = x * x
     near = -1382.0 / 155925.0 * y + 62.0 / 2835.0
     near = near * y - 17.0 / 315.0
@@ -95,15 +97,16 @@ def tanh(x):
 
 
 @triton.jit
-def scores(u, temperature, softcap, CAPPED: tl.constexpr):
-    """s = softcap tanh(u / softcap) / temperature and ds/du."""
+def scores(u, cold, softcap, per_softcap, CAPPED: tl.constexpr):
+    """s = softcap tanh(u / softcap) / temperature and ds/du; cold and per_softcap are inverses,
+    rounded once where a division on a GPU may miss 2 ulp."""
     if CAPPED:
-        a = u / softcap
+        a = u * per_softcap
         e = tl.exp(-2.0 * tl.abs(a))
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - tanh^2, which would cancel near its ends
-        s, ds = softcap * tanh(a) / temperature, slope / temperature
+        s, ds = softcap * tanh(a) * cold, slope * cold
     else:
-        s, ds = u / temperature, 1.0 / temperature
+        s, ds = u * cold, cold
     return s, ds
 
 

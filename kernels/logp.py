@@ -25,7 +25,7 @@ ROUNDED = {"enable_fp_fusion": False}
 
 @triton.jit
 def stats_kernel(
-    u_ptr, target_ptr, logp_ptr, stats_ptr, stride, vocab, temperature, softcap,
+    u_ptr, target_ptr, logp_ptr, stats_ptr, stride, vocab, cold, softcap, per_softcap,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -35,11 +35,11 @@ def stats_kernel(
     for start in range(0, vocab, BLOCK):
         v = start + tl.arange(0, BLOCK)
         u = tl.load(u_ptr + v, mask=v < vocab, other=0.0).to(tl.float32)
-        s, _ = scores(u, temperature, softcap, CAPPED)
+        s, _ = scores(u, cold, softcap, per_softcap, CAPPED)
         s = tl.where(v < vocab, s, float("-inf"))
         m, total, moment = absorb(m, total, moment, s)
     y = tl.load(target_ptr + row) + tl.arange(0, 1)
-    taken, _ = scores(tl.load(u_ptr + y).to(tl.float32), temperature, softcap, CAPPED)
+    taken, _ = scores(tl.load(u_ptr + y).to(tl.float32), cold, softcap, per_softcap, CAPPED)
     one = row + tl.arange(0, 1)
     tl.store(logp_ptr + one, (taken - m) - tl.log(total))
     tl.store(stats_ptr + 3 * one, m)
@@ -49,14 +49,14 @@ def stats_kernel(
 
 @triton.jit
 def grad_kernel(
-    u_ptr, target_ptr, stats_ptr, g_ptr, h_ptr, du_ptr, stride, vocab, temperature, softcap,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    u_ptr, target_ptr, stats_ptr, g_ptr, h_ptr, du_ptr, stride, vocab, cold, softcap,
+    per_softcap, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row * stride + v
     u = tl.load(u_ptr + at, mask=v < vocab, other=0.0).to(tl.float32)
-    s, ds = scores(u, temperature, softcap, CAPPED)
+    s, ds = scores(u, cold, softcap, per_softcap, CAPPED)
     stats_ptr += 3 * row
     log_p = (s - tl.load(stats_ptr)) - tl.load(stats_ptr + 1)
     p = tl.exp(log_p)
@@ -109,7 +109,7 @@ def row_stats(
     stats = torch.empty((rows, 3), dtype=torch.float32, device=u.device)
     if rows:
         stats_kernel[(rows,)](
-            u, target, taken, stats, u.stride(0), vocab, temperature, softcap or 1.0,
+            u, target, taken, stats, u.stride(0), vocab, *_factors(temperature, softcap),
             CAPPED=softcap is not None, BLOCK=block(vocab, 4096), num_warps=4, **ROUNDED,
         )  # fmt: skip
     return taken, stats
@@ -128,6 +128,10 @@ def row_grad(
     g = g.contiguous()
     grad_kernel[(rows, triton.cdiv(vocab, size))](
         u, target, stats, g, g if h is None else h.contiguous(), du, u.stride(0), vocab,
-        temperature, softcap or 1.0, CAPPED=softcap is not None, ENTROPY=h is not None, BLOCK=size,
-        num_warps=8, **ROUNDED,
+        *_factors(temperature, softcap), CAPPED=softcap is not None, ENTROPY=h is not None,
+        BLOCK=size, num_warps=8, **ROUNDED,
     )  # fmt: skip
+
+
+def _factors(temperature: float, softcap: float | None) -> tuple[float, float, float]:
+    return 1.0 / temperature, softcap or 1.0, 1.0 / (softcap or 1.0)

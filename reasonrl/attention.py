@@ -6,7 +6,7 @@ A plan travels as a keyword argument through any transformers decoder whose atte
 * `Packed`: [prompt | completion 1 | completion 2 | ...] per group, L tokens in all. A completion
   attends to its prompt and to itself, never to a sibling. Exact: the same numbers as G separate
   sequences, for P + G*R instead of G*(P+R) tokens.
-* `Decode`: one new token for each of B rows, keys and values kept in a static cache.
+* `slots.Slots`: one new token for each of B rows, keys and values kept in a static cache.
 
 Left out: sliding windows, attention sinks and dropout, which are refused rather than ignored.
 Shapes: H query heads, K key/value heads, d head width.
@@ -170,66 +170,3 @@ def _home(prompts, rows, p_max: int, r_max: int, device) -> Tensor:
     base = len(prompts) * p_max
     at += [(pos, base + b * r_max + i) for b, s in enumerate(rows) for i, pos in enumerate(s)]
     return torch.tensor([slot for _, slot in sorted(at)], dtype=torch.long, device=device)
-
-
-class Decode:
-    """One new token a row over a static cache: row b holds `length[b]` keys, then its new one.
-
-    The prompt's keys come from a `Packed` prefill and are copied once per row; rows that ended are
-    dropped with `keep`.
-    """
-
-    def __init__(
-        self,
-        prefill: Packed,
-        owner: Tensor,  # (B,) prompt of every row
-        prompt_length: Tensor,  # (P,)
-        new_tokens: int,
-        first: Tensor | None = None,  # (P,) position of the first new token; the length by default
-    ):
-        self.length = prompt_length[owner]  # (B,)
-        self.ahead = (prompt_length if first is None else first)[owner] - self.length
-        self.longest = int(self.length.max()) if len(owner) else -1
-        self.cache: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer, (k, v) in (prefill.cache or {}).items():
-            width = k.shape[2]
-            size = (len(owner), k.shape[1], width + new_tokens, k.shape[3])
-            pair = k.new_zeros(size), v.new_zeros(size)  # zeros: an unseen NaN would still spread
-            for full, prompt in zip(pair, (k, v), strict=True):
-                full[:, :, :width] = prompt.index_select(0, owner)
-            self.cache[layer] = pair
-        self._advance()
-
-    @property
-    def position(self) -> Tensor:
-        """(B,) position of every row's new token (an image's tokens share some)."""
-        return self.length + self.ahead
-
-    def _advance(self) -> None:
-        self.slot = self.length[:, None, None, None]
-        self.width = self.longest + 1
-        columns = torch.arange(self.width, device=self.length.device)
-        self.sees = (columns <= self.length[:, None])[:, None, None, :]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q (H, B, d), k and v (K, B, d) -> (B, H, d)."""
-        keys, values = self.cache[layer]
-        for cache, new in ((keys, k), (values, v)):
-            slot = self.slot.expand(-1, cache.shape[1], 1, cache.shape[3])
-            cache.scatter_(2, slot, new.transpose(0, 1)[:, :, None].to(cache.dtype))
-        q = q.transpose(0, 1)[:, :, None].to(keys.dtype)
-        out = attend(q, keys[:, :, : self.width], values[:, :, : self.width], self.sees, scaling)
-        return out[:, :, 0]
-
-    def step(self) -> None:
-        self.length, self.longest = self.length + 1, self.longest + 1
-        self._advance()
-
-    def keep(self, rows: Tensor) -> None:
-        self.cache = {
-            layer: (k.index_select(0, rows), v.index_select(0, rows))
-            for layer, (k, v) in self.cache.items()
-        }
-        self.length, self.ahead = self.length[rows], self.ahead[rows]
-        self.longest = int(self.length.max()) if len(rows) else -1
-        self._advance()

@@ -157,6 +157,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn: Literal["auto", "flash", "sdpa"] = "auto"  # of packed batches on a GPU
     liger: Literal["auto", "off"] = "auto"  # fused layers on a GPU, where liger-kernel is there
+    graphs: Literal["auto", "off"] = "auto"  # rollouts on a GPU replay recorded steps
     threads: Positive | None = None
     nan_patience: Positive = 3  # skipped steps in a row before the run stops
     stall: Annotated[float, Field(ge=0)] = 3600.0  # seconds without any progress; 0 = never ends

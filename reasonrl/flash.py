@@ -82,6 +82,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, at: Spans, scaling: float) -> Tensor
     return _SharedPrefix.apply(q, k, v, at, scaling)  # type: ignore[return-value]
 
 
+def attend_slots(q: Tensor, k: Tensor, v: Tensor, used: Tensor, scaling: float) -> Tensor:
+    """One query a row over its first `used` (B,) int32 keys: q (B, H, d), k and v (B, W, K, d) ->
+    (B, H, d); no number has to be known before the kernel runs."""
+    rows, width = k.shape[:2]
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
+    lengths = (starts, starts * width, 1, width)
+    return torch.ops.aten._flash_attention_forward(
+        q, k.flatten(0, 1), v.flatten(0, 1), *lengths, 0.0, False, False, scale=scaling,
+        seqused_k=used,
+    )[0]  # fmt: skip
+
+
 class _SharedPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, at: Spans, scaling: float):

@@ -44,6 +44,11 @@ class Policy:
     compute: torch.dtype = torch.float32
     processor: Any = None  # of images, where the model has eyes
     attn: str = "auto"  # the packed path's attention: auto, flash, sdpa
+    graphs: str = "auto"  # decoding by CUDA graphs: auto (on a GPU), off
+
+    @property
+    def replays(self) -> bool:
+        return self.graphs == "auto" and self.device.type == "cuda"
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +114,9 @@ class Policy:
         return torch.autocast(self.device.type, dtype=self.compute, enabled=enabled)
 
     def follow(self, other: Policy) -> Policy:
-        """Itself, in the compute dtype and with the attention of the policy that it runs beside."""
-        self.compute, self.attn = other.compute, other.attn
+        """Itself, in the compute dtype, with the attention and the decoding of the policy that it
+        runs beside."""
+        self.compute, self.attn, self.graphs = other.compute, other.attn, other.graphs
         return self
 
     def frozen(self) -> Policy:
@@ -178,15 +184,18 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load(
     name: str, *, dtype: str = "auto", device: str = "cpu", seed: int = 0, attn: str = "auto",
-    liger: str = "off", **options,
+    liger: str = "off", graphs: str = "auto", **options,
 ) -> Policy:  # fmt: skip
     """The policy called `name`; InputError where the folder holds no usable model.
 
-    attn: auto | flash | sdpa (`attention`); liger: auto | off (`layers`); options: the sizes of a
-    model built here; vision_tower: frozen | trained, for one with images.
+    attn: auto | flash | sdpa (`attention`); liger: auto | off (`layers`); graphs: auto | off
+    (`decoding`); options: the sizes of a model built here; vision_tower: frozen | trained, for one
+    with images.
     """
     if attn not in attention.KINDS:
         raise InputError(f"attn: expected one of {', '.join(attention.KINDS)}, got {attn!r}")
+    if graphs not in ("auto", "off"):
+        raise InputError(f"graphs: expected auto or off, got {graphs!r}")
     _bound_kernel_cache()
     target = torch.device(device)
     how = options.pop("vision_tower", None)
@@ -217,7 +226,7 @@ def load(
         model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
     model = model.to(target)
     layers.fuse(model, liger)
-    return Policy(model, tokenizer, compute_dtype(dtype, target), processor, attn)
+    return Policy(model, tokenizer, compute_dtype(dtype, target), processor, attn, graphs)
 
 
 def _bound_kernel_cache() -> None:

@@ -124,6 +124,7 @@ class Run:
             seed=config.seed,
             attn=config.attn,
             liger=config.liger,
+            graphs=config.graphs,
             **(config.model_options if fresh else _kept(config)),
         )
         if rank:

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reasonrl import flash, layers, linear_policy_loss, models
-from reasonrl.attention import Packed
+from reasonrl import decoding, flash, layers, linear_policy_loss, models
+from reasonrl.attention import Packed, attend
 from reasonrl.batch import pack
 from reasonrl.cli import main
 from reasonrl.logprobs import rollout_logp
@@ -196,6 +196,47 @@ def test_greedy_equals_transformers_generate():
             eos_token_id=sorted(policy.eos), pad_token_id=0,
         )  # fmt: skip
         assert out[0, len(prompt) :].tolist() == list(row)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_recorded_step_writes_what_a_plain_one_writes(dtype, monkeypatch):
+    """The same kernels in the same order: the same tokens, also where prompts enter late, rows
+    leave and the step is recorded anew."""
+    recorded = []
+    inner = decoding._record
+    monkeypatch.setattr(decoding, "_record", lambda step: recorded.append(1) or inner(step))
+    prompts = [[5 + i, 6, 7 + i][: 1 + i % 3] for i in range(12)]
+    rows = [Problem(str(i), "") for i in range(12)]
+    found = []
+    for graphs in ("off", "auto"):
+        policy = tiny(dtype=dtype, graphs=graphs)
+        with torch.no_grad():
+            policy.head.weight[policy.tokenizer.eos_token_id] *= 3  # rows of all lengths
+        plan = Sampling(64, temperature=1.2)
+        found.append([sample(policy, rows, prompts, 4, plan, seed=1, rows=n) for n in (256, 16)])
+        assert bool(recorded) == (graphs == "auto")
+    assert len(recorded) >= 3
+    for plain, replayed in zip(*found, strict=True):
+        assert plain.completion_ids == replayed.completion_ids
+        assert any(plain.finished)
+        for a, b in zip(plain.logp, replayed.logp, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_flash_decoding_equals_the_masked_path():
+    """Rows of unlike lengths over one cache; in bf16, a step."""
+    made = torch.Generator("cuda").manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=made, device="cuda").bfloat16()
+
+    used = torch.tensor([1, 7, 64, 65, 200], device="cuda")
+    q, k, v = noise(5, 8, 64), noise(5, 200, 2, 64), noise(5, 200, 2, 64)
+    out = flash.attend_slots(q, k, v, used.int(), 0.125)
+    sees = (torch.arange(200, device="cuda") < used[:, None])[:, None, None, :]
+    wide = (x.transpose(1, 2).double() for x in (k, v))
+    truth = attend(q[:, :, None].double(), *wide, sees, 0.125)[:, :, 0]
+    assert float((out.double() - truth).norm() / truth.norm()) < 0.01
 
 
 def test_sampled_logp_is_the_trainers():

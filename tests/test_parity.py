@@ -45,13 +45,15 @@ def native(require, poison):
     return module
 
 
-def within(got, truth, yard, k, strata=None, scale=0.0):
-    """The rule, for every stratum given as a mask; `scale` is the size of the terms of a sum."""
+def within(got, truth, yard, k, strata=None, scale=0.0, rounding=0.0):
+    """The rule, for every stratum given as a mask; `scale` is the size of the terms of a sum,
+    `rounding` what its terms lose by their type, where one number's error may be 0 by luck."""
     for stratum in strata or [torch.ones_like(truth, dtype=torch.bool)]:
         if not stratum.any():
             continue
         t, g, y = (x.detach().double()[stratum] for x in (truth, got, yard))
-        floor = 4 * ULP * max(float(t.abs().max()), float(torch.as_tensor(scale).detach()), 1e-30)
+        size = max(float(t.abs().max()), float(torch.as_tensor(scale).detach()), 1e-30)
+        floor = rounding + 4 * ULP * size
         if IMPL != "native" and got.dtype in (torch.bfloat16, torch.float16):  # its own rounding
             floor += torch.finfo(got.dtype).eps / 2 * float(t.abs().max())
         assert not g.isnan().any()
@@ -311,8 +313,11 @@ def test_linear_policy_loss(name, dtype, native):
             results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
         loss, inner = results[0][0].abs(), results[0][1] * hidden.double()
         terms = float(torch.where(mask[..., None], inner, 0.0).abs().sum() + loss)  # they cancel
-        for i, (truth, yard, got) in enumerate(zip(*results, strict=True)):
-            within(got, truth, yard, 3 if i else 2, scale=0.0 if i else terms)
+        half = IMPL == "triton" and dtype == torch.bfloat16  # its logits are rounded to the type
+        lost = terms / math.sqrt(int(mask.sum())) * torch.finfo(dtype).eps / 2 if half else 0.0
+        within(results[2][0], results[0][0], results[1][0], 2, scale=terms, rounding=lost)
+        for truth, yard, got in list(zip(*results, strict=True))[1:]:
+            within(got, truth, yard, 3)
         assert results[2][1][~mask].eq(0).all()
 
 

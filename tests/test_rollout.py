@@ -1,14 +1,17 @@
 """Sampling: transformers' greedy tokens, the right distribution, independent rows."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from reasonrl import models
+from reasonrl import decoding, models
 from reasonrl.attention import Packed
 from reasonrl.records import InputError, Problem
-from reasonrl.rollout import Sampling, choose, sample
+from reasonrl.rollout import sample
+from reasonrl.sampling import Sampling, choose
+from reasonrl.slots import Slots
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,80 @@ def test_packed_weights_follow_the_model_and_leave_no_trace(policy):
     assert second.completion_ids != first.completion_ids
     assert all("forward" not in m.__dict__ for m in policy.model.modules())
     assert bf16.head.weight.dtype == torch.float32
+
+
+def test_waiting_prompts_enter_while_others_still_run(policy, monkeypatch):
+    monkeypatch.setattr(models.Policy, "eos", frozenset(range(20)))  # rows of all lengths
+    prompts = [[10 + i, 20, 30 + i] for i in range(12)]
+    whole = sample(policy, problems(12), prompts, 2, Sampling(48), seed=3)
+    entered, going = [], []
+
+    def enter(self, at):
+        entered.append(len(at) // 2)
+        going.append(int((~self.done).sum()))
+        inner(self, at)
+
+    inner = decoding.Decoding._enter
+    monkeypatch.setattr(decoding.Decoding, "_enter", enter)
+    apart = sample(policy, problems(12), prompts, 2, Sampling(48), seed=3, rows=8)
+    assert apart.completion_ids == whole.completion_ids
+    assert sum(entered) == 12 and max(entered[1:]) < 4 and max(going) > 0
+
+
+def test_a_row_that_ended_writes_nothing_more(policy, monkeypatch):
+    """As on a GPU: eight steps between two looks, slots of one width for good."""
+    monkeypatch.setattr(models.Policy, "eos", frozenset(range(4)))
+    prompts = [[10 + i, 20, 30 + i][: 1 + i % 3] for i in range(9)]
+    plain = sample(policy, problems(9), prompts, 3, Sampling(45), seed=5)
+    assert not all(plain.finished) and any(plain.finished)
+    init = Slots.__init__
+
+    def fixed(self, *args):
+        init(self, *args)
+        self.fixed = True
+
+    monkeypatch.setattr(Slots, "__init__", fixed)
+    monkeypatch.setattr(decoding, "LOOK", {"cpu": 8})
+    monkeypatch.setattr(decoding, "SHRINK", {"cpu": 0.5})
+    for rows in (256, 9):
+        again = sample(policy, problems(9), prompts, 3, Sampling(45), seed=5, rows=rows)
+        assert again.completion_ids == plain.completion_ids
+        for a, b in zip(again.logp, plain.logp, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_recorded_step_is_replayed_until_the_shapes_change(monkeypatch):
+    seen = []
+    step = decoding.Replayed(lambda: seen.append("step"))
+    graph = SimpleNamespace(replay=lambda: seen.append("replay"))
+    monkeypatch.setattr(decoding, "_record", lambda what: seen.append("record") or graph)
+    for _ in range(3):
+        step()
+    step.forget()
+    step()
+    step()
+    assert seen == ["step", "record", "replay", "replay", "step", "record", "replay"]
+
+
+def test_a_step_that_cannot_be_recorded_is_said_once_and_run(monkeypatch, caplog):
+    seen = []
+    step = decoding.Replayed(lambda: seen.append("step"))
+
+    def refuse(_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decoding, "_record", refuse)
+    for _ in range(4):
+        step()
+    step.forget()
+    step()
+    assert seen == ["step"] * 5
+    assert [r.getMessage() for r in caplog.records] == [
+        "rollout: no CUDA graph (operation not permitted when stream is capturing); slower, a"
+        " step at a time"
+    ]
+
+
+def test_graphs_is_auto_or_off():
+    with pytest.raises(InputError, match="graphs: expected auto or off, got 'on'"):
+        models.load("tiny", width=32, layers=1, graphs="on")

@@ -1,0 +1,94 @@
+"""One token a row from its logits, and the random numbers that choose it.
+
+Every completion has a stream of its own, made from (seed, row), so a text does not depend on its
+neighbours' lengths. Legend: B rows (completions), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # vocabulary entries summed together by the two-level inverse transform
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
+
+
+def streams(seed: int, first_row: int, rows: int, tokens: int) -> Tensor:
+    """(rows, tokens) float64 in [0, 1): one independent stream a row."""
+    out = torch.empty(rows, tokens, dtype=torch.float64)
+    generator = torch.Generator()
+    for b in range(rows):
+        # splitmix64 of the pair, so that neighbouring seeds give unrelated streams
+        z = (seed * 0x9E3779B97F4A7C15 + (first_row + b) * 0xD1342543DE82EF95 + 1) & (2**64 - 1)
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        generator.manual_seed(z >> 1)
+        torch.rand(tokens, generator=generator, dtype=torch.float64, out=out[b])
+    return out
+
+
+def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row: logits (B, V), uniform (B,) -> token, logp, logp as sampled, all (B,)."""
+    scores = logits.float()
+    if sampling.temperature > 0:
+        scores = scores / sampling.temperature
+    top = scores.amax(-1, keepdim=True)
+    if sampling.temperature == 0:
+        token = scores.argmax(-1)
+        logp = (scores.gather(-1, token[:, None]) - scores.logsumexp(-1, keepdim=True))[:, 0]
+        return token, logp, torch.zeros_like(logp)
+    weight = (scores - top).exp_()
+    total = weight.sum(-1)
+    kept = _truncate(weight, total, sampling)
+    token, mass = _inverse(kept, uniform)
+    picked = weight.gather(-1, token[:, None])[:, 0].log()
+    return token, picked - total.log(), picked - mass.log()
+
+
+def _truncate(weight: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
+    """Weights outside the top k, or outside the smallest set of mass top_p, become 0."""
+    kept = weight
+    if 0 < sampling.top_k < weight.shape[-1]:
+        floor = weight.topk(sampling.top_k, dim=-1).values[:, -1:]
+        kept = kept.where(kept >= floor, 0)
+        total = kept.sum(-1)
+    if sampling.top_p < 1:
+        ordered = kept.sort(-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        inside = before < sampling.top_p * total[:, None]  # the first is always inside
+        floor = ordered.where(inside, torch.inf).amin(-1, keepdim=True)
+        kept = kept.where(kept >= floor, 0)
+    return kept
+
+
+def _inverse(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse transform in two levels: the block by its mass, then the entry inside it."""
+    rows, vocabulary = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -vocabulary % BLOCK))
+    blocks = padded.view(rows, -1, BLOCK)
+    ends = blocks.sum(-1).double().cumsum(-1)
+    aim = uniform[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, aim, right=True).clamp_(max=ends.shape[1] - 1)
+    before = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
+    inner = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0]
+    inside = inner.double().cumsum(-1)
+    at = torch.searchsorted(inside, aim - before, right=True)
+    # rounding may aim past the block's own sum: take its last entry that has any mass
+    columns = torch.arange(BLOCK, device=weight.device)
+    last = columns.where(inner > 0, 0).amax(-1, keepdim=True)
+    return (block * BLOCK + torch.minimum(at, last))[:, 0], ends[:, -1].float()

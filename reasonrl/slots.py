@@ -1,0 +1,88 @@
+"""The keys and values of the rows that are being decoded, each in a slot of one static cache.
+
+The plan (attention.py) of one new token a row: row b holds `length[b]` keys, then its new one. The
+prompt's keys come from a `Packed` prefill and are copied once a row. On a CPU attention reads as
+many columns as the longest row has; on a GPU nothing depends on a number that Python knows, so
+that a step can be recorded once and replayed. Shapes: B rows, H query heads, K key/value heads, W
+tokens a slot, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reasonrl import flash
+from reasonrl.attention import Packed, attend
+
+
+class Slots:
+    """`rows` empty slots of `width` tokens; attn as in `Packed`."""
+
+    def __init__(self, rows: int, width: int, device: torch.device, attn: str = "auto"):
+        self.width, self.attn = width, attn
+        self.fixed = device.type == "cuda"
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ahead = torch.zeros_like(self.length)  # how far positions run before lengths
+        self.longest = 0  # an upper bound of the lengths
+        self.cache: dict[int, list[Tensor]] = {}  # (B, K, W, d); fixed: (B, W, K, d)
+
+    @property
+    def position(self) -> Tensor:
+        """(B,) position of every row's new token (an image's tokens share some)."""
+        return self.length + self.ahead
+
+    def put(self, at: Tensor, prefill: Packed, owner: Tensor, length: Tensor, first: Tensor):
+        """Slots `at` (n,) become copies of the prompts `owner` (n,) of a prefill whose prompts
+        have `length` (P,) tokens and position `first` (P,) for the first new one."""
+        for layer, pair in (prefill.cache or {}).items():
+            if layer not in self.cache:
+                self.cache[layer] = [self._room(x) for x in pair]
+            for full, prompt in zip(self._heads_first(layer), pair, strict=True):
+                full[at, :, : prompt.shape[2]] = prompt.index_select(0, owner)
+        self.length[at] = length[owner]
+        self.ahead[at] = (first - length)[owner]
+        self.longest = int(self.length.max())
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Zeros: an unseen NaN would still spread."""
+        heads = (like.shape[1], self.width)
+        size = (len(self.length), *(reversed(heads) if self.fixed else heads), like.shape[3])
+        return like.new_zeros(size)
+
+    def _heads_first(self, layer: int) -> list[Tensor]:
+        return [x.transpose(1, 2) if self.fixed else x for x in self.cache[layer]]
+
+    def place(self) -> None:
+        """Before a step: where its keys go and what its queries see."""
+        self.slot = self.length[:, None, None, None]
+        self.read = self.width if self.fixed else min(self.width, self.longest + 1)
+        columns = torch.arange(self.read, device=self.length.device)
+        self.sees = (columns <= self.length[:, None])[:, None, None, :]
+        if self.fixed:
+            self.used = (self.length + 1).int()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (H, B, d), k and v (K, B, d) -> (B, H, d)."""
+        keys, values = self._heads_first(layer)
+        for cache, new in ((keys, k), (values, v)):
+            slot = self.slot.expand(-1, cache.shape[1], 1, cache.shape[3])
+            cache.scatter_(2, slot, new.transpose(0, 1)[:, :, None].to(cache.dtype))
+        q = q.transpose(0, 1).to(keys.dtype)
+        if self.attn != "sdpa" and flash.missing(q) is None:
+            by_token = (x.transpose(1, 2) for x in (keys, values))
+            return flash.attend_slots(q, *by_token, used=self.used, scaling=scaling)
+        seen = keys[:, :, : self.read], values[:, :, : self.read]
+        return attend(q[:, :, None], *seen, self.sees, scaling)[:, :, 0]
+
+    def step(self, going: Tensor) -> None:
+        """The rows that go on (B,) hold one token more."""
+        self.length += going
+        self.longest += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these slots, in this order."""
+        for layer, pair in self.cache.items():
+            self.cache[layer] = [x.index_select(0, rows) for x in pair]
+        self.length, self.ahead = self.length[rows], self.ahead[rows]
+        self.longest = int(self.length.max())
