@@ -53,6 +53,7 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
         sampling_logp=flat(parts, "sampling_logp"),
         images=_images(parts),
         outcome=flat(parts, "outcome"),
+        served=any(part.served for part in parts),
         stale=any(part.stale for part in parts),
     )
 
@@ -108,6 +109,7 @@ def pack(
     rows: Sequence[int] | None = None,
     old_logp: Tensor | None = None,  # (N,)
     ref_logp: Tensor | None = None,  # (N,)
+    weight: Tensor | None = None,  # (N,)
 ) -> Iterator[Batch]:
     """Batches of at most `tokens` packed tokens (one row alone may be longer), rows in order.
 
@@ -119,7 +121,7 @@ def pack(
         advantage = torch.zeros(sum(size))
     wanted = range(len(size)) if rows is None else rows
     for chosen in _cuts(rollout, [b for b in wanted if size[b]], tokens):
-        yield _batch(rollout, chosen, advantage, old_logp, ref_logp)
+        yield _batch(rollout, chosen, advantage, old_logp, ref_logp, weight)
 
 
 def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[int]]:
@@ -140,7 +142,7 @@ def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[i
         yield chosen
 
 
-def _batch(rollout, rows, advantage, old_logp, ref_logp) -> Batch:
+def _batch(rollout, rows, advantage, old_logp, ref_logp, weight) -> Batch:
     ids: list[int] = []
     positions: list[Tensor] = []
     seen: list[Any] = []
@@ -180,6 +182,7 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp) -> Batch:
         advantage=advantage[at],
         old_logp=None if old_logp is None else old_logp[at],
         ref_logp=None if ref_logp is None else ref_logp[at],
+        weight=None if weight is None else weight[at],
         mask=torch.ones(len(target), dtype=torch.bool),
         rows=torch.tensor(rows),
         images=seen,

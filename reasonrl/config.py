@@ -17,113 +17,32 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
+from reasonrl.config_sections import (
+    BatchLimit,
+    Ceiling,
+    ColdStart,
+    Count,
+    EngineSection,
+    Eval,
+    Filter,
+    Log,
+    Lora,
+    Optim,
+    Positive,
+    Rate,
+    Sample,
+    Save,
+    Section,
+)
 from reasonrl.config_yaml import read_scalar, read_yaml, write_yaml
 from reasonrl.keys import refuse
 from reasonrl.loss import LossSpec
 from reasonrl.records import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
 S = TypeVar("S", bound=Section)
-
-
-class Sample(Section):
-    """How completions are drawn. top_k 0 and top_p 1 keep the whole distribution."""
-
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Count = 0
-
-
-class ColdStart(Section):
-    """Supervised steps on worked completions before RL."""
-
-    learning_rate: Rate = 3e-4
-    batch: Positive = 8
-    warmup: Count = 0
-    schedule: Schedule = "linear"
-
-
-class Optim(Section):
-    """AdamW. `final_scale`: what the schedule leaves of the learning rate at the last step."""
-
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-        Field(strict=False),
-    ] = (0.9, 0.95)
-    eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    warmup: Count = 3
-    schedule: Schedule = "constant"
-    final_scale: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-
-class Filter(Section):
-    """Which groups a step learns from, by their mean outcome; 0 and 1 keep all, as they are."""
-
-    low: Annotated[float, Field(ge=0, le=1)] = 0.0
-    high: Annotated[float, Field(ge=0, le=1)] = 1.0
-    rounds: Positive = 1  # rollouts of one step, at most, until enough groups survive
-    drop_clipped: bool = False  # drop a group in which a completion was cut by the length limit
-
-    @property
-    def active(self) -> bool:
-        return (self.low, self.high) != (0.0, 1.0) or self.drop_clipped
-
-
-class Ceiling(Section):
-    """When too few rewards are known for too long the run stops with the reason, exit status 4."""
-
-    unknown: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of a step's completions; 1 = never
-    patience: Positive = 10  # steps in a row
-
-
-class Lora(Section):
-    """A LoRA adapter in place of all weights; rank 0 = none. alpha: 2 * rank by default."""
-
-    rank: Count = 0
-    alpha: Rate | None = None
-
-
-class Eval(Section):
-    """Greedy evaluation; every 0 = at the end only (and at the start where at_start)."""
-
-    every: Count = 0
-    batch: Positive = 64
-    split: Literal["train", "dev", "test"] = "test"
-    at_start: bool = True
-
-
-class Save(Section):
-    """Checkpoints; every 0 = at the last step only."""
-
-    every: Count = 0
-    keep: Positive = 2
-
-
-class BatchLimit(Section):
-    tokens: Positive = 4096  # packed tokens of one micro-batch, at most
-
-
-class Log(Section):
-    tensorboard: bool = False
-    wandb: bool = False
-    trackio: bool = False
-    completions_every: Count = 1  # steps between completion files; 0 = none
 
 
 class Config(Section):
@@ -152,6 +71,7 @@ class Config(Section):
     eval: Eval = Eval()
     save: Save = Save()
     batch: BatchLimit = BatchLimit()
+    engine: EngineSection = EngineSection()
     log: Log = Log()
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -176,7 +96,7 @@ class Config(Section):
 
 
 # what --resume may change (schedules follow the new `steps`); "x." means the whole section
-RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.", "stall")
+RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.", "stall", "engine.")
 
 # whose options a section holds
 OPTIONS = {"task": "task_options", "model": "model_options", "algorithm": "algo"}

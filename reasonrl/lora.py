@@ -88,7 +88,8 @@ def frozen(policy: Policy) -> Policy:
     """A copy of the weights as they are now, an adapter folded in: a reference."""
     if not adapted(policy):
         return policy.frozen()
-    return replace(policy, model=merged(policy).eval().requires_grad_(False))
+    model = merged(policy).eval().requires_grad_(False)
+    return replace(policy, model=model, engine=None)
 
 
 def merged(prm: Policy):

@@ -45,6 +45,7 @@ class Policy:
     processor: Any = None  # of images, where the model has eyes
     attn: str = "auto"  # the packed path's attention: auto, flash, sdpa
     graphs: str = "auto"  # decoding by CUDA graphs: auto (on a GPU), off
+    engine: Any = None  # the server that samples in its place (engine.Engine)
 
     @property
     def replays(self) -> bool:
@@ -122,7 +123,7 @@ class Policy:
     def frozen(self) -> Policy:
         """A copy of the weights as they are now, without gradients: a reference."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        return replace(self, model=model)
+        return replace(self, model=model, engine=None)
 
     def save(self, folder: Path) -> None:
         """In the Hugging Face layout, loadable by `load` and from_pretrained."""

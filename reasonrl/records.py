@@ -90,6 +90,7 @@ class Rollout:
     sampling_logp: Sequence[Tensor] | None = None  # as `logp`, after top-k/top-p truncation
     images: Sequence[Any] = ()  # P of vision.Seen or None, made once per prompt; () without any
     outcome: Sequence[Score] | None = None  # B, where the completions were graded when drawn
+    served: bool = False  # a server drew it; `logp` and `sampling_logp` are what the server says
     stale: bool = False  # an earlier policy wrote some of it; `logp` is what it said of it
 
 
@@ -123,6 +124,7 @@ class Batch:
     advantage: Tensor  # (N,) fp32
     old_logp: Tensor | None  # (N,) fp32, None = on-policy
     ref_logp: Tensor | None  # (N,) fp32
+    weight: Tensor | None  # (N,) fp32, importance of what another distribution drew
     mask: Tensor  # (N,) bool
     rows: Tensor  # (B,) int64, rows of the rollout
     images: Sequence[Any] = ()  # of the groups in `layout` that have some, in their order

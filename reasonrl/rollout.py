@@ -2,8 +2,8 @@
 
 Recorded log-probabilities are those of the un-truncated distribution at the sampling temperature;
 where top-k or top-p truncate, `sampling_logp` holds the truncated ones. The batch itself is
-decoding.py's, the choice of a token sampling.py's. Left out: servers (a later engine behind the
-same `sample`). Legend: P prompts, B rows (completions).
+decoding.py's, the choice of a token sampling.py's. A policy with an `engine` is sampled by that
+server. Legend: P prompts, B rows (completions).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from reasonrl.decoding import Decoding
 from reasonrl.models import Policy
 from reasonrl.records import InputError, Problem, Rollout
-from reasonrl.sampling import Sampling, streams
+from reasonrl.sampling import Sampling, own_seed, streams
 from reasonrl.segment import decode, pieces
 from reasonrl.vision import prepare
 
@@ -49,6 +49,8 @@ def sample(
                 f"problem {problem.id}: prompt of {len(ids)} tokens + max_completion_length"
                 f" {sampling.max_tokens} exceeds the model's context of {policy.context}"
             )
+    if policy.engine is not None:
+        return _served(policy, problems, prompt_ids, group, sampling, seed, images)
     if isinstance(seed, int):
         uniform = streams(seed, 0, len(prompt_ids) * group, sampling.max_tokens)
     else:
@@ -71,6 +73,33 @@ def sample(
         pieces=[pieces(policy.tokenizer, row) for row in ids],
         sampling_logp=_cut(batch.sampling_logp, count) if sampling.truncates else None,
         images=images,
+    )
+
+
+def _served(policy: Policy, problems, prompt_ids, group: int, sampling, seed, images) -> Rollout:
+    """The same from the policy's server; its log-probabilities are of what it drew from."""
+    if any(image is not None for image in images or ()):
+        raise InputError("engine: a rollout server takes no images here; sample in process")
+    if isinstance(seed, int):
+        seeds = [own_seed(seed, row, bits=31) for row in range(len(prompt_ids) * group)]
+    else:
+        seeds = [own_seed(one, row, bits=31) for one in seed for row in range(group)]
+    rows = [ids for ids in prompt_ids for _ in range(group)] if sampling.max_tokens else []
+    words = policy.head.weight.shape[0]
+    found = policy.engine.complete(rows, sampling, seeds[: len(rows)], sorted(policy.eos), words)
+    ids = [one.tokens for one in found] or [[] for _ in seeds]
+    logp = [torch.tensor(one.logp) for one in found] or [torch.zeros(0) for _ in seeds]
+    return Rollout(
+        problems=problems,
+        prompt_ids=prompt_ids,
+        group=torch.arange(len(problems)).repeat_interleave(group),
+        completion_ids=ids,
+        text=[decode(policy.tokenizer, row) for row in ids],
+        finished=[bool(row) and row[-1] in policy.eos for row in ids],
+        logp=logp,
+        pieces=[pieces(policy.tokenizer, row) for row in ids],
+        sampling_logp=logp,
+        served=True,
     )
 
 

@@ -33,13 +33,17 @@ def streams(seed: int, first_row: int, rows: int, tokens: int) -> Tensor:
     out = torch.empty(rows, tokens, dtype=torch.float64)
     generator = torch.Generator()
     for b in range(rows):
-        # splitmix64 of the pair, so that neighbouring seeds give unrelated streams
-        z = (seed * 0x9E3779B97F4A7C15 + (first_row + b) * 0xD1342543DE82EF95 + 1) & (2**64 - 1)
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-        generator.manual_seed(z >> 1)
+        generator.manual_seed(own_seed(seed, first_row + b))
         torch.rand(tokens, generator=generator, dtype=torch.float64, out=out[b])
     return out
+
+
+def own_seed(seed: int, row: int, bits: int = 63) -> int:
+    """Splitmix64 of the pair, so that neighbouring seeds give unrelated streams."""
+    z = (seed * 0x9E3779B97F4A7C15 + row * 0xD1342543DE82EF95 + 1) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z >> (64 - bits)
 
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from reasonrl import lora, models, state
+from reasonrl import engine, lora, models, state
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
 from reasonrl.ceiling import Watch
@@ -81,6 +81,7 @@ class Run:
         task.problems(config.eval.split, 0, config.eval_problems)  # too many: said before the work
         if config.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
+        server = engine.of(config, out)
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         check_whole_weights(self.accelerator)
         found = state.find(out, resume, config)
@@ -91,6 +92,7 @@ class Run:
                 f"max_completion_length: {config.max_completion_length} exceeds the model's"
                 f" context of {policy.context}, prompt included"
             )
+        policy.engine = server
         self.algo = make(ALGOS[config.algorithm], task, policy, config.algo)
         if self.algo.needs_groups and config.group < 2:
             raise InputError(
@@ -215,6 +217,7 @@ class Run:
     def _step(self) -> None:
         config, algo, log, began = self.config, self.algo, self.log, time.time()
         step = self.step + 1
+        self._sync(config.engine.max_lag)
         algo.clock.step, algo.clock.steps = step, config.steps
         with log.phase("rollout"):
             rollout, drawn = self.source.draw(
@@ -254,6 +257,17 @@ class Run:
             log.pictures({picture_name(image): image for image in seen})
         log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")
 
+    def _sync(self, lag: int) -> None:
+        """Give the rollout server the weights where its own are more than `lag` updates behind."""
+        server, number = self.algo.policy.engine, self.cold + self.step
+        if server is None or (server.kept is not None and number - server.kept <= lag):
+            return
+        with self.log.phase("sync"):
+            if self.main:
+                server.push(self.algo.policy, number)
+            server.kept = number
+            self.accelerator.wait_for_everyone()
+
     def _step_or_save(self) -> None:
         """A step; where a judge or verifier stays down, a checkpoint as it was before the step."""
         mark = self.source.mark()
@@ -268,6 +282,8 @@ class Run:
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         config = self.config
+        if config.eval_problems:
+            self._sync(0)
         if not config.eval_problems or not self.main:
             return {}
         limits = (

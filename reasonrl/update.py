@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from reasonrl import importance
 from reasonrl.batch import lengths, pack
 from reasonrl.config import Config
 from reasonrl.heads import Head
@@ -63,6 +64,7 @@ class Trainable(nn.Module):
                 bias=head.bias,
                 temperature=self.temperature,
                 softcap=head.softcap,
+                is_weight=_to(batch.weight, device),
                 denominator=denominator,
             )
             metrics.update(out.metrics)
@@ -100,14 +102,17 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         old = self.logp(rollout, self.policy) if updates > 1 else None
+        weight, drawn = None, {}
         if rollout.stale:  # an earlier policy wrote some of it: what it said then is the old one
             old = torch.cat(list(rollout.logp))
+        elif self.config.engine.url:
+            old, weight, drawn = self._drawn(rollout, old)
         ref = self.logp(rollout, self.reference) if self.reference else None
         groups = [int(n) for (n,) in gathered(self.accelerator, [len(rollout.problems)])]
         place = self.accelerator.process_index, self.accelerator.num_processes
         shares = _shares(rollout, updates, sum(groups), *place)
-        done = [self._update(rollout, advantage, spec, rows, old, ref) for rows in shares]
-        return _merged(done)
+        done = [self._update(rollout, advantage, spec, rows, old, ref, weight) for rows in shares]
+        return _merged(done) | drawn
 
     def logp(self, rollout: Rollout, policy: Policy) -> Tensor:
         """(N,) log-probabilities of the completion tokens under a policy."""
@@ -115,10 +120,23 @@ class Learner:
             policy, rollout, self.config.batch.tokens, self.config.sample.temperature
         )
 
-    def _update(self, rollout, advantage, spec, rows: Sequence[int], old, ref) -> dict[str, float]:
+    def _drawn(self, rollout: Rollout, known: Tensor | None):
+        """For what a server drew: the trainer's own log p as the old one, the weight of every
+        token (None where nothing is to be corrected), and how far the two are apart."""
+        how, weight = self.config.engine, None
+        old = self.logp(rollout, self.policy) if known is None else known
+        drawn = torch.cat([*(rollout.sampling_logp or rollout.logp), torch.zeros(0)])
+        if how.correction != "off":
+            weight = importance.weights(old, drawn, lengths(rollout), how.correction, how.cap)
+        mine = importance.sums(old, drawn, weight, how.cap)
+        return old, weight, importance.metrics(gathered(self.accelerator, mine))
+
+    def _update(
+        self, rollout, advantage, spec, rows: Sequence[int], old, ref, weight
+    ) -> dict[str, float]:
         size = lengths(rollout)
         live = _live(rollout, advantage, rows, spec)
-        batches = list(pack(rollout, advantage, self.config.batch.tokens, live, old, ref))
+        batches = list(pack(rollout, advantage, self.config.batch.tokens, live, old, ref, weight))
         mine = [sum(size[b] for b in rows), len(rows), len(live), len(batches)]
         ranks = gathered(self.accelerator, mine)
         tokens, count, alive, parts = (sum(column) for column in zip(*ranks, strict=True))
@@ -130,7 +148,8 @@ class Learner:
             "seq_mean": count,
             "fixed": count * (spec.max_length or 1),
         }[spec.reduce]
-        filler = _filler(self.policy.tokenizer.eos_token_id, old is not None, ref is not None)
+        given = (x is not None for x in (old, ref, weight))
+        filler = _filler(self.policy.tokenizer.eos_token_id, *given)
         lockstep = self.accelerator.distributed_type.value in ("DEEPSPEED", "FSDP")
         wanted = int(max(rank[3] for rank in ranks)) if lockstep else 1
         batches += [filler] * (wanted - len(batches))
@@ -209,7 +228,7 @@ def _shares(
     ]
 
 
-def _filler(token: int, old: bool, ref: bool) -> Batch:
+def _filler(token: int, old: bool, ref: bool, weight: bool) -> Batch:
     """A masked completion of one token: every parameter gets a gradient of exactly zero."""
     zero = torch.zeros(1)
     return Batch(
@@ -222,6 +241,7 @@ def _filler(token: int, old: bool, ref: bool) -> Batch:
         advantage=zero,
         old_logp=zero if old else None,
         ref_logp=zero if ref else None,
+        weight=zero if weight else None,
         mask=torch.tensor([False]),
         rows=torch.tensor([0]),
     )

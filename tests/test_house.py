@@ -48,7 +48,7 @@ STAIR = [
     },
     {
         *"models rollout batch checkpoint log config lora logprobs heads vision".split(),
-        *"prm prm_heads asking encoder asker".split(),
+        *"prm prm_heads asking encoder asker decoding slots engine".split(),
     },
     {
         *(
@@ -78,6 +78,8 @@ STAIR = [
             "stepwise_formats",
             "dense",
             "attention",
+            "sampling",
+            "importance",
             "layers",
             "chat",
             "tiny",

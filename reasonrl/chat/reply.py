@@ -34,8 +34,8 @@ class Trouble(Exception):
         self.retry_after = retry_after
 
 
-def text_of(reply: HTTPReply, model: str) -> str:
-    """The text of a reply to /chat/completions; Trouble, Malformed, Unanswerable or InputError."""
+def object_of(reply: HTTPReply) -> dict[str, Any]:
+    """The JSON object of a reply; Trouble, Malformed, Unanswerable or InputError."""
     if is_trouble(reply.status):
         raise Trouble(f"status {reply.status}{_words(reply)}", reply.headers.get("retry-after"))
     if 300 <= reply.status < 400:
@@ -50,6 +50,12 @@ def text_of(reply: HTTPReply, model: str) -> str:
     body = parsed(reply.body)
     if not isinstance(body, dict):
         raise Malformed("the reply is no JSON object")
+    return body
+
+
+def text_of(reply: HTTPReply, model: str) -> str:
+    """The text of a reply to /chat/completions; Trouble, Malformed, Unanswerable or InputError."""
+    body = object_of(reply)
     served = body.get("model")
     if isinstance(served, str) and not _is_same(served, model):
         raise Malformed(f"the server answered as model {brief(served)}")

@@ -1,0 +1,174 @@
+"""Completions from an inference server that holds a copy of the policy's weights.
+
+    engine = Engine("http://127.0.0.1:30000", SGLang(), folder="runs/a/weights")
+    engine.push(policy, step)                      # the server reads them from the folder
+    policy.engine = engine                         # from now on `sample` asks it
+
+Token ids go out and come back, never text; a reply whose ids, log-probabilities or weights are not
+those that were asked for is refused. What it drew is corrected where it is learned from
+(update.py): the trainer's own log-probability is the old one, w = min(p_old / p_served, cap).
+Left out: weights by NCCL or shared memory, images.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reasonrl import lora
+from reasonrl.chat.exchange import HTTPReply
+from reasonrl.chat.outage import Patience
+from reasonrl.chat.reply import object_of
+from reasonrl.chat.requests import KEY, Requests
+from reasonrl.config import Config
+from reasonrl.engine_protocols import VLLM, Served, SGLang, encoded
+from reasonrl.models import Policy
+from reasonrl.records import InputError, Score
+from reasonrl.sampling import Sampling
+
+PATIENT = Patience(deadline=3600.0, timeout=900.0)  # completions are long
+
+
+class Engine:
+    """`kept`: the number of the weights that the server holds, None before the first push."""
+
+    def __init__(
+        self,
+        url: str,  # with or without /v1
+        protocol: SGLang | VLLM,
+        folder: str | Path,
+        *,
+        patience: Patience = PATIENT,
+        parallel: int = 64,
+        key_env: str = KEY,
+    ):
+        if patience.policy == "mask":
+            raise ValueError("policy must be pause or fail: a completion cannot be left out")
+        self.protocol, self.folder, self.kept = protocol, Path(folder), None
+        base = url.rstrip("/").removesuffix("/v1")
+        known = {"patience": patience, "parallel": parallel, "key_env": key_env}
+        self.asks = _Posts(base, protocol.path, protocol.served, **known)
+        self.tells = [
+            _Posts(base, path, lambda body, _: protocol.updated(body), **known)
+            for path, _ in protocol.updates("", "")
+        ]
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],  # one for every completion
+        sampling: Sampling,
+        seeds: Sequence[int],
+        eos: Sequence[int],
+        words: int,  # the policy's vocabulary
+    ) -> list[Served]:
+        """A completion for every prompt, in order.
+
+        InputError: a reply that is not about this prompt, this vocabulary or these weights, with
+        its row. ScorerDown: the server stayed down.
+        """
+        rows = zip(prompts, seeds, strict=True)
+        asked = [self.protocol.request(ids, sampling, seed, eos) for ids, seed in rows]
+        found = self.asks.exchange({str(i): encoded(fields) for i, fields in enumerate(asked)})
+        out = []
+        for i in range(len(asked)):
+            got: Any = found[str(i)]
+            failed = isinstance(got, Score)
+            if fault := got.reason if failed else self._fault(got, sampling, eos, words):
+                raise InputError(f"rollout server {self.asks.address.url}: completion {i}: {fault}")
+            out.append(got)
+        return out
+
+    def push(self, policy: Policy, number: int) -> None:
+        """Give the server the policy's weights by way of `folder`; its former ones go."""
+        target = self.folder / f"weights-{number}"
+        if target.exists():
+            shutil.rmtree(target)
+        model = lora.merged(policy) if lora.adapted(policy) else policy.model
+        replace(policy, model=model).save(target)
+        calls = self.protocol.updates(str(target.resolve()), str(number))
+        for posts, (_, fields) in zip(self.tells, calls, strict=True):
+            answer = posts.exchange({"update": encoded(fields)})["update"]
+            if isinstance(answer, Score):
+                raise InputError(f"rollout server {posts.address.url}{posts.path}: {answer.reason}")
+        for old in self.folder.glob("weights-*"):
+            if old != target:
+                shutil.rmtree(old)
+        self.kept = number
+
+    def _fault(self, got: Served, sampling: Sampling, eos: Sequence[int], words: int) -> str:
+        """What makes a completion unusable, or nothing."""
+        if got.version is not None and self.kept is not None and got.version != str(self.kept):
+            return f"weights {got.version} wrote it, the server should hold {self.kept}"
+        if not 0 < len(got.tokens) <= sampling.max_tokens:
+            return f"expected 1 to {sampling.max_tokens} tokens, got {len(got.tokens)}"
+        if len(got.logp) != len(got.tokens):
+            return f"{len(got.tokens)} tokens came with {len(got.logp)} log-probabilities"
+        if wild := [i for i in got.tokens if not 0 <= i < words]:
+            return f"token {wild[0]} is outside the policy's vocabulary of {words}"
+        if high := [p for p in got.logp if p > 1e-4]:
+            return f"a log-probability of {high[0]:g} is above 0"
+        ends = [i for i, token in enumerate(got.tokens) if token in eos]
+        if ends and ends[0] != len(got.tokens) - 1:
+            return f"it goes on behind the end-of-sequence token at {ends[0]}"
+        if got.reason == "stop" and not ends:
+            return "it stopped without an end-of-sequence token of the policy"
+        if got.reason == "length" and not ends and len(got.tokens) < sampling.max_tokens:
+            return (
+                f"it was cut at {len(got.tokens)} tokens, {sampling.max_tokens} were asked for"
+                " (is the server's context as long as the policy's?)"
+            )
+        return ""
+
+
+def of(config: Config, out: Path) -> Engine | None:
+    """The server of a run's config section `engine`, if there is one; its first push is to come."""
+    how, draw = config.engine, config.sample
+    if not how.url:
+        return None
+    if how.kind == "sglang":
+        protocol = SGLang()
+    elif not how.model:
+        raise InputError("engine.model: expected the name that vLLM serves the model by, got none")
+    elif not how.processed and (draw.temperature, draw.top_p, draw.top_k) != (1.0, 1.0, 0):
+        raise InputError(
+            "engine.processed: vLLM says log-probabilities at temperature 1 of the whole"
+            " distribution unless it is started with --logprobs-mode processed_logprobs; start it"
+            " so and set engine.processed=true, or sample at temperature 1 without top_p and top_k"
+        )
+    else:
+        protocol = VLLM(how.model)
+    patience = Patience(
+        policy=how.when_down,
+        wait=how.wait,
+        deadline=4 * how.timeout,
+        timeout=how.timeout,
+    )
+    folder = Path(how.folder) if how.folder else out / "weights"
+    return Engine(how.url, protocol, folder, patience=patience, parallel=how.parallel)
+
+
+class _Posts(Requests):
+    """Requests to one path; a probe is the request that failed, sent again."""
+
+    word = "rollout server"
+
+    def __init__(self, url: str, path: str, read: Callable[[Mapping, Mapping], Any], **known: Any):
+        super().__init__(url, limit=64 << 20, **known)
+        self.path, self.read, self.last = path, read, b"{}"
+
+    def exchange(self, asked: Mapping[str, bytes]) -> dict[str, Any]:
+        self.last = next(iter(asked.values()), b"{}")
+        return super().exchange(asked)
+
+    def _read(self, reply: HTTPReply, body: bytes) -> Any:
+        if reply.status == 404:
+            raise InputError(f"it has no {self.path} (is this the server that was named?)")
+        return self.read({} if reply.status == 200 and not reply.body else object_of(reply),
+                         json.loads(body))  # fmt: skip
+
+    def _probe_body(self) -> bytes:
+        return self.last
