@@ -114,6 +114,7 @@ def test_tool_tokens_do_not_count(tmp_path):
         ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
         ({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl"),
         ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling"),
+        ({"loss_type": "grpo", "epsilon": 0.2, "delta": 1.1}, "delta must be >= 1"),
     ],
 )
 def test_what_has_no_fused_path_is_refused_by_name(tmp_path, options, named):
