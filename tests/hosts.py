@@ -17,6 +17,8 @@ from pathlib import Path
 FILES = {  # test module -> host: what counts as a host's test in the summary
     "test_trl": "trl",
     "test_trl_prm": "trl",
+    "test_trl_trust": "trl",
+    "test_trl_merf": "trl",
     "test_openrlhf": "openrlhf",
     "test_verl": "verl",
     "test_verl_rewards": "verl",

@@ -148,7 +148,7 @@ def test_nothing_sideways_between_algorithms_rewards_integrations():
     shared = {
         "algos": {"base", "process"},
         "rewards": {"verify"},
-        "integrations": {"verl", "trl_prm", "trl_rewards"},
+        "integrations": {"verl", *(f"trl_{x}" for x in "prm rewards rows trust merf".split())},
     }
     for folder, allowed in shared.items():
         for path in (ROOT / "reasonrl" / folder).glob("*.py"):

@@ -82,6 +82,27 @@ def test_it_trains_and_our_scorer_reads_the_result(tokenizer, tmp_path):
     assert scores.steps[0] > 0.5 > scores.steps[1]
 
 
+def test_an_old_script_may_ask_for_an_adapter(tokenizer, tmp_path):
+    from peft import LoraConfig, TaskType
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=2,
+    )  # fmt: skip
+    model = AutoModelForTokenClassification.from_config(config)
+    lora = LoraConfig(task_type=TaskType.TOKEN_CLS, r=2, target_modules=["q_proj"])
+    knobs = args(tmp_path, max_steps=2, save_strategy="no", dataset_num_proc=2, learning_rate=0.1)
+    rows = Dataset.from_list([ROW] * 4)
+    trainer = PRMTrainer(
+        model, knobs, train_dataset=rows, processing_class=tokenizer, peft_config=lora
+    )
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora" in n for n in moved) and any("modules_to_save" in n for n in moved)
+    assert all("lora" in n or "modules_to_save" in n for n in moved)
+
+
 def test_bad_rows_and_calls(tokenizer, tmp_path):
     def trainer(rows=(ROW,), model=None, **more):
         given = {"processing_class": tokenizer, "train_dataset": list(rows)} | more

@@ -13,6 +13,7 @@ The released code never asks about wrong answers (`score_wrong: false`, which le
 tasks graded 0 or 1), shows the model the whole response (`whole_response: true`) and fades over
 12,000 steps (`total_steps`). `trust` and `anneal` are the paper's ablations. `inverted` takes
 1 - score for a score: a reward model that likes wrong thinking, the case that trust is for.
+`Trust` is all of this but the asking; other trainers use it alone (integrations/trl_trust.py).
 """
 
 from __future__ import annotations
@@ -21,20 +22,131 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from reasonrl import models, ops, prm_heads
 from reasonrl.algos.base import GRPO, mean, outcomes
 from reasonrl.batch import rows_of
 from reasonrl.chat import ChatClient
 from reasonrl.models import Policy
-from reasonrl.records import InputError, Rewards, Rollout, Score, scored, unscorable
+from reasonrl.records import InputError, Rewards, Rollout, Score, scored
 from reasonrl.rewards.prm import PRMScorer
 from reasonrl.rewards.thinking import Scorer, ThinkingScorer, by_rule
 from reasonrl.tasks import Task
 
 ASKED_FROM = 0.2  # outcome from which the released code asks for a thinking reward
+
+
+class Paid(NamedTuple):
+    reward: Tensor  # (B,) fp32, NaN where the outcome is unknown
+    advantage: Tensor  # (B,) of that reward in its group, 0 where the outcome is unknown
+    gamma: Tensor  # (B,) of the completion's group, NaN where the outcome is unknown
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Outcomes and thinking rewards as one reward: the knobs, who is asked, what is paid."""
+
+    alpha: float = 0.3
+    total_steps: float | None = None  # T of the annealing; the run's own number of steps by default
+    trust: bool = True
+    anneal: bool = True
+    score_wrong: bool = True
+    keep_degenerate: bool = False
+    section: ClassVar[str] = ""  # what stands before a knob's name in a refusal
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise InputError(
+                f"{self.section}alpha: expected a finite number >= 0, got {self.alpha}"
+            )
+        total = self.total_steps
+        if total is not None and not (math.isfinite(total) and total > 0):
+            raise InputError(
+                f"{self.section}total_steps: expected a finite number > 0, got {total}"
+            )
+
+    def asked(self, outcome: Tensor, known: Tensor) -> list[int]:
+        """The completions whose thinking is to be scored."""
+        wanted = known if self.score_wrong else known & (outcome >= ASKED_FROM)
+        return wanted.nonzero()[:, 0].tolist()
+
+    def pay(
+        self,
+        outcome: Tensor,  # (B,) fp32
+        known: Tensor,  # (B,) bool, whose outcome is known
+        thinking: Sequence[Score | None],  # B; None = nobody asked
+        group: Tensor,  # (B,) int64
+        step: int,  # under way, from 1
+        steps: int,  # of the run
+        kind: str = "grpo",
+    ) -> Paid:
+        """InputError where a thinking reward is outside of [0, 1]."""
+        values = [None if s is None else s.value for s in thinking]
+        for b, value in enumerate(values):
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(
+                    f"thinking: completion {b}: expected a score from 0 to 1, got {value:.6g}"
+                )
+        mine = known.nonzero()[:, 0]
+        out = ops.trust_advantage(
+            outcome[mine],
+            torch.tensor([v or 0.0 for v in values])[mine],
+            group[mine],
+            *self._time(step, steps),
+            alpha=self.alpha,
+            trust=self.trust,
+            score_wrong=self.score_wrong,
+            keep_degenerate=self.keep_degenerate,
+            scored=torch.tensor([v is not None for v in values], dtype=torch.bool)[mine],
+            kind=kind,
+        )
+        unknown = torch.full(outcome.shape, math.nan)
+        metrics = self._metrics(outcome, known, thinking, group, step, steps)
+        metrics["process/gamma"] = _group_mean(out.gamma.tolist(), group[mine].tolist())
+        return Paid(
+            unknown.index_copy(0, mine, out.reward),
+            torch.zeros(outcome.shape).index_copy(0, mine, out.advantage),
+            unknown.index_copy(0, mine, out.gamma),
+            metrics,
+        )
+
+    def _time(self, step: int, steps: int) -> tuple[float, float]:
+        """Step and T of exp(-step / T); without annealing the factor stays 1."""
+        return (step if self.anneal else 0), self.total_steps or max(1, steps)
+
+    def _metrics(
+        self,
+        outcome: Tensor,
+        known: Tensor,
+        thinking: Sequence[Score | None],
+        group: Tensor,
+        step: int,
+        steps: int,
+    ) -> dict[str, float]:
+        """What the thinking was worth, by how the completions ended."""
+        now, total = self._time(step, steps)
+        sides: dict[bool, list[tuple[int, float]]] = {True: [], False: []}
+        rows = zip(outcome.tolist(), thinking, group.tolist(), strict=True)
+        for ended, score, g in rows:
+            if score is not None and score.value is not None:
+                sides[ended >= 0.5].append((g, score.value))
+        contrast = {g for g, _ in sides[True]} & {g for g, _ in sides[False]}
+        groups = len(set(group.tolist()))
+        failed = [s.kind for s in thinking if s is not None]
+        return {
+            "process/outcome_mean": mean(outcome[known].tolist()),
+            "process/thinking_weight": self.alpha * math.exp(-now / total),
+            "process/thinking_right": mean([v for _, v in sides[True]]),
+            "process/thinking_wrong": mean([v for _, v in sides[False]]),
+            "process/no_contrast": 1 - len(contrast) / groups if groups else 0.0,
+            "process/thinking_unscorable": float(failed.count("unscorable")),
+            "process/thinking_infra": float(failed.count("infra")),
+        }
 
 
 @dataclass
@@ -45,25 +157,16 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Sophia(GRPO):
+class Sophia(Trust, GRPO):
     scorer: str = ""  # folder, http://.../v1, or rule
     scorer_model: str = ""  # its name at that server
-    alpha: float = 0.3
-    total_steps: float | None = None  # T of the annealing; the run's own number of steps by default
-    trust: bool = True
-    anneal: bool = True
-    score_wrong: bool = True
-    keep_degenerate: bool = False
     whole_response: bool = False
     inverted: bool = False
+    section: ClassVar[str] = "algo."
     held: Held = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise InputError(f"algo.alpha: expected a finite number >= 0, got {self.alpha}")
-        total = self.total_steps
-        if total is not None and not (math.isfinite(total) and total > 0):
-            raise InputError(f"algo.total_steps: expected a finite number > 0, got {total}")
+        super().__post_init__()
         if not self.scorer:
             raise InputError(
                 "algo.scorer: expected a folder with a thinking reward model, a server's"
@@ -88,63 +191,20 @@ class Sophia(GRPO):
         """Outcomes with the thinking reward on top; GRPO's own advantage takes it from there."""
         plain = super().score(rollout)
         outcome, known = outcomes(plain)
-        asked = known if self.score_wrong else known & (outcome >= ASKED_FROM)
-        rows = asked.nonzero()[:, 0].tolist()
-        found: list[Score] = [unscorable("nobody asked")] * len(outcome)
+        rows = self.asked(outcome, known)
+        found: list[Score | None] = [None] * len(outcome)
         for b, score in zip(rows, self.held.scorer(rows_of(rollout, rows)), strict=True):
             found[b] = _inverted(score) if self.inverted else score
-        mine = known.nonzero()[:, 0]
-        value = torch.tensor([0.0 if s.value is None else s.value for s in found])
-        out = ops.trust_advantage(
-            outcome[mine],
-            value[mine],
-            rollout.group[mine],
-            *self._time(),
-            alpha=self.alpha,
-            trust=self.trust,
-            score_wrong=self.score_wrong,
-            keep_degenerate=self.keep_degenerate,
-            scored=torch.tensor([s.value is not None for s in found], dtype=torch.bool)[mine],
-        )
+        out = self.pay(outcome, known, found, rollout.group, self.clock.step, self.clock.steps)
         paid = list(plain.outcome)
-        for b, reward in zip(mine.tolist(), out.reward.tolist(), strict=True):
-            paid[b] = scored(reward, plain.outcome[b].reason)
-        metrics = self._metrics(rollout, plain, [found[b] for b in rows], rows)
-        metrics["process/gamma"] = _group_mean(out.gamma.tolist(), rollout.group[mine].tolist())
-        return Rewards(paid, plain.steps, verdict=plain.outcome, metrics=metrics)
-
-    def _time(self) -> tuple[float, float]:
-        """Step and T of exp(-step / T); without annealing the factor stays 1."""
-        step = self.clock.step if self.anneal else 0
-        return step, self.total_steps or max(1, self.clock.steps)
-
-    def _metrics(
-        self, rollout: Rollout, plain: Rewards, thinking: Sequence[Score], rows: Sequence[int]
-    ) -> dict[str, float]:
-        """What the thinking of the completions `rows` was worth, by how they ended."""
-        step, total = self._time()
-        sides: dict[bool, list[tuple[int, float]]] = {True: [], False: []}
-        for b, score in zip(rows, thinking, strict=True):
-            if score.value is not None:
-                right = (plain.outcome[b].value or 0.0) >= 0.5
-                sides[right].append((int(rollout.group[b]), score.value))
-        contrast = {g for g, _ in sides[True]} & {g for g, _ in sides[False]}
-        groups = len(rollout.problems)
-        known = [s.value for s in plain.outcome if s.value is not None]
-        metrics = {
-            "process/outcome_mean": mean(known),
-            "process/thinking_weight": self.alpha * math.exp(-step / total),
-            "process/thinking_right": mean([v for _, v in sides[True]]),
-            "process/thinking_wrong": mean([v for _, v in sides[False]]),
-            "process/no_contrast": 1 - len(contrast) / groups if groups else 0.0,
-            "process/thinking_unscorable": float(sum(s.kind == "unscorable" for s in thinking)),
-            "process/thinking_infra": float(sum(s.kind == "infra" for s in thinking)),
-        }
+        for b in known.nonzero()[:, 0].tolist():
+            paid[b] = scored(float(out.reward[b]), plain.outcome[b].reason)
+        metrics = out.metrics
         if plain.steps is not None:
             right = [b for b, s in enumerate(plain.outcome) if (s.value or 0.0) >= 0.5]
             odd = [any(s.reward != 1.0 for s in plain.steps[b]) for b in right]
             metrics["process/lucky"] = mean([float(x) for x in odd])
-        return metrics
+        return Rewards(paid, plain.steps, verdict=plain.outcome, metrics=metrics)
 
 
 def find_scorer(

@@ -5,7 +5,8 @@
 `fused=True` takes hidden states instead of logits (`linear_logp`) and computes the loss with
 `policy_loss`, under TRL's own normalisation. `scorer` is any scorer of ours: its step or token
 rewards become process returns against the group (PRIME, arXiv 2502.01456 eq. 5 without its outcome
-part), added to TRL's own outcome advantage, so the loss sees (B, T). What a path cannot honour is
+part), added to TRL's own outcome advantage, so the loss sees (B, T). `thinking` pays for thinking
+(trl_trust.py), `motivation` tells the policy its reward (trl_merf.py). What a path cannot honour is
 refused when the trainer is built; a sharded, adapted or scaled head is not among it (heads.py).
 Left out: images with `fused` (TRL's own path is taken).
 """
@@ -26,21 +27,32 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from reasonrl import dense, heads, ops
+from reasonrl.algos.sophia import Trust
 from reasonrl.integrations._host import host_version
+from reasonrl.integrations.trl_merf import Motivation
 from reasonrl.integrations.trl_prm import PRMConfig, PRMTrainer
-from reasonrl.integrations.trl_rewards import code_reward, math_reward, scorer_reward
+from reasonrl.integrations.trl_rewards import (
+    code_reward,
+    math_reward,
+    scorer_reward,
+    spec_reward,
+)
+from reasonrl.integrations.trl_rows import rollout_of, tokenizer_of
+from reasonrl.integrations.trl_trust import Thinking, ThinkingOf
 from reasonrl.loss import LossSpec, policy_loss
-from reasonrl.records import Problem, Rewards, Rollout
-from reasonrl.segment import decode, pieces
+from reasonrl.records import Rewards, Rollout
 
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
+    "Motivation",
     "PRMConfig",
     "PRMTrainer",
+    "Trust",
     "code_reward",
     "math_reward",
     "scorer_reward",
+    "spec_reward",
 ]
 GRPOConfig = trl.GRPOConfig  # type: ignore  # TRL's own, so that one import is enough
 TESTED = "1.16"
@@ -57,15 +69,30 @@ Scorer = Callable[[Rollout], Rewards]
 
 
 class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this file for the host)
-    """`trl.GRPOTrainer` with two more arguments; everything else is TRL's.
+    """`trl.GRPOTrainer` with more arguments; everything else is TRL's.
 
     scorer: `scorer(rollout) -> Rewards` with `steps` or `token` rewards; None = TRL's advantages.
+    thinking, trust: Trust-GRPO, `thinking(rollout)` gives Scores in [0, 1]. motivation: MeRF.
     fused: our loss and log-prob path; ValueError for options it does not have (see the message).
     """
 
-    def __init__(self, *args: Any, scorer: Scorer | None = None, fused: bool = True, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        scorer: Scorer | None = None,
+        thinking: ThinkingOf | None = None,
+        trust: Trust | None = None,
+        motivation: Motivation | None = None,
+        fused: bool = True,
+        **kwargs: Any,
+    ):
+        if trust is not None and thinking is None:
+            raise ValueError("trust: expected a scorer as thinking= beside it, got None")
+        if not isinstance(motivation, Motivation | None):
+            raise ValueError(f"motivation: expected a Motivation, got {type(motivation).__name__}")
         super().__init__(*args, **kwargs)
-        self.scorer, self.fused = scorer, fused
+        self.scorer, self.fused, self.motivation = scorer, fused, motivation
+        self.thinking = None if thinking is None else Thinking(self, thinking, trust or Trust())
         host_version("trl", TESTED)
         if fused:
             self._check_fused()
@@ -96,6 +123,7 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this fil
             )
         base = self.accelerator.unwrap_model(self.model)
         try:
+            self.loss_spec()  # TRL takes bounds that ours does not
             heads.verify(base)
         except ValueError as error:
             raise ValueError(f"{error}; use fused=False") from None
@@ -262,16 +290,31 @@ class GRPOTrainer(trl.GRPOTrainer):  # type: ignore  # (a checker takes this fil
         high = (ratio > 1 + self.epsilon_high) & (advantage > 0)
         return (low * mask).sum(1) / count, (high * mask).sum(1) / count
 
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.thinking is None:
+            return found
+        return self.thinking.pay(self, inputs, completion_ids_list, found)
+
     def _generate_and_score_completions(self, inputs):
+        if self.motivation is not None and self.model.training:
+            inputs = self.motivation.rows(self, inputs)
         output = super()._generate_and_score_completions(inputs)
+        if self.thinking is not None:
+            output["advantages"] = self.thinking.advantages(self, output["advantages"])
         if self.scorer is None:
             return output
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         group = self.num_generations if self.model.training else self.num_generations_eval
-        rollout = _rollout(inputs, output, tokenizer, group)
+        mask = output["completion_mask"].bool()
+        rollout = rollout_of(
+            inputs,
+            _unpadded(output["completion_ids"], mask),
+            tokenizer_of(self),
+            group,
+            prompt_ids=_unpadded(output["prompt_ids"], output["prompt_mask"].bool()),
+        )
         rewards = self.scorer(rollout)
         token, shown = dense.token_rewards(rewards, rollout)
-        mask = output["completion_mask"].bool()
         flat = torch.zeros(mask.shape, dtype=torch.float32)
         for b, values in enumerate(token):
             flat[b, mask[b].nonzero()[:, 0].cpu()] = values
@@ -296,24 +339,5 @@ VISION = (
 )
 
 
-def _rollout(inputs, output, tokenizer, group: int) -> Rollout:
-    """TRL's completions as ours: rows of one group stand together, as TRL's sampler lays them."""
-    mask = output["completion_mask"].bool()
-    ids = [row[keep].tolist() for row, keep in zip(output["completion_ids"], mask, strict=True)]
-    asked = zip(output["prompt_ids"], output["prompt_mask"].bool(), strict=True)
-    prompts = [row[keep].tolist() for row, keep in asked]
-    rows = inputs[::group]
-    rest = [{k: v for k, v in row.items() if k not in ("prompt", "answer")} for row in rows]
-    return Rollout(
-        problems=[
-            Problem(str(g), row["prompt"], row.get("answer"), extra=more)
-            for g, (row, more) in enumerate(zip(rows, rest, strict=True))
-        ],
-        prompt_ids=prompts[::group],
-        group=torch.arange(len(ids)) // group,
-        completion_ids=ids,
-        text=[decode(tokenizer, row) for row in ids],
-        finished=[bool(row) and row[-1] == tokenizer.eos_token_id for row in ids],
-        logp=[torch.zeros(len(row)) for row in ids],
-        pieces=[pieces(tokenizer, row) for row in ids],
-    )
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]

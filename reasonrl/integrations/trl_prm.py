@@ -38,6 +38,10 @@ class PRMConfig(TrainingArguments):
     step_separator: str = field(default="\n", metadata={"help": "text behind every step"})
     train_on_last_step_only: bool = field(default=False, metadata={"help": "label the last alone"})
     disable_dropout: bool = field(default=True, metadata={"help": "no dropout in training"})
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "taken from old scripts; rows become tokens in this process"},
+    )
     remove_unused_columns: bool | None = False
     learning_rate: float = 1e-5
 
@@ -53,6 +57,7 @@ class PRMTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        peft_config: Any = None,
         **more: Any,
     ):
         if processing_class is None:
@@ -63,6 +68,10 @@ class PRMTrainer(Trainer):
         classes = getattr(getattr(model, "config", None), "num_labels", 2)
         if classes != 2:
             raise ValueError(f"model must be a token classifier of 2 classes, got {classes}")
+        if peft_config is not None:
+            import peft  # optional
+
+            model = peft.get_peft_model(model, peft_config)
         if args.disable_dropout and model is not None:
             for module in model.modules():
                 if type(module).__name__ == "Dropout":

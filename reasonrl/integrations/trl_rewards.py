@@ -1,6 +1,7 @@
 """Our verifiers and scorers as TRL's `reward_funcs`.
 
     GRPOTrainer(..., reward_funcs=[math_reward(), scorer_reward(PRMScorer("runs/prm"))])
+    GRPOTrainer(..., reward_funcs=spec_reward(task.reward_spec()))
 
 A reward that is not known (no gold answer, a verifier that died) is None, which TRL leaves out of
 its statistics; it is never 0. Column names are those of the dataset. Left out: weights and sums,
@@ -13,7 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reasonrl.choice import TOGETHER, How, score_each
+from reasonrl.integrations.trl_rows import problem_of
 from reasonrl.records import Problem, Rewards, Rollout, Score
+from reasonrl.reward_spec import RewardSpec
 from reasonrl.rewards.code import verify_code
 from reasonrl.rewards.verify import verify_math
 
@@ -52,6 +55,23 @@ def scorer_reward(scorer: Callable[[Rollout], Rewards], *, how: How = "min") -> 
     return score
 
 
+def spec_reward(spec: RewardSpec, *, problem: Callable[[Problem], Any] | None = None) -> RewardFunc:
+    """The grade by a spec that may also be told to the policy (`Motivation`). problem: what its
+    conditions are asked about; None = the row, its other columns in `extra`."""
+    if not isinstance(spec, RewardSpec):
+        raise ValueError(f"spec: expected a RewardSpec, got {type(spec).__name__}")
+
+    def reward_spec(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any):
+        rows = [_problem(i, prompt, columns) for i, prompt in enumerate(prompts)]
+        asked = rows if problem is None else [problem(row) for row in rows]
+        grades: list[float | None] = []
+        for text, row in zip(_texts(completions), asked, strict=True):
+            grades.append(spec.grade(text, row))
+        return grades
+
+    return reward_spec
+
+
 def _problem(i: int, prompt: Any, columns: dict[str, Any]) -> Problem:
     """The prompt with its row's other columns, which a scorer may want."""
     own = {
@@ -59,10 +79,8 @@ def _problem(i: int, prompt: Any, columns: dict[str, Any]) -> Problem:
         for key, values in columns.items()
         if isinstance(values, list | tuple) and i < len(values)
     }
-    answer = own.pop("answer", None)
-    answer = None if answer is None else str(answer)
-    key = f"{prompt!r}"  # completions of one prompt stand next to each other
-    return Problem(id=key, prompt=prompt, answer=answer, extra=own)
+    # completions of one prompt stand next to each other
+    return problem_of(f"{prompt!r}", {"prompt": prompt, **own})
 
 
 def _column(columns: dict[str, Any], name: str, what: str) -> Sequence[Any]:

@@ -3,7 +3,7 @@ completion thinks, in [0, 1], whatever its answer is.
 
     scores = ThinkingScorer(models.load("trm"), task)(rollout)
     scores = ThinkingScorer(ChatClient("http://127.0.0.1:8000/v1", "trm"), task)(rollout)
-    scores = ThinkingScorer(PRMScorer("prm"), task)(rollout)
+    scores = ThinkingScorer(PRMScorer("prm", alpha=0.0))(rollout)    # thinking by its tags
 
 The model sees question, images and thinking (the whole response where asked to), and says one
 number in an answer tag. It is read strictly: what is no number in [0, 1], or is said twice, is
@@ -26,6 +26,7 @@ from reasonrl.models import Policy
 from reasonrl.prompts import plain, render, with_places
 from reasonrl.records import InputError, Problem, Rewards, Rollout, Score, scored, unscorable
 from reasonrl.rollout import Sampling, sample
+from reasonrl.segment import think_span
 from reasonrl.tasks import Task
 from reasonrl.vision import prepare
 
@@ -41,18 +42,29 @@ CRITERIA = (
 )
 
 
+class Opened(Task):
+    """Completions that begin inside the thinking, because their prompt ends with <think>."""
+
+    def thinking(self, problem: Problem, completion: str) -> str:
+        span = think_span(completion, opened=True)
+        return "" if span is None else completion[slice(*span)].strip()
+
+
 class ThinkingScorer:
     """`scorer(rollout) -> scores`, one for every completion."""
 
     def __init__(
         self,
         backend: Policy | ChatClient | Callable[[Rollout], Rewards],
-        task: Task,
+        task: Task | None = None,  # who tells thinking from answer; None = the think tags
         *,
         whole_response: bool = False,
+        opened: bool = False,  # the prompt ends with <think>; only without a task
         seed: int = 0,
     ):
-        self.backend, self.task = backend, task
+        if opened and (task is not None or whole_response):
+            raise InputError("opened: a task, or whole_response, decides what the thinking is")
+        self.backend, self.task = backend, task or (Opened() if opened else Task())
         self.whole_response, self.seed = whole_response, seed
 
     def __call__(self, rollout: Rollout) -> list[Score]:
