@@ -235,6 +235,23 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
     assert not list(Path(tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "tiny"],
+        ["eval", "tiny"],
+        ["judge", "data", "tiny", "--out", "rows.jsonl"],
+        ["prm", "label", "tiny", "--out", "rows.jsonl"],
+    ],
+)
+def test_the_device_of_a_config_is_where_its_model_goes(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*words, "device=cuda"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("device: expected a usable NVIDIA GPU for cuda, found none")
+
+
 def test_unwritable_output_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["train", "tiny", *SMALL, "--out", str(tmp_path / "file" / "run"), "--quiet"]) == 2
