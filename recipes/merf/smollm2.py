@@ -53,23 +53,29 @@ def main() -> None:
         one(options, options.one, options.seeds[0])
         return
     if not options.only_read:
-        jobs = [(arm, seed) for arm in options.arms for seed in options.seeds]
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda seed: process(options, "base", seed), options.seeds))
-            list(pool.map(lambda job: process(options, *job), jobs))
+            bases = list(pool.map(lambda seed: process(options, "base", seed), options.seeds))
+            ready = [seed for seed, done in zip(options.seeds, bases, strict=True) if done]
+            jobs = [(arm, seed) for arm in options.arms for seed in ready]
+            arms = list(pool.map(lambda job: process(options, *job), jobs))
+        if not all(bases + arms):
+            print(f"{len(bases + arms) - sum(bases + arms)} runs failed", file=sys.stderr)
     if not options.only_run:
         write(options)
 
 
-def process(options: argparse.Namespace, arm: str, seed: int) -> None:
-    """One run in a process of its own, unless it is finished."""
+def process(options: argparse.Namespace, arm: str, seed: int) -> bool:
+    """One run in a process of its own, unless it is finished; whether it is now."""
     if place(options.runs, arm, seed).exists():
-        return
+        return True
     command = [sys.executable, __file__, "--one", arm, "--seeds", str(seed)]
     command += ["--runs", str(options.runs), "--device", options.device]
     command += ["--problems", str(options.problems), "--split", options.split]
     command += ["--set", *options.set]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return (
+        subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        == 0
+    )
 
 
 def place(runs: Path, arm: str, seed: int) -> Path:
@@ -98,16 +104,18 @@ def base(options: argparse.Namespace, arm: str, seed: int, words: list[str]) -> 
     folder = options.runs / f"base-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     judged = [f"eval_problems={DEV}"]
-    run = started(folder / "0", [*words, *COLD, *judged, *options.set])
+    run = started(folder / "0", [*words, *COLD, *judged, *options.set, "steps=0"])
     pieces = 0
     while read(folder / str(pieces) / "evals.jsonl")[-1]["eval/accuracy"] < ENOUGH:
         if pieces == PIECES:
             break
         pieces += 1
         run.algo.policy.save(folder / "model")
-        more = [f"model={folder / 'model'}", f"seed={seed + 1000 * pieces}"]
+        more = [f"model={folder / 'model'}", "model_options={}", f"seed={seed + 1000 * pieces}"]
         more += [f"cold_start_steps={MORE}", "cold_start.learning_rate=1e-4"]
-        run = started(folder / str(pieces), [*words, *COLD, *judged, *options.set, *more])
+        run = started(
+            folder / str(pieces), [*words, *COLD, *judged, *options.set, "steps=0", *more]
+        )
     run.algo.policy.save(folder / "model")
     found = measured(options, run)
     return {"evals": [found["plain"]], "told": found["told"], "steps": [], "more": MORE * pieces}
@@ -118,7 +126,8 @@ def run_arm(options: argparse.Namespace, arm: str, seed: int, words: list[str]) 
     shutil.rmtree(folder, ignore_errors=True)
     words = [*words, *RL, *ARMS[arm], f"eval_problems={options.problems}", *options.set]
     words.append(f"eval.split={options.split}")
-    run = started(folder, [*words, f"model={options.runs / f'base-{seed}' / 'model'}"])
+    words += [f"model={options.runs / f'base-{seed}' / 'model'}", "model_options={}"]
+    run = started(folder, words)
     names = ("step", "reward", "entropy", "step_time", "completions/mean_length", "grad_norm")
     rows = read(folder / "evals.jsonl")
     return {
