@@ -147,7 +147,8 @@ def started(out: Path, words: list[str]):
             self.saved = (self.cold, self.step)
 
     run = Run(config.load("merf", words), out, resume=False, quiet=True)
-    run.train()
+    if not run.train():
+        raise SystemExit("stopped before its end")
     return run
 
 
