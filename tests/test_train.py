@@ -138,6 +138,9 @@ def test_a_data_file_trains_by_any_recipe(tmp_path):
     changes = [c for c in SMALL if not c.startswith("task_options")] + [f"task={data}"]
     assert main(["train", "tiny", *changes, "--out", str(tmp_path / "run"), "--quiet"]) == 0
     assert rows(tmp_path / "run")[-1]["step"] == 4
+    # every row may be learned from where none is to be held out
+    changes += ["task_options={dev: 0.0, test: 0.0}", "eval_problems=0"]
+    assert main(["train", "tiny", *changes, "--out", str(tmp_path / "all"), "--quiet"]) == 0
 
 
 def test_rl_learns_beyond_the_cold_start(tmp_path):
