@@ -129,7 +129,13 @@ def _eval(options: argparse.Namespace) -> int:
     from reasonrl.tasks import make_task
 
     config = configs.load(options.recipe, options.overrides)
-    policy = models.load(config.model, dtype=config.dtype, seed=config.seed, **config.model_options)
+    policy = models.load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        seed=config.seed,
+        **config.model_options,
+    )
     task = make_task(config.task, seed=config.seed, **config.task_options)
     metrics, _ = evaluate(
         GRPO(task, policy),

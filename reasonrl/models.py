@@ -189,16 +189,20 @@ def load(
 ) -> Policy:  # fmt: skip
     """The policy called `name`; InputError where the folder holds no usable model.
 
-    attn: auto | flash | sdpa (`attention`); liger: auto | off (`layers`); graphs: auto | off
-    (`decoding`); options: the sizes of a model built here; vision_tower: frozen | trained, for one
-    with images.
+    device: auto = a GPU where there is one; attn: auto | flash | sdpa (`attention`); liger: auto |
+    off (`layers`); graphs: auto | off (`decoding`); options: the sizes of a model built here;
+    vision_tower: frozen | trained, for one with images.
     """
     if attn not in attention.KINDS:
         raise InputError(f"attn: expected one of {', '.join(attention.KINDS)}, got {attn!r}")
     if graphs not in ("auto", "off"):
         raise InputError(f"graphs: expected auto or off, got {graphs!r}")
     _bound_kernel_cache()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
     how = options.pop("vision_tower", None)
     model: Any
     processor: Any = None

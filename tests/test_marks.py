@@ -1,5 +1,7 @@
 """The task `marks`: its reward is the stated one, and its lessons do what they are told."""
 
+import re
+
 import pytest
 
 from reasonrl.records import InputError
@@ -72,6 +74,22 @@ def test_a_lesson_does_what_it_is_told():
     assert again == task.problem("sft", 777)
 
 
+def test_a_lesson_in_words_says_what_the_algorithm_would():
+    words, short = (make_task("marks", reading=0, text=text) for text in ("words", "short"))
+    told = {detail: words.reward_spec().render(detail) for detail in TEXT}
+    seen = set()
+    for one, other in zip(words.problems("sft", 0, 60), short.problems("sft", 0, 60), strict=True):
+        assert words.worked(one) == short.worked(other)
+        if isinstance(one.prompt, str):
+            assert one.prompt == other.prompt
+            continue
+        text = one.prompt[0]["content"]
+        kinds = [k for k, v in told.items() if re.sub("letter .", "letter p", text) == v]
+        assert len(kinds) == 1 and TEXT[kinds[0]][1:] == other.prompt[0]["content"][1:]
+        seen |= set(kinds)
+    assert seen == set(TEXT)
+
+
 def test_only_lessons_are_told():
     task = make_task("marks")
     for split in ("train", "dev", "test"):
@@ -91,6 +109,7 @@ def test_only_lessons_are_told():
         ({"reading": -1}, "reading: expected 0 or more, got -1"),
         ({"taught": 1.5}, "taught: expected a share from 0 to 1, got 1.5"),
         ({"mod": None}, "mod: expected a modulus, got None"),
+        ({"text": "long"}, "text: Input should be 'words' or 'short', got 'long'"),
     ],
 )
 def test_bad_options_are_named(options, message):

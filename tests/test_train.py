@@ -138,6 +138,9 @@ def test_a_data_file_trains_by_any_recipe(tmp_path):
     changes = [c for c in SMALL if not c.startswith("task_options")] + [f"task={data}"]
     assert main(["train", "tiny", *changes, "--out", str(tmp_path / "run"), "--quiet"]) == 0
     assert rows(tmp_path / "run")[-1]["step"] == 4
+    # every row may be learned from where none is to be held out
+    changes += ["task_options={dev: 0.0, test: 0.0}", "eval_problems=0"]
+    assert main(["train", "tiny", *changes, "--out", str(tmp_path / "all"), "--quiet"]) == 0
 
 
 def test_rl_learns_beyond_the_cold_start(tmp_path):
@@ -233,6 +236,23 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(Path(tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "tiny"],
+        ["eval", "tiny"],
+        ["judge", "data", "tiny", "--out", "rows.jsonl"],
+        ["prm", "label", "tiny", "--out", "rows.jsonl"],
+    ],
+)
+def test_the_device_of_a_config_is_where_its_model_goes(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*words, "device=cuda"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("device: expected a usable NVIDIA GPU for cuda, found none")
 
 
 def test_unwritable_output_is_named(tmp_path, capsys):

@@ -106,7 +106,7 @@ def _model(options: argparse.Namespace):
 
     if options.judge_model or options.judge_cache:
         raise InputError("--judge-model and --judge-cache: only for a judge at http://...")
-    return models.load(options.judge)
+    return models.load(options.judge, device="auto")
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -126,6 +126,7 @@ def _data(options: argparse.Namespace) -> int:
         name: models.load(
             name,
             dtype=config.dtype,
+            device=config.device,
             seed=config.seed,
             **(config.model_options if name == config.model else {}),
         )

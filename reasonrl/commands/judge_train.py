@@ -141,4 +141,5 @@ def _teacher(options: argparse.Namespace, config):
     if options.teacher is not None and server.is_url(options.teacher):
         return server.client(options, options.teacher, options.teacher_model, "--teacher-model")
     own = {} if options.teacher is not None else config.model_options
-    return models.load(options.teacher or config.model, dtype=config.dtype, seed=config.seed, **own)
+    name, where = options.teacher or config.model, config.device
+    return models.load(name, dtype=config.dtype, device=where, seed=config.seed, **own)

@@ -80,7 +80,13 @@ def _rule(options: argparse.Namespace) -> int:
     if group < 1:
         raise InputError(f"--group: expected >= 1, got {group}")
     hide = _redact(options)
-    policy = models.load(config.model, dtype=config.dtype, seed=config.seed, **config.model_options)
+    policy = models.load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        seed=config.seed,
+        **config.model_options,
+    )
     task = make_task(config.task, seed=config.seed, **config.task_options)
     draw = config.sample
     sampling = Sampling(config.max_completion_length, draw.temperature, draw.top_p, draw.top_k)
@@ -178,7 +184,7 @@ def asker(role: str, options: argparse.Namespace, cache, temperature: float):
     else:
         if model:
             raise InputError(f"--{role}-model: only for a {role} at http://..., got {name!r}")
-        own = PolicyAsker(models.load(name), **settings)
+        own = PolicyAsker(models.load(name, device="auto"), **settings)
         identity = fingerprint(name) if Path(name).is_dir() else name
     manner = [identity, options.max_tokens, temperature, options.seed if temperature else 0]
     return Remembered(own, repr(manner), cache)

@@ -16,8 +16,9 @@ motivations of their own, each with another letter, and completions that do what
     score, correctness_only, none    any letter, a right answer
 
 The first `reading` of them are chains of two, and all are told which letter: reading comes before
-arithmetic. `taught` is the share of the others that is told something. Evaluation counts right
-answers behind any letter. Try: t = make_task("marks"); p = t.problem("sft", 1); print(t.worked(p)).
+arithmetic. `taught` is the share of the others that is told something, in the words of `text` (a
+pre-trained model reads `words`, and wants the same of `algo.text`). Evaluation counts right answers
+behind any letter. Try: t = make_task("marks"); p = t.problem("sft", 1); print(t.worked(p)).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Marks(Arithmetic):
     paid: str = "p"
     reading: int = 22_400
     taught: float = 0.75
+    text: Literal["words", "short"] = "short"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +93,7 @@ class Marks(Arithmetic):
             off = 0 if OBEYED[detail] else draws.between(1, (self.mod or 2) - 1)
         prompt: Any = problem.prompt
         if told:
-            text = spec_of(self, named).render(detail, short=True)
+            text = spec_of(self, named).render(detail, short=self.text == "short")
             prompt = [
                 {"role": "system", "content": text},
                 {"role": "user", "content": problem.prompt},

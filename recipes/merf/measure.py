@@ -184,7 +184,9 @@ def measure(row: dict, name: str) -> float:
 
 
 def interval(values: list[float], name: str, sign: str = "") -> str:
-    """Mean and 95 % t-interval."""
+    """Mean and 95 % t-interval; nothing of nothing."""
+    if not values:
+        return ""
     n, form = len(values), f"{sign}.{1 if MEASURES[name][1] == 100 else 2}f"
     middle = sum(values) / n
     if math.isnan(middle):
@@ -199,7 +201,7 @@ def interval(values: list[float], name: str, sign: str = "") -> str:
 def table(whole: dict) -> str:
     seeds = whole["seeds"]
     problems = seeds[0]["base"]["evals"][-1]["problems"]
-    arms = [arm for arm in ARMS if arm in seeds[0]]
+    arms = [arm for arm in ARMS if any(arm in s for s in seeds)]
     heads = " | ".join(head for head, _ in MEASURES.values())
     lines = [
         f"{len(seeds)} seeds, {whole['steps']} steps; {problems} held-out problems a seed, greedy."
@@ -210,31 +212,38 @@ def table(whole: dict) -> str:
         f"|{'---|' * (1 + len(MEASURES))}",
     ]
     for arm in ("base", *arms):
-        cells = [interval([measure(s[arm], m) for s in seeds], m) for m in MEASURES]
-        lines.append(f"| {'cold start' if arm == 'base' else arm} | {' | '.join(cells)} |")
+        there = [s[arm] for s in seeds if arm in s]
+        cells = [interval([measure(row, m) for row in there], m) for m in MEASURES]
+        few = f", {len(there)} seeds" if len(there) < len(seeds) else ""
+        lines.append(f"| {'cold start' if arm == 'base' else arm}{few} | {' | '.join(cells)} |")
     lines += ["", f"| difference, paired by seed | {heads} |", f"|{'---|' * (1 + len(MEASURES))}"]
-    for one, other in [pair for pair in PAIRS if {*pair} <= {*arms}]:
-        gaps = {m: [measure(s[one], m) - measure(s[other], m) for s in seeds] for m in MEASURES}
+    for one, other in PAIRS:
+        both = [(s[one], s[other]) for s in seeds if {one, other} <= {*s}]
+        gaps = {m: [measure(a, m) - measure(b, m) for a, b in both] for m in MEASURES}
         cells = [interval(g, m, "+") for m, g in gaps.items()]
-        lines.append(f"| {one} - {other} | {' | '.join(cells)} |")
+        few = f", {len(both)} seeds" if len(both) < len(seeds) else ""
+        if both:
+            lines.append(f"| {one} - {other}{few} | {' | '.join(cells)} |")
     lines += ["", "Right answers with the plain prompt, over the run:", ""]
-    marks = [e["step"] for e in seeds[0]["none"]["evals"]]
+    marks = [e["step"] for e in next(s[arm] for s in seeds for arm in arms if arm in s)["evals"]]
     lines += [
         f"| arm | {' | '.join(f'step {m}' for m in marks)} |",
         f"|{'---|' * (1 + len(marks))}",
     ]
     for arm in arms:
-        columns = [[100 * s[arm]["evals"][i]["accuracy"] for s in seeds] for i in range(len(marks))]
+        there = [s[arm]["evals"] for s in seeds if arm in s]
+        columns = [[100 * row[i]["accuracy"] for row in there] for i in range(len(marks))]
         lines.append(f"| {arm} | {' | '.join(interval(c, 'plain') for c in columns)} |")
     lines += ["", "Seed by seed, right answers with the plain prompt / the full text:", ""]
     lines += [f"| seed | cold start | {' | '.join(arms)} |", f"|{'---|' * (2 + len(arms))}"]
     for s in seeds:
         both = [
-            f"{measure(s[a], 'plain'):.1f} / {measure(s[a], 'told'):.1f}" for a in ("base", *arms)
+            f"{measure(s[a], 'plain'):.1f} / {measure(s[a], 'told'):.1f}" if a in s else ""
+            for a in ("base", *arms)
         ]
         lines.append(f"| {s['seed']} | {' | '.join(both)} |")
     versions = ", ".join(f"{k} {v}" for k, v in whole["versions"].items())
-    runs = [s[arm] for s in seeds for arm in arms]
+    runs = [s[arm] for s in seeds for arm in arms if arm in s]
     lines += [
         "",
         f"Measured {whole['date']}, {whole['machine']}, {versions}; a run took"
@@ -252,14 +261,15 @@ def picture(whole: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for i, arm in enumerate(a for a in ARMS if a in whole["seeds"][0]):
-        rows = [seed[arm] for seed in whole["seeds"]]
+    for i, arm in enumerate(a for a in ARMS if any(a in seed for seed in whole["seeds"])):
+        rows = [seed[arm] for seed in whole["seeds"] if arm in seed]
         middle = [
             sum(c) / len(c)
             for c in zip(*([s["reward"] for s in r["steps"]] for r in rows), strict=True)
         ]
         axes[0].plot(range(1, len(middle) + 1), middle, color=f"C{i}", label=arm)
-        start = [100 * s["base"]["evals"][-1]["accuracy"] for s in whole["seeds"]]
+        there = [seed["base"] for seed in whole["seeds"] if arm in seed]
+        start = [100 * b["evals"][-1]["accuracy"] for b in there]
         points = [[100 * e["accuracy"] for e in r["evals"]] for r in rows]
         means = [sum(c) / len(c) for c in [start, *zip(*points, strict=True)]]
         steps = [0, *(e["step"] for e in rows[0]["evals"])]
