@@ -40,8 +40,9 @@ class Head:
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     def logits(self, rows: Rows) -> Tensor:
-        u = self.x[rows] @ self.w.t()
-        return u if self.bias is None else u.add_(self.bias.to(u.dtype))
+        if self.bias is None:
+            return self.x[rows] @ self.w.t()
+        return torch.addmm(self.bias.to(self.x.dtype), self.x[rows], self.w.t())
 
     def stats(self, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """logp (n,), and (max, log of the sum above it, entropy) (n, 3)."""

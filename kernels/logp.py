@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reasonrl.kernels.common import absorb, available, block, scores
+from reasonrl.kernels.common import absorb, available, block, log_of, scores
 
 __all__ = ["available", "logp", "row_grad", "row_stats"]
 
@@ -40,11 +40,11 @@ def stats_kernel(
         m, total, moment = absorb(m, total, moment, s)
     y = tl.load(target_ptr + row) + tl.arange(0, 1)
     taken, _ = scores(tl.load(u_ptr + y).to(tl.float32), cold, softcap, per_softcap, CAPPED)
-    one = row + tl.arange(0, 1)
-    tl.store(logp_ptr + one, (taken - m) - tl.log(total))
+    one, log_sum = row + tl.arange(0, 1), log_of(total)
+    tl.store(logp_ptr + one, (taken - m) - log_sum)
     tl.store(stats_ptr + 3 * one, m)
-    tl.store(stats_ptr + 3 * one + 1, tl.log(total))
-    tl.store(stats_ptr + 3 * one + 2, tl.log(total) - moment / total)
+    tl.store(stats_ptr + 3 * one + 1, log_sum)
+    tl.store(stats_ptr + 3 * one + 2, log_sum - moment / total)
 
 
 @triton.jit

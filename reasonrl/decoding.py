@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ REFILL = 0.25  # of the slots free, and prompts that wait enter
 SHRINK = {"cuda": 0.5}  # of the slots in use, and the rest is given up; 0.8 elsewhere
 WORTH = 16  # tokens from which a recording pays
 log = logging.getLogger(__name__)
+_kept = threading.local()  # of a thread: its last recording, whether one was refused
 
 
 class Decoding:
@@ -63,18 +65,18 @@ class Decoding:
         width = max(map(len, prompt_ids), default=0) + sampling.max_tokens
         self.slots = Slots(batch, width, device, policy.attn)
         self.look, self.shrink = LOOK.get(device.type, 1), SHRINK.get(device.type, 0.8)
-        long = sampling.max_tokens >= WORTH
-        self.steps = Replayed(self._step) if long and policy.replays else self._step
 
     def run(self) -> None:
         """Until every completion has ended or has T tokens: `tokens`, `count`, `logp` then hold
         them."""
-        while self._settle():
+        long = self.sampling.max_tokens >= WORTH
+        step = Replayed(self._step) if long and self.policy.replays else None
+        while self._settle(step):
             for _ in range(self.look):
                 beat()
-                self.steps()
+                (step or self._step)()
 
-    def _settle(self) -> bool:
+    def _settle(self, step: Replayed | None) -> bool:
         """Waiting prompts take free slots; slots that nobody needs go; False at the end."""
         going = (~self.done).nonzero()[:, 0]
         slots, waiting = len(self.done), len(self.prompts) - self.entered
@@ -87,8 +89,8 @@ class Decoding:
         elif not waiting and len(going) <= self.shrink * slots:
             self.slots.keep(going)
             self.row, self.token, self.done = self.row[going], self.token[going], self.done[going]
-            if isinstance(self.steps, Replayed):
-                self.steps.forget()
+            if step is not None:
+                step.forget()
         return True
 
     def _enter(self, at: Tensor) -> None:
@@ -132,14 +134,14 @@ class Replayed:
     def __init__(self, step: Callable[[], None]):
         self.step = step
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm, self.refused = False, False
+        self.warm = False
 
     def __call__(self) -> None:
-        if self.graph is None and self.warm and not self.refused:
+        if self.graph is None and self.warm and not getattr(_kept, "refused", False):
             try:
                 self.graph = _record(self.step)
             except RuntimeError as error:  # a model that waits for the GPU in its forward
-                self.refused = True
+                _kept.refused = True  # said once, tried once: what broke may stay broken
                 log.warning("rollout: no CUDA graph (%s); slower, a step at a time", error)
         if self.graph is not None:
             self.graph.replay()
@@ -153,11 +155,15 @@ class Replayed:
 
 
 def _record(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Without torch.cuda.graph's emptying of the allocator's cache, which the update would pay."""
+    """Without torch.cuda.graph's emptying of the allocator's cache, which the update would pay. All
+    recordings of a thread take their memory from one pool, each what the former, which is kept
+    for that alone, has left."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    former = getattr(_kept, "graph", None)
+    shared = {} if former is None else {"pool": former.pool()}
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(capture_error_mode="thread_local", **shared)
         try:
             step()
         except BaseException:
@@ -166,6 +172,7 @@ def _record(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
+    _kept.graph = graph
     return graph
 
 

@@ -97,7 +97,7 @@ TRITON = [
     ("eta sign", POLICY, "tl.store(eta_ptr + i, -eta", "tl.store(eta_ptr + i, eta", "policy_loss"),
     ("max of the last block", POLICY, "top = tl.maximum(top, tl.where(good, rho, 0.0))", "top = tl.where(good, rho, 0.0)", "policy_loss"),
     ("share of all tokens", POLICY, "length = before[cu].diff()", "length = length", "policy_loss"),
-    ("bias missed", HEAD, "return u if self.bias is None else u.add_(self.bias.to(u.dtype))", "return u", "linear_logp"),
+    ("bias missed", HEAD, "if self.bias is None:\n            return self.x[rows]", "if True:\n            return self.x[rows]", "linear_logp"),
     ("bias gradient missed", HEAD, "            self.db += u.sum(0, dtype=torch.float32)\n", "            pass\n", "linear_logp"),
     ("last rows of a chunk", HEAD, "for start in range(0, n, size)]", "for start in range(0, n - size + 1, size)]", "linear_logp"),
     ("gradients of the wrong rows", HEAD, "rows = at if live.numel() == g.numel() else live[at]", "rows = at", "linear_logp"),

@@ -223,6 +223,16 @@ def test_a_recorded_step_writes_what_a_plain_one_writes(dtype, monkeypatch):
             assert torch.equal(a, b)
 
 
+def test_rollouts_keep_no_more_memory_than_the_first():
+    policy = tiny(dtype="bf16")
+    rows = [Problem(str(i), "") for i in range(16)]
+    kept = []
+    for seed in range(8):
+        sample(policy, rows, [[5 + i, 6] for i in range(16)], 8, Sampling(40), seed)
+        kept.append(torch.cuda.memory_reserved())
+    assert kept[-1] <= kept[1], kept
+
+
 def test_flash_decoding_equals_the_masked_path():
     """Rows of unlike lengths over one cache; in bf16, a step."""
     made = torch.Generator("cuda").manual_seed(0)

@@ -1,6 +1,9 @@
 """Sampling: transformers' greedy tokens, the right distribution, independent rows."""
 
+import gc
 import math
+import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -174,6 +177,24 @@ def test_a_row_that_ended_writes_nothing_more(policy, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_finished_batch_is_freed_at_once(policy, monkeypatch):
+    """Not by a collection that comes at some time: it holds keys and values, and a recording."""
+    made = []
+    init = decoding.Decoding.__init__
+
+    def spy(self, *args):
+        init(self, *args)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(decoding.Decoding, "__init__", spy)
+    gc.disable()
+    try:
+        sample(policy, problems(), PROMPTS, 2, Sampling(20), seed=0)
+        assert made[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_a_recorded_step_is_replayed_until_the_shapes_change(monkeypatch):
     seen = []
     step = decoding.Replayed(lambda: seen.append("step"))
@@ -195,11 +216,15 @@ def test_a_step_that_cannot_be_recorded_is_said_once_and_run(monkeypatch, caplog
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(decoding, "_record", refuse)
+    monkeypatch.setattr(decoding, "_kept", threading.local())
     for _ in range(4):
         step()
     step.forget()
     step()
-    assert seen == ["step"] * 5
+    other = decoding.Replayed(lambda: seen.append("other"))
+    other()
+    other()
+    assert seen == ["step"] * 5 + ["other"] * 2
     assert [r.getMessage() for r in caplog.records] == [
         "rollout: no CUDA graph (operation not permitted when stream is capturing); slower, a"
         " step at a time"

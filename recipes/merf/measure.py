@@ -179,8 +179,9 @@ def measure(row: dict, name: str) -> float:
     parts = {"first": rewards[:HALF], "last": rewards[-HALF:], "run": rewards}
     if name in parts:
         return sum(parts[name]) / len(parts[name]) if rewards else math.nan
+    asked = row["told"] or {"accuracy": math.nan}  # None: cut off before it was asked so
     found = {"plain": last["accuracy"], "plain_reward": last["reward"]}
-    return MEASURES[name][1] * (found | {"told": row["told"]["accuracy"]})[name]
+    return MEASURES[name][1] * (found | {"told": asked["accuracy"]})[name]
 
 
 def interval(values: list[float], name: str, sign: str = "") -> str:
@@ -202,24 +203,26 @@ def table(whole: dict) -> str:
     seeds = whole["seeds"]
     problems = seeds[0]["base"]["evals"][-1]["problems"]
     arms = [arm for arm in ARMS if any(arm in s for s in seeds)]
-    heads = " | ".join(head for head, _ in MEASURES.values())
+    halves = () if whole["steps"] > HALF else ("last", "run")  # nothing of their own
+    columns = [name for name in MEASURES if name not in halves]
+    heads = " | ".join(MEASURES[name][0] for name in columns)
     lines = [
         f"{len(seeds)} seeds, {whole['steps']} steps; {problems} held-out problems a seed, greedy."
         " Right answers in percent, behind any letter; reward from -3 to 3. Mean and 95 %"
         " t-interval over seeds.",
         "",
         f"| arm | {heads} |",
-        f"|{'---|' * (1 + len(MEASURES))}",
+        f"|{'---|' * (1 + len(columns))}",
     ]
     for arm in ("base", *arms):
         there = [s[arm] for s in seeds if arm in s]
-        cells = [interval([measure(row, m) for row in there], m) for m in MEASURES]
+        cells = [interval([measure(row, m) for row in there], m) for m in columns]
         few = f", {len(there)} seeds" if len(there) < len(seeds) else ""
         lines.append(f"| {'cold start' if arm == 'base' else arm}{few} | {' | '.join(cells)} |")
-    lines += ["", f"| difference, paired by seed | {heads} |", f"|{'---|' * (1 + len(MEASURES))}"]
+    lines += ["", f"| difference, paired by seed | {heads} |", f"|{'---|' * (1 + len(columns))}"]
     for one, other in PAIRS:
         both = [(s[one], s[other]) for s in seeds if {one, other} <= {*s}]
-        gaps = {m: [measure(a, m) - measure(b, m) for a, b in both] for m in MEASURES}
+        gaps = {m: [measure(a, m) - measure(b, m) for a, b in both] for m in columns}
         cells = [interval(g, m, "+") for m, g in gaps.items()]
         few = f", {len(both)} seeds" if len(both) < len(seeds) else ""
         if both:
@@ -238,19 +241,22 @@ def table(whole: dict) -> str:
     lines += [f"| seed | cold start | {' | '.join(arms)} |", f"|{'---|' * (2 + len(arms))}"]
     for s in seeds:
         both = [
-            f"{measure(s[a], 'plain'):.1f} / {measure(s[a], 'told'):.1f}" if a in s else ""
+            f"{measure(s[a], 'plain'):.1f} / {measure(s[a], 'told'):.1f}".removesuffix(" / nan")
+            if a in s
+            else ""
             for a in ("base", *arms)
         ]
         lines.append(f"| {s['seed']} | {' | '.join(both)} |")
     versions = ", ".join(f"{k} {v}" for k, v in whole["versions"].items())
-    runs = [s[arm] for s in seeds for arm in arms if arm in s]
-    lines += [
-        "",
-        f"Measured {whole['date']}, {whole['machine']}, {versions}; a run took"
-        f" {min(r['cpu_seconds'] for r in runs):.0f} to {max(r['cpu_seconds'] for r in runs):.0f}"
-        f" processor seconds, load before a run {min(r['load_before'] for r in runs)} to"
-        f" {max(r['load_before'] for r in runs)}.",
-    ]
+    runs = [s[arm] for s in seeds for arm in arms if arm in s and "cpu_seconds" in s[arm]]
+    took = "no run was finished, so none has a time"
+    if runs:
+        took = (
+            f"a run took {min(r['cpu_seconds'] for r in runs):.0f} to"
+            f" {max(r['cpu_seconds'] for r in runs):.0f} processor seconds, load before a run"
+            f" {min(r['load_before'] for r in runs)} to {max(r['load_before'] for r in runs)}"
+        )
+    lines += ["", f"Measured {whole['date']}, {whole['machine']}, {versions}; {took}."]
     return "\n".join(lines) + "\n"
 
 

@@ -33,6 +33,7 @@ MORE, ENOUGH, PIECES = 20, 0.3, 5  # the cold start goes on until enough is righ
 RL = ["cold_start_steps=0", f"steps={STEPS}", "prompts_per_step=32", "group=8"]
 RL += ["learning_rate=3e-5", "eval.at_start=false", f"eval.every={HALF}", "batch.tokens=3072"]
 DEV = 200  # problems of that rule
+NAMES = ("step", "reward", "entropy", "step_time", "completions/mean_length", "grad_norm")
 
 
 def main() -> None:
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["dev", "test"], help="their split")
     parser.add_argument("--only-run", action="store_true", help="leave the tables alone")
     parser.add_argument("--only-read", action="store_true", help="tables of what is finished")
+    parser.add_argument("--half", action="store_true", help="tables at the middle of every arm")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # in its own process: an arm, or base
     parser.add_argument("--set", nargs="*", default=[], metavar="key.path=value")
     options = parser.parse_args()
@@ -128,12 +130,11 @@ def run_arm(options: argparse.Namespace, arm: str, seed: int, words: list[str]) 
     words.append(f"eval.split={options.split}")
     words += [f"model={options.runs / f'base-{seed}' / 'model'}", "model_options={}"]
     run = started(folder, words)
-    names = ("step", "reward", "entropy", "step_time", "completions/mean_length", "grad_norm")
     rows = read(folder / "evals.jsonl")
     return {
         "command": f"reasonrl train merf {' '.join(words)}",
         "evals": [{k.removeprefix("eval/"): v for k, v in row.items()} for row in rows],
-        "steps": [{k: r.get(k) for k in names} for r in read(folder / "metrics.jsonl")],
+        "steps": [{k: r.get(k) for k in NAMES} for r in read(folder / "metrics.jsonl")],
         "told": measured(options, run, ["told"])["told"],
     }
 
@@ -173,15 +174,30 @@ def write(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         places = {arm: place(options.runs, arm, seed) for arm in ("base", *ARMS)}
         rows = {arm: json.loads(p.read_text()) for arm, p in places.items() if p.exists()}
+        if options.half:
+            rows |= {arm: found for arm in ARMS if (found := half_way(options.runs, arm, seed))}
         if "base" in rows:
             seeds.append({"seed": seed, **rows})
     if not seeds:
         raise SystemExit(f"{options.runs}: no seed's cold start is finished")
-    whole = {"steps": STEPS, "seeds": seeds, **seeds[0]["base"]["where"]}
+    steps = HALF if options.half else STEPS
+    whole = {"steps": steps, "seeds": seeds, **seeds[0]["base"]["where"]}
     (HERE / "smollm2.json").write_text(json.dumps(rounded(whole)) + "\n")
     (HERE / "smollm2.md").write_text(table(whole))
     picture(whole, HERE / "smollm2.svg")
     print(table(whole))
+
+
+def half_way(runs: Path, arm: str, seed: int) -> dict:
+    """An arm as it stood at its evaluation in the middle, finished or not; empty before it."""
+    folder = runs / f"{arm.replace(' ', '-')}-{seed}"
+    evals = [row for row in read(folder / "evals.jsonl") if row["step"] <= HALF]
+    if not evals:
+        return {}
+    found = {k.removeprefix("eval/"): v for k, v in evals[-1].items()}
+    steps = [{k: r.get(k) for k in NAMES} for r in read(folder / "metrics.jsonl")[:HALF]]
+    told = {"accuracy": found["trained_prompt/accuracy"]} if arm == "full" else None
+    return {"evals": [found], "steps": steps, "told": told}
 
 
 def where() -> dict:
