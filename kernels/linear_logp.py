@@ -18,7 +18,7 @@ from torch import Tensor
 from reasonrl.kernels.common import add_product, available
 from reasonrl.kernels.logp import row_grad, row_stats
 
-__all__ = ["available", "linear_logp"]
+__all__ = ["available", "linear_logp", "vocab_grads", "vocab_stats"]
 
 SCRATCH = 1 << 30  # bytes of logits alive at one time
 Rows = slice | Tensor  # a run of rows, or their numbers
@@ -81,11 +81,7 @@ class Gradients:
 class LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, entropy):
-        head = Head(hidden, weight, bias, target, scale)
-        taken = torch.empty(target.numel(), dtype=torch.float32, device=hidden.device)
-        stats = torch.empty((target.numel(), 3), dtype=torch.float32, device=hidden.device)
-        for rows in head.chunks(target.numel()):
-            taken[rows], stats[rows] = head.stats(head.logits(rows), rows)
+        taken, stats = vocab_stats(hidden, weight, target, bias, *scale)
         ctx.save_for_backward(hidden, weight, bias, target, stats)
         ctx.known = scale, entropy
         return taken, stats[:, 2].clone()
@@ -94,14 +90,47 @@ class LinearLogp(torch.autograd.Function):
     def backward(ctx, g, h):  # type: ignore[override]
         hidden, weight, bias, target, stats = ctx.saved_tensors
         scale, entropy = ctx.known
-        head = Head(hidden, weight, bias, target, scale)
-        grads = Gradients(head)
-        live = ((g != 0) | (h != 0) if entropy else g != 0).nonzero()[:, 0]
-        for at in head.chunks(live.numel()):
-            rows = at if live.numel() == g.numel() else live[at]
-            given = stats[rows].contiguous(), g[rows], h[rows] if entropy else None
-            grads.add(head.logits(rows), rows, *given, head.x[rows])
-        return *grads.of(hidden, weight, bias), None, None, None
+        h = h if entropy else None
+        return *vocab_grads(hidden, weight, target, bias, *scale, stats, g, h), None, None, None
+
+
+def vocab_stats(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D), these words alone
+    target: Tensor,  # (N,) int64, any word where the row's own stands elsewhere
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """log p (N,) among these words, and (max, log of the sum above it, entropy) (N, 3)."""
+    head = Head(hidden, weight, bias, target, (temperature, softcap))
+    taken = torch.empty(target.numel(), dtype=torch.float32, device=hidden.device)
+    stats = torch.empty((target.numel(), 3), dtype=torch.float32, device=hidden.device)
+    for rows in head.chunks(target.numel()):
+        taken[rows], stats[rows] = head.stats(head.logits(rows), rows)
+    return taken, stats
+
+
+def vocab_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,  # -1 where the row's own word stands elsewhere
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    stats: Tensor,  # (N, 3) of the whole vocabulary
+    g: Tensor,  # (N,) dL/dlogp
+    h: Tensor | None,  # (N,) dL/dentropy
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What these words contribute to dX, dW and db; rows without a gradient are left out."""
+    head = Head(hidden, weight, bias, target, (temperature, softcap))
+    grads = Gradients(head)
+    live = (g != 0 if h is None else (g != 0) | (h != 0)).nonzero()[:, 0]
+    for at in head.chunks(live.numel()):
+        rows = at if live.numel() == g.numel() else live[at]
+        given = stats[rows].contiguous(), g[rows], None if h is None else h[rows]
+        grads.add(head.logits(rows), rows, *given, head.x[rows])
+    return grads.of(hidden, weight, bias)
 
 
 def linear_logp(

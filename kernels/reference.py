@@ -86,6 +86,54 @@ def linear_logp(
     return taken, torch.cat([part[1] for part in parts]) if entropy else None
 
 
+def vocab_stats(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D), one rank's words
+    target: Tensor,  # (N,) int64, any word where the row's own stands elsewhere
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # (N,), (N, 3)
+    """log p among these words, and (max m, log sum e^(s - m), entropy) of every row."""
+    acc = _accumulate(hidden, weight)
+    b = None if bias is None else bias.to(acc)
+    u = torch.nn.functional.linear(hidden.to(acc), weight.to(acc), b)
+    s = (softcap * torch.tanh(u / softcap) if softcap is not None else u) / temperature
+    log_p, m = torch.log_softmax(s, -1), s.amax(-1)
+    h = -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0.0)).sum(-1)
+    taken = log_p.gather(-1, target[:, None])[:, 0]
+    return taken, torch.stack([m, torch.logsumexp(s - m[:, None], -1), h], -1)
+
+
+def vocab_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,  # -1 where the row's own word stands elsewhere
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    stats: Tensor,  # (N, 3) of the whole vocabulary
+    g: Tensor,  # (N,) dL/dlogp
+    h: Tensor | None,  # (N,) dL/dentropy
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dX, dW, db of these words: du = (g (1[v = y] - p) - h p (log p + H)) ds/du."""
+    acc = _accumulate(hidden, weight)
+    x, w, b = hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc)
+    u = torch.nn.functional.linear(x, w, b)
+    t = torch.tanh(u / softcap) if softcap is not None else None
+    s, slope = (u, 1.0) if t is None else (softcap * t, 1.0 - t * t)
+    log_p = s / temperature - stats[:, :1] - stats[:, 1:2]
+    p = log_p.exp()
+    own = target[:, None] == torch.arange(weight.shape[0], device=target.device)
+    du = g[:, None] * (own.to(acc) - p)
+    if h is not None:
+        du -= h[:, None] * p * (torch.where(p > 0, log_p, 0.0) + stats[:, 2:])
+    du = torch.where((g != 0 if h is None else (g != 0) | (h != 0))[:, None], du, 0.0)
+    du = du * slope / temperature
+    db = None if bias is None else du.sum(0).to(bias.dtype)
+    return (du @ w).to(hidden.dtype), (du.t() @ x).to(weight.dtype), db
+
+
 def policy_loss(
     logp: Tensor,  # (N,)
     old_logp: Tensor | None,  # (N,), None = on policy

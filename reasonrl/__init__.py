@@ -16,6 +16,7 @@ _PUBLIC = {
         "Score ScorerDown Step infra scored unscorable"
     ),
     "ops": "linear_logp logp trust_advantage",
+    "vocab_parallel": "vocab_parallel_linear_logp",
     "credit": "StepCredit TokenCredit credit_advantage",
     "loss": "LossSpec linear_policy_loss policy_loss",
     "advantage": "group_advantage prime_advantage returns step_expand step_reduce whiten",

@@ -20,8 +20,9 @@ from reasonrl import checks, compiled, keys
 from reasonrl.records import KernelUnavailable
 
 IMPLS = ("auto", "native", "triton", "cuda", "reference")
-TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss")  # kernels/<name>.py
-VOCABULARY = ("logp", "linear_logp", "linear_policy_loss")  # on a GPU these are Triton's alone
+PARTS = ("vocab_stats", "vocab_grads")  # of linear_logp, where a rank has a part of the vocabulary
+TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss", *PARTS)  # kernels/<name>.py
+VOCABULARY = ("logp", "linear_logp", "linear_policy_loss", *PARTS)  # on a GPU Triton's alone
 
 log = keys.logger("reasonrl")
 
@@ -88,7 +89,8 @@ def _function(
         raise KernelUnavailable(
             f"impl='triton' has no {op} of a credit; credit_advantage(credit) makes a tensor of it"
         )
-    module = f"reasonrl.kernels.{op if impl == 'triton' else impl}"
+    file = "linear_logp" if op in PARTS else op
+    module = f"reasonrl.kernels.{file if impl == 'triton' else impl}"
     try:
         found = importlib.import_module(module)
         reason = found.available()

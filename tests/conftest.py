@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _device
 from hypothesis import settings
 
 # many small tensors: a second thread costs more than it gives; a test that wants two sets them
@@ -74,6 +75,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapped
 
+    # torch remembers for good what `with torch.device` acts on; asked now, these are its own
+    _device._device_constructors()
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -80,6 +80,7 @@ STAIR = [
             "attention",
             "sampling",
             "importance",
+            "vocab_parallel",
             "layers",
             "chat",
             "tiny",

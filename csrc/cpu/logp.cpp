@@ -128,7 +128,8 @@ void row_grad(const Logits& logits, const RowStats& stats, int64_t row, int64_t 
     const float flat = capped ? 1.0f : 1.0f / logits.temperature, c1 = c * flat, h1 = h * flat;
     const float top = stats.max, log_sum = stats.log_sum, whole = stats.entropy;
     float buffer[BLOCK], slope[BLOCK], made[BLOCK], target_slope = flat;
-    const float target_score = score_at<DTYPE>(logits, row, target, &target_slope);
+    const bool here = target >= 0;  // else its word stands in another part of the vocabulary
+    const float target_score = here ? score_at<DTYPE>(logits, row, target, &target_slope) : 0.0f;
     for (int64_t at = 0; at < logits.vocab; at += BLOCK) {
         const int n = (int)(logits.vocab - at < BLOCK ? logits.vocab - at : BLOCK);
         const float* u = scores<DTYPE>(logits, row * logits.vocab + at, n, buffer, slope);
@@ -142,6 +143,7 @@ void row_grad(const Logits& logits, const RowStats& stats, int64_t row, int64_t 
         for (int j = 0; capped && j < n; j++) to[j] *= slope[j];
         if (DTYPE != F32) write<DTYPE>(out, out_row * logits.vocab + at, n, made);
     }
+    if (!here) return;
     const double log_p = (double)target_score - stats.max - stats.log_sum;
     const double p = exp(log_p), bonus = p > 0.0 ? h * p * (log_p + stats.entropy) : 0.0;
     const float at_target = (float)((-c * expm1(log_p) - bonus) * target_slope);
