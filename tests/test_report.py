@@ -45,6 +45,7 @@ def make_run(path: Path, steps=3, rows=None) -> Path:
     lines = []
     for step in range(1, steps + 1):
         lines.append({"step": step, "reward": step / 10, "time/update": 1.0, "note": "text"})
+        lines[-1] |= {"warnings": ["shrinks"]} if step == 9 else {}
         table = (
             rows(step)
             if rows
@@ -153,6 +154,7 @@ def test_older_steps_are_sampled_when_the_page_is_full(tmp_path):
     one = len(json.dumps(gather([run])["runs"][0]["steps"][0]["groups"]))
     (found,) = gather([run], budget=3 * one + 10)["runs"]
     assert [s["step"] for s in found["steps"]] == [1, 5, 9]
+    assert found["notes"].pop() == "step 9: shrinks"  # a warning of the run itself
     assert found["notes"] == ["3 of 9 steps with completions are in this page"]
 
 
@@ -186,7 +188,8 @@ def test_values_of_wrong_types_are_missing_and_the_page_is_still_written(tmp_pat
 
 def test_runs_are_told_apart_and_long_ones_thinned(tmp_path, monkeypatch):
     one, two = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")
-    assert [r["name"] for r in gather([one, two])["runs"]] == [str(one), str(two)]
+    assert [r["name"] for r in gather([one, two])["runs"]] == ["a/run", "b/run"]
+    assert [r["name"] for r in gather([one, one])["runs"]] == [str(one), str(one)]
     monkeypatch.chdir(one)
     assert gather(["."])["runs"][0]["name"] == "run"
     rows = "".join(json.dumps({"step": n, "reward": 1.0}) + "\n" for n in range(1, 4502))

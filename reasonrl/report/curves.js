@@ -3,7 +3,7 @@ const FIRST = ["reward", "eval/accuracy", "process/outcome_mean", "kl", "entropy
   "process/gamma", "process/thinking_weight", "clip_ratio/region_mean", "completions/clipped_ratio", "rows/live",
   "loss", "grad_norm", "reward_std", "frac_reward_zero_std", "learning_rate", "step_time"];
 const SCHEDULED = ["learning_rate", "process/thinking_weight", "num_tokens"]; // not noise: never smoothed
-const PHASE = "time/";
+const PHASE = "time/", PHASES = ["rollout", "score", "update", "reward_update", "eval", "save"];
 
 function series(run, name) {
   const rows = name.startsWith("eval/") ? run.evals : run.metrics, error = name + "_se";
@@ -28,7 +28,7 @@ function names() {
     for (const r of run.evals) for (const k of Object.keys(r)) if (k.startsWith("eval/")) all.add(k);
   }
   all.delete("step");
-  const rank = (n) => { const i = FIRST.indexOf(n); return i >= 0 ? i : n.startsWith("process/") ? 50 : n.startsWith("eval/") ? 60 : n.startsWith(PHASE) ? 90 : 70; };
+  const rank = (n) => { const i = FIRST.indexOf(n); return i >= 0 ? i : n.startsWith("process/") ? 50 : n.startsWith("monitor/") || n.startsWith("canary/") ? 55 : n.startsWith("eval/") ? 60 : n.startsWith(PHASE) ? 90 : 70; };
   return [...all].filter((n) => !n.endsWith("_se")).sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
 }
 function frame(name, xs, low, high) {
@@ -111,6 +111,8 @@ function split(run) {
   const rows = run.metrics.filter((r) => Object.keys(r).some((k) => k.startsWith(PHASE)));
   const phases = [...new Set(rows.flatMap((r) => Object.keys(r).filter((k) => k.startsWith(PHASE))))];
   if (!rows.length) return null;
+  const place = (k) => PHASES.indexOf(k.slice(5)) + 1 || PHASES.length + 1;
+  phases.sort((a, b) => place(a) - place(b) || a.localeCompare(b));
   const of = (r, n) => phases.slice(0, n).reduce((sum, k) => sum + (r[k] || 0), 0);
   const xs = rows.map((r) => r.step), f = frame("", xs, 0, most(rows.map((r) => of(r, phases.length))));
   const colour = (i) => COLOURS[i % COLOURS.length];

@@ -40,12 +40,21 @@ def gather(
     """Everything the page needs, JSON values only; InputError where a folder holds no run. A cache
     saves what files that have not changed cost the next time."""
     paths = [Path(run) for run in runs]
-    names = [path.resolve().name for path in paths]
     share, points = budget // max(1, len(paths)), POINTS // max(1, len(paths))
     found = [_run(path, share, points, {} if cache is None else cache) for path in paths]
-    for run, path, name in zip(found, paths, names, strict=True):
-        run["name"] = _shown(name if names.count(name) == 1 else path)
+    for run, name in zip(found, _names(paths), strict=True):
+        run["name"] = _shown(name)
     return {"runs": found}
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of every path, as many as tell them apart."""
+    whole = [path.resolve().parts for path in paths]
+    for size in range(1, max(map(len, whole), default=0)):
+        names = ["/".join(parts[-size:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def embedded(data: Any) -> str:
@@ -149,11 +158,13 @@ def completion_files(path: Path) -> dict[int, Path]:
     return found
 
 
-def read_table(file: Path) -> list[dict[str, Any]]:
+def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a completions table; InputError where it is torn."""
     try:
         with file.open("rb") as data:
-            table = pyarrow.parquet.read_table(data, page_checksum_verification=True)
+            table = pyarrow.parquet.read_table(
+                data, columns=columns, page_checksum_verification=True
+            )
             return table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -172,6 +183,8 @@ def _numbers(path: Path, points: int, notes: list[str]) -> list[dict[str, Any]]:
             row = ()
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             found = {k: _rounded(v) for k, v in row.items()}
+            said = _list(row.get("warnings"))
+            notes += [f"step {row['step']}: {_shown(warning, 500)}" for warning in said]
             rows.append({str(_shown(k, 200)): v for k, v in found.items() if v is not None})
         elif row is not None and number < len(lines):  # the last one is still being written
             bad.append(number)
