@@ -212,6 +212,10 @@ def test_tokens_are_counted_as_a_browser_counts(tmp_path):
     }
     found = tokens(ratio, more["completion"])["tokens"]
     assert found["r"] == [1000, 1300, 1000, 500] and found["c"] == [1, 3]
+    ones = more | {"token_ratios": [1.0] * 4}
+    assert tokens(ones, more["completion"])["tokens"]["r"] == 1
+    gone = more | {"token_ratios": [math.nan] * 4}
+    assert tokens(gone, more["completion"])["tokens"]["r"] == [None] * 4
     assert tokens(more | {"token_logps": [-0.5]}, more["completion"]) == {}
     assert tokens(more | {"token_starts": [0, 9, 3, 6]}, more["completion"]) == {}
 

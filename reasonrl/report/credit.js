@@ -41,11 +41,15 @@ function token(row, at) {
   return n < t.n.length ? `token ${n + 1}: ${numbers(t, [n])}` : "";
 }
 function numbers(t, which) {
-  const ratio = t.r ? mean(which.map((n) => t.r[n] / 1000)) : 1, cut = new Set(t.c || []);
-  const clipped = which.filter((n) => cut.has(n)).length;
-  const says = which.length > 1 ? `${clipped} of ${which.length} clipped` : clipped ? "clipped" : "not clipped";
-  const logp = mean(which.map((n) => -t.l[n] / 100));
-  return `log-prob ${short(+logp.toFixed(3))}, ratio ${short(+ratio.toFixed(3))}, ${says}`;
+  // The mean over some tokens: log-prob when drawn, ratio in the update, clipped there or not.
+  const said = [`log-prob ${short(+mean(which.map((n) => -t.l[n] / 100)).toFixed(3))}`];
+  if (t.r === undefined) return said[0] + ", ratio not stored";
+  const ratio = t.r === 1 ? which.map(() => 1) : which.map((n) => t.r[n]).filter((v) => v !== null).map((v) => v / 1000);
+  if (!ratio.length) return said[0] + ", not in the update (no credit)";
+  const cut = new Set(t.c || []), clipped = which.filter((n) => cut.has(n)).length;
+  said.push(`ratio ${short(+mean(ratio).toFixed(3))}`);
+  said.push(which.length > 1 ? `${clipped} of ${which.length} clipped` : clipped ? "clipped" : "not clipped");
+  return said.join(", ");
 }
 function inside(row, from, to) {
   const out = [];

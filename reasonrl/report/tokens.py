@@ -1,9 +1,9 @@
 """Tokens of a completion for the page: where each stands, its log-probability, its ratio, clipped.
 
-A run stores them as columns (token_columns writes, tokens reads); older runs have none. The page
-counts characters in UTF-16 units, as browsers do, and numbers are sent as small integers: -100
-times the log-probability, 1000 times the ratio. Ratios that are all 1 (one update a step) are left
-out.
+A run stores them as columns (reasonrl/seen.py); older runs have none. The page counts characters
+in UTF-16 units, as browsers do, and numbers are sent as small integers: -100 times the
+log-probability, 1000 times the ratio, null where the row was left out of the update. Ratios that
+are all 1 (one update a step) are sent as 1.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def tokens(row: Mapping[str, Any], text: str) -> dict[str, Any]:
         "n": [_units(text[a:b]) for a, b in zip(edges, edges[1:], strict=False)],
         "l": [round(-100 * value) for value in logp],
     }
-    ratio, clipped = _numbers(row.get("token_ratios")), row.get("token_clipped")
-    if len(ratio) == len(starts) and any(value != 1 for value in ratio):
-        out["r"] = [round(1000 * value) for value in ratio]
+    ratio, clipped = row.get("token_ratios"), row.get("token_clipped")
+    if isinstance(ratio, list) and len(ratio) == len(starts):
+        sent = [round(1000 * v) if _numbers([v]) else None for v in ratio]
+        out["r"] = 1 if all(value == 1000 for value in sent) else sent
     if isinstance(clipped, list) and len(clipped) == len(starts):
         out["c"] = [i for i, value in enumerate(clipped) if value is True]
     return {"tokens": out}
