@@ -13,8 +13,11 @@ export PYTHON TORCH_INDEX
 
 quickstart:
 	@bash .ci/venv "$(VENV)"
-	@"$(VENV)/bin/reasonrl" train quickstart
-	@echo "Done. Look into runs/quickstart: metrics.jsonl (a line a step), completions/ and the checkpoints."
+	@run=runs/quickstart; n=2; while [ -e "$$run" ]; do run=runs/quickstart-$$n; n=$$((n + 1)); done; \
+		"$(VENV)/bin/reasonrl" train quickstart --out "$$run" \
+		&& "$(VENV)/bin/reasonrl" report "$$run" > /dev/null \
+		&& echo "Done. Open $$PWD/$$run/report.html in a browser: curves, and every completion by its steps." \
+		&& echo "Also there: metrics.jsonl (a line a step), completions/ and the checkpoints."
 
 test:
 	@bash .ci/venv "$(VENV)" test

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import _device
 from hypothesis import settings
+from torch.utils import _device
 
 # many small tensors: a second thread costs more than it gives; a test that wants two sets them
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

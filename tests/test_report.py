@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -21,8 +22,9 @@ from PIL import Image
 from reasonrl import InputError
 from reasonrl.cli import main
 from reasonrl.report import serve, write
-from reasonrl.report.gather import _spread, gather, parts
-from reasonrl.report.page import embedded
+from reasonrl.report.gather import _spread, embedded, gather, parts
+from reasonrl.report.serve import Feed
+from reasonrl.report.tokens import tokens
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -43,6 +45,7 @@ def make_run(path: Path, steps=3, rows=None) -> Path:
     lines = []
     for step in range(1, steps + 1):
         lines.append({"step": step, "reward": step / 10, "time/update": 1.0, "note": "text"})
+        lines[-1] |= {"warnings": ["shrinks"]} if step == 9 else {}
         table = (
             rows(step)
             if rows
@@ -151,7 +154,70 @@ def test_older_steps_are_sampled_when_the_page_is_full(tmp_path):
     one = len(json.dumps(gather([run])["runs"][0]["steps"][0]["groups"]))
     (found,) = gather([run], budget=3 * one + 10)["runs"]
     assert [s["step"] for s in found["steps"]] == [1, 5, 9]
+    assert found["notes"].pop() == "step 9: shrinks"  # a warning of the run itself
     assert found["notes"] == ["3 of 9 steps with completions are in this page"]
+
+
+def test_a_step_too_large_for_the_page_is_cut_to_whole_completions(tmp_path):
+    """Escapes count: a text of marks takes six times its length in the page."""
+    rows = [row(1, n // 4, "<&>" * 200, steps=[]) for n in range(40)]
+    run = make_run(tmp_path / "run", 1, lambda step: rows)
+    found = gather([run], budget=40_000)["runs"][0]
+    kept = sum(len(g["rows"]) for g in found["steps"][0]["groups"])
+    assert 8 <= kept <= 11 and len(embedded(found["steps"])) < 40_500
+    assert found["notes"] == [f"step 1: {kept} of 40 completions are in this page"]
+
+
+def test_values_of_wrong_types_are_missing_and_the_page_is_still_written(tmp_path):
+    odd = [None, True, math.nan, math.inf, 1e30, "x", [], [1], [[0, 2]], [None], [["a", "b"]]]
+    odd += [[[0, 2**40]], [[-5, 3]], {"a": 1}, b"\xff", "\u202e"]
+    names = [*row(1, 1), "images", "token_starts", "token_logps", "token_ratios", "token_clipped"]
+    for i, value in enumerate(odd):
+        run = tmp_path / str(i)
+        (run / "completions").mkdir(parents=True)
+        (run / "config.yaml").write_bytes((b"model: [", b"\xff\x00", b"future: 1\n")[i % 3])
+        lines = '{"step": 1, "reward": NaN}\n{"step": 2, "kl": 1e999}\n[7]\n' + "[" * 5000
+        (run / "metrics.jsonl").write_text(lines + '\n{"step": 3, "reward": 0.5}\n')
+        table = pyarrow.table({n: pyarrow.array([value]) for n in names if n != "step" or i % 2})
+        pyarrow.parquet.write_table(table, run / "completions/completions_00001.parquet")
+        (found,) = data_of(write([run]).read_text())["runs"]
+        assert found["metrics"] == [{"step": 1}, {"step": 2}, {"step": 3, "reward": 0.5}]
+        assert "row 3 and 1 more: expected a JSON object with a step" in found["notes"][0]
+        assert len(found["steps"][0]["groups"]) == 1
+
+
+def test_runs_are_told_apart_and_long_ones_thinned(tmp_path, monkeypatch):
+    one, two = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")
+    assert [r["name"] for r in gather([one, two])["runs"]] == ["a/run", "b/run"]
+    assert [r["name"] for r in gather([one, one])["runs"]] == [str(one), str(one)]
+    monkeypatch.chdir(one)
+    assert gather(["."])["runs"][0]["name"] == "run"
+    rows = "".join(json.dumps({"step": n, "reward": 1.0}) + "\n" for n in range(1, 4502))
+    (one / "metrics.jsonl").write_text(rows)
+    (found,) = gather([one])["runs"]
+    assert [r["step"] for r in found["metrics"]][-2:] == [4498, 4501]
+    assert len(found["metrics"]) == 1501
+    assert found["notes"] == ["metrics.jsonl: the curves show one row in 3 of 4501"]
+
+
+def test_tokens_are_counted_as_a_browser_counts(tmp_path):
+    more = {"completion": "a\U0001f600b;cd", "steps": [[0, 4], [4, 6]]}
+    more |= {"token_starts": [0, 1, 3, 6], "token_logps": [-0.5, -1.25, -0.001, -2.0]}
+    assert tokens(more, more["completion"]) == {
+        "tokens": {"n": [1, 3, 3, 0], "l": [50, 125, 0, 200]}
+    }
+    ratio = more | {
+        "token_ratios": [1.0, 1.3, 1.0, 0.5],
+        "token_clipped": [False, True, False, True],
+    }
+    found = tokens(ratio, more["completion"])["tokens"]
+    assert found["r"] == [1000, 1300, 1000, 500] and found["c"] == [1, 3]
+    ones = more | {"token_ratios": [1.0] * 4}
+    assert tokens(ones, more["completion"])["tokens"]["r"] == 1
+    gone = more | {"token_ratios": [math.nan] * 4}
+    assert tokens(gone, more["completion"])["tokens"]["r"] == [None] * 4
+    assert tokens(more | {"token_logps": [-0.5]}, more["completion"]) == {}
+    assert tokens(more | {"token_starts": [0, 9, 3, 6]}, more["completion"]) == {}
 
 
 def test_served_pages_follow_the_run(tmp_path):
@@ -169,9 +235,35 @@ def test_served_pages_follow_the_run(tmp_path):
         assert news["runs"][0]["metrics"][-1] == {"step": 2, "reward": 0.7}
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{base}/../config.yaml", timeout=30)
+        elsewhere = urllib.request.Request(base, headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # a name that leads here
+            urllib.request.urlopen(elsewhere, timeout=30)
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_only_what_is_new_is_sent(tmp_path):
+    run = make_run(tmp_path / "run", 2)
+    feed = Feed([run])
+
+    def sent(at):
+        return {s["step"]: "groups" in s for s in feed.news(at)["runs"][0]["steps"]}
+
+    at = feed.news()["at"]
+    assert sent("") == {1: True, 2: True} and sent(at) == {1: False, 2: False}
+    assert feed.news(at)["at"] == at and sent("another.9") == {1: True, 2: True}
+    third = run / "completions/completions_00003.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(3, 1)]), third)
+    assert sent(at) == {1: False, 2: False, 3: True}
+    later = feed.news(at)["at"]
+    third.unlink()  # the run was started again from an earlier checkpoint
+    assert sent(later) == {1: False, 2: False}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(3, 2)]), third)
+    assert sent(later) == {1: False, 2: False, 3: True}
+    shutil.rmtree(run)
+    with pytest.raises(InputError, match="no such folder"):
+        feed.news(later)
 
 
 def test_the_command(tmp_path, capsys):
@@ -179,7 +271,10 @@ def test_the_command(tmp_path, capsys):
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
     assert main(["report", str(tmp_path / "none")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "no such folder; give the --out folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(run), "--out", str(tmp_path / "file/page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 BROWSER = next(

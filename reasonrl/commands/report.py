@@ -45,7 +45,8 @@ def _report(options: argparse.Namespace) -> int:
             return 0
         finally:
             server.server_close()
-    page = write(options.runs, options.out)
+    with _busy("reading the run"):
+        page = write(options.runs, options.out)
     print(page)
     if options.open:
         webbrowser.open(page.resolve().as_uri())
@@ -69,7 +70,8 @@ def _audit(options: argparse.Namespace) -> int:
 
     from reasonrl.audit import audit
 
-    found = audit(options.run_folder)
+    with _busy("reading the run"):
+        found = audit(options.run_folder)
     table = Table("monitor", "verdict", "what was seen")
     marks = {"ok": "green", "alarm": "bold red", "not measured": "dim"}
     for finding in found:
@@ -79,6 +81,13 @@ def _audit(options: argparse.Namespace) -> int:
     alarms = [finding.name for finding in found if finding.verdict == "alarm"]
     print(f"alarm: {', '.join(alarms)}" if alarms else "no alarm")
     return 1 if alarms else 0
+
+
+def _busy(text: str):
+    """A line on a terminal while something takes its time; nothing elsewhere."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
 
 
 def _plain(text: str):

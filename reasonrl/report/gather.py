@@ -1,16 +1,16 @@
-"""What the run page shows, read from a run's files; a damaged file is named and left out.
+"""What the run page shows, read from a run's files; what is damaged is named and left out.
 
 Numbers come from metrics.jsonl and evals.jsonl, completions from the parquet files. A completion is
 sent as parts (text, step reward, step advantage), cut here, because characters are not counted
-alike everywhere. The page holds at most BUDGET bytes of completions: the last step, the first, then
-ever finer in between until it is full; a text longer than LONGEST is cut in the middle and says so.
-Left out: token log-probabilities (a run does not store them).
+alike everywhere; tokens.py adds its tokens' log-probabilities where a run stores them. The page
+holds at most BUDGET bytes of completions: the last step, the first, then ever finer in between
+until it is full; POINTS rows of numbers; a text longer than LONGEST is cut in the middle and says
+so. Whatever stands in a file, a page comes out: a value of a wrong type counts as missing.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,48 +20,133 @@ import pyarrow.parquet
 
 from reasonrl import config as configs
 from reasonrl import images
-from reasonrl.log import COMPLETIONS, read_rows
+from reasonrl.log import COMPLETIONS
 from reasonrl.records import InputError
+from reasonrl.report.tokens import tokens
 
-BUDGET = 14_000_000  # bytes of JSON for the completions of all runs
+BUDGET = 14_000_000  # bytes of the page for the completions of all runs
+POINTS = 2_000  # rows of numbers of all runs, each of two files
 LONGEST = 20_000  # characters of one text
 SIDE = 320  # pixels of a shown image, at most
+NOTES = 20  # of a run
 CONTROL = {i: 0x2400 + i for i in range(32) if i not in (9, 10)} | {127: 0x2421}
 
-
-def gather(runs: Sequence[str | Path], budget: int = BUDGET) -> dict[str, Any]:
-    """Everything the page needs, JSON values only; InputError where a folder holds no run."""
-    return {"runs": [_run(Path(run), budget // max(1, len(runs))) for run in runs]}
+Cache = dict[Path, tuple[str, Any, list[str]]]  # file -> its stamp, what was made of it, notes
 
 
-def _run(path: Path, budget: int) -> dict[str, Any]:
+def gather(
+    runs: Sequence[str | Path], budget: int = BUDGET, cache: Cache | None = None
+) -> dict[str, Any]:
+    """Everything the page needs, JSON values only; InputError where a folder holds no run. A cache
+    saves what files that have not changed cost the next time."""
+    paths = [Path(run) for run in runs]
+    share, points = budget // max(1, len(paths)), POINTS // max(1, len(paths))
+    found = [_run(path, share, points, {} if cache is None else cache) for path in paths]
+    for run, name in zip(found, _names(paths), strict=True):
+        run["name"] = _shown(name)
+    return {"runs": found}
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of every path, as many as tell them apart."""
+    whole = [path.resolve().parts for path in paths]
+    for size in range(1, max(map(len, whole), default=0)):
+        names = ["/".join(parts[-size:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def embedded(data: Any) -> str:
+    """JSON that cannot end the element it stands in, nor be taken for markup."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _run(path: Path, budget: int, points: int, cache: Cache) -> dict[str, Any]:
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder")
+        raise InputError(f"{path}: no such folder; give the --out folder of `reasonrl train`")
     if not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl")):
-        raise InputError(f"{path}: expected a run (config.yaml, metrics.jsonl), found none")
+        raise InputError(
+            f"{path}: expected a run (config.yaml, metrics.jsonl), found none; give the --out"
+            " folder of `reasonrl train`"
+        )
     notes: list[str] = []
-    files = completion_files(path)
-    steps, shown = [], 0
-    for number in _spread(sorted(files)):
-        groups = _groups(files[number], notes)
-        size = len(json.dumps(groups))
-        if steps and size > budget:
-            notes.append(f"{shown} of {len(files)} steps with completions are in this page")
-            break
-        budget -= size
-        shown += 1
-        steps.append({"step": number, "groups": groups})
-    config = path / "config.yaml"
+    steps, read = _steps(path, budget, notes, cache)
     names = {name for step in steps for group in step["groups"] for name in group["images"]}
     return {
-        "name": path.name,
-        "images": _pictures(path, sorted(names), budget, notes),
-        "config": config.read_text("utf-8", "replace") if config.is_file() else "",
-        "metrics": _numbers(path / "metrics.jsonl", notes),
-        "evals": _numbers(path / "evals.jsonl", notes),
+        "images": _pictures(path, sorted(names), budget - read, notes, cache),
+        "config": _shown(_text(path / "config.yaml"), 100_000),
+        "metrics": _numbers(path / "metrics.jsonl", points, notes),
+        "evals": _numbers(path / "evals.jsonl", points, notes),
         "steps": sorted(steps, key=lambda s: s["step"]),
-        "notes": notes,
+        "notes": notes[:NOTES] + [f"and {len(notes) - NOTES} more"] * (len(notes) > NOTES),
     }
+
+
+def _steps(
+    path: Path, budget: int, notes: list[str], cache: Cache
+) -> tuple[list[dict[str, Any]], int]:
+    """Steps whose completions fit into so many bytes of the page, and the bytes they take."""
+    files, steps, read = completion_files(path), [], 0
+    for number in _spread(sorted(files)):
+        stamp = _stamp(files[number])
+        (groups, size), said = _kept(cache, files[number], stamp, _sized)
+        notes += said
+        if steps and read + size > budget:
+            notes.append(f"{len(steps)} of {len(files)} steps with completions are in this page")
+            break
+        if size > budget:
+            whole = sum(len(group["rows"]) for group in groups)
+            groups, size = _fitting(groups, budget)
+            held = sum(len(group["rows"]) for group in groups)
+            notes.append(f"step {number}: {held} of {whole} completions are in this page")
+        read += size
+        steps.append({"step": number, "stamp": stamp, "groups": groups})
+    return steps, read
+
+
+def _sized(file: Path, notes: list[str]) -> tuple[list[dict[str, Any]], int]:
+    groups = _groups(file, notes)
+    return groups, len(embedded(groups))
+
+
+def _fitting(groups: list[dict[str, Any]], budget: int) -> tuple[list[dict[str, Any]], int]:
+    """Whole groups in their order while they fit; the one that does not, as far as it does."""
+    kept, read = [], 0
+    for group in groups:
+        room = budget - read - len(embedded(group | {"rows": []}))
+        rows = []
+        for row in group["rows"]:
+            room -= len(embedded(row)) + 1
+            if room < 0:
+                break
+            rows.append(row)
+        if rows:
+            kept.append(group | {"rows": rows})
+            read += len(embedded(kept[-1])) + 1
+        if len(rows) < len(group["rows"]):
+            break
+    return kept, read
+
+
+def _kept(cache: Cache, file: Path, stamp: str, make) -> tuple[Any, list[str]]:
+    """What `make(file, notes)` gives, and its notes; made anew where the file has changed."""
+    if file not in cache or cache[file][0] != stamp:
+        notes: list[str] = []
+        cache[file] = stamp, make(file, notes), notes
+    return cache[file][1:]
+
+
+def _stamp(file: Path) -> str:
+    """Another one as soon as the file is another one."""
+    try:
+        known = file.stat()
+    except OSError:
+        return ""
+    return f"{known.st_mtime_ns:x}.{known.st_size:x}.{known.st_ino:x}"
 
 
 def completion_files(path: Path) -> dict[int, Path]:
@@ -73,28 +158,51 @@ def completion_files(path: Path) -> dict[int, Path]:
     return found
 
 
-def read_table(file: Path) -> list[dict[str, Any]]:
+def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a completions table; InputError where it is torn."""
     try:
         with file.open("rb") as data:
-            table = pyarrow.parquet.read_table(data, page_checksum_verification=True)
+            table = pyarrow.parquet.read_table(
+                data, columns=columns, page_checksum_verification=True
+            )
             return table.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file}: cannot be read ({reason})") from None
 
 
-def _numbers(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _numbers(path: Path, points: int, notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of a metrics file that can be read, numbers only; evenly spaced where too many."""
+    rows: list[dict[str, Any]] = []
+    bad: list[int] = []
+    lines = _text(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = ()
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found = {k: _rounded(v) for k, v in row.items()}
+            said = _list(row.get("warnings"))
+            notes += [f"step {row['step']}: {_shown(warning, 500)}" for warning in said]
+            rows.append({str(_shown(k, 200)): v for k, v in found.items() if v is not None})
+        elif row is not None and number < len(lines):  # the last one is still being written
+            bad.append(number)
+    if bad:
+        also = f" and {len(bad) - 1} more" * (len(bad) > 1)
+        notes.append(f"{path}: row {bad[0]}{also}: expected a JSON object with a step; left out")
+    every = -(-len(rows) // max(1, points))
+    if every > 1:
+        notes.append(f"{path.name}: the curves show one row in {every} of {len(rows)}")
+    return rows[::-1][:: max(1, every)][::-1]
+
+
+def _text(path: Path) -> str:
+    """A file's text; empty where there is none."""
     try:
-        rows = read_rows(path)
-    except InputError as error:
-        notes.append(str(error))
-        return []
-    numbers = (int, float)
-    return [
-        {k: v for k, v in row.items() if isinstance(v, numbers) and not isinstance(v, bool)}
-        for row in rows
-    ]
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def _spread(steps: Sequence[int]) -> Iterator[int]:
@@ -132,7 +240,7 @@ def _groups(file: Path, notes: list[str]) -> list[dict[str, Any]]:
                 "id": _shown(key),
                 "prompt": _shown(row.get("prompt")),
                 "answer": _shown(row.get("answer")),
-                "images": [str(name) for name in row.get("images") or []],
+                "images": [name for name in _list(row.get("images")) if isinstance(name, str)],
                 "rows": [],
             },
         )
@@ -140,27 +248,41 @@ def _groups(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def _pictures(path: Path, names: Sequence[str], budget: int, notes: list[str]) -> dict[str, str]:
+def _pictures(
+    path: Path, names: Sequence[str], budget: int, notes: list[str], cache: Cache
+) -> dict[str, str]:
     """Images of prompts by name, small, as data; one that cannot be shown is named. Only those in
     the run's folder and in its data's are looked at, whatever a file of the run says."""
     out: dict[str, str] = {}
     roots = _roots(path) if names else []
     for name in names:
-        file = (path / name).resolve()
         try:
-            if not any(file.is_relative_to(root) for root in roots):
-                raise InputError(f"{_shown(name)}: an image outside the run and its data")
-            (picture,) = images.decode([str(file)])
-        except InputError as error:
-            notes.append(str(error))
+            file = (path / name).resolve()
+            inside = any(file.is_relative_to(root) for root in roots)
+        except (OSError, ValueError):  # no name of a file
+            inside, file = False, path
+        if not inside:
+            notes.append(f"{_shown(name, 300)}: an image outside the run and its data")
             continue
-        picture.thumbnail((SIDE, SIDE))
-        out[name] = images.data_url(picture)
-        budget -= len(out[name])
+        picture, said = _kept(cache, file, _stamp(file), _picture)
+        notes += said
+        budget -= len(picture)
         if budget < 0:
             notes.append(f"{len(out)} of {len(names)} images are in this page")
             break
+        if picture:
+            out[name] = picture
     return out
+
+
+def _picture(file: Path, notes: list[str]) -> str:
+    try:
+        (picture,) = images.decode([str(file)])
+    except InputError as error:
+        notes.append(str(error))
+        return ""
+    picture.thumbnail((SIDE, SIDE))
+    return images.data_url(picture)
 
 
 def _roots(path: Path) -> list[Path]:
@@ -173,28 +295,31 @@ def _roots(path: Path) -> list[Path]:
 
 
 def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "parts": parts(row),
+    shown = parts(row)
+    out = {
+        "parts": shown,
         "reward": _number(row.get("reward")),
         "outcome": _number(row.get("outcome", row.get("reward"))),
-        "kind": _shown(row.get("reward_kind")),
-        "reason": _shown(row.get("reward_reason")),
+        "kind": _shown(row.get("reward_kind"), 300),
+        "reason": _shown(row.get("reward_reason"), 2000),
         "advantage": _number(row.get("advantage")),
         "finished": bool(row.get("finished", True)),
     }
+    text = str(row.get("completion") or "")
+    whole = sum(len(piece) for piece, *_ in shown) == len(text)
+    return out | (tokens(row, text) if whole else {})
 
 
 def parts(row: Mapping[str, Any]) -> list[list[Any]]:
     """[text, step reward, step advantage] of every stretch; null, null outside all steps."""
     text = str(row.get("completion") or "")
-    spans = row.get("steps") or []
-    rewards, credit = row.get("step_rewards") or [], row.get("step_advantages") or []
+    rewards, credit = (_list(row.get(name)) for name in ("step_rewards", "step_advantages"))
     out: list[list[Any]] = []
     at = 0
-    for i, span in enumerate(spans):
-        if not isinstance(span, list | tuple) or len(span) != 2:
+    for i, span in enumerate(_list(row.get("steps"))):
+        if len(_list(span)) != 2 or not all(type(edge) is int for edge in span):
             continue
-        start, end = max(at, min(int(span[0]), len(text))), min(int(span[1]), len(text))
+        start, end = max(at, min(span[0], len(text))), min(span[1], len(text))
         if start > at:
             out.append([text[at:start], None, None])
         if end > start:
@@ -205,6 +330,10 @@ def parts(row: Mapping[str, Any]) -> list[list[Any]]:
         out.append([text[at:], None, None])
     room = max(200, LONGEST // max(1, len(out)))
     return [[_shown(piece, room), *rest] for piece, *rest in out]
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else []
 
 
 def _shown(value: Any, room: int = LONGEST) -> str | None:
@@ -219,6 +348,12 @@ def _shown(value: Any, room: int = LONGEST) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = _rounded(value)
+    return None if number is None else round(float(number), 5)
+
+
+def _rounded(value: Any) -> int | float | None:
+    """Six digits of a finite number, None for anything else; beyond 1e300 nothing is a number."""
+    if type(value) not in (int, float) or not abs(value) < 1e300:
         return None
-    return round(float(value), 5)
+    return value if type(value) is int else float(f"{value:.6g}")

@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from reasonrl import __version__
 from reasonrl.log import replace_file
-from reasonrl.report.gather import gather
+from reasonrl.records import InputError
+from reasonrl.report.gather import embedded, gather
 
 HERE = Path(__file__).parent
+SCRIPTS = ("basics.js", "curves.js", "credit.js", "page.js")  # one script, in this order
 
 
 def write(runs: Sequence[str | Path], out: Path | None = None) -> Path:
     """The page of one run, or of several side by side, in `out` (default: RUN/report.html)."""
     target = out or Path(runs[0]) / "report.html"
     data = page(gather(runs)).encode()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, data)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target, data)
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be written ({error.strerror}); name another file with --out"
+        ) from None
     return target
 
 
 def page(data: dict[str, Any], live: bool = False) -> str:
     """The HTML text; live: it asks its server for news."""
-    script = (HERE / "page.js").read_text("utf-8")
+    script = "".join((HERE / name).read_text("utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     source = "'self'" if live else "'none'"
     policy = (
@@ -48,12 +54,4 @@ def page(data: dict[str, Any], live: bool = False) -> str:
     text = (HERE / "page.html").read_text("utf-8")
     for name, value in values.items():
         text = text.replace(f"<!--{name}-->", value, 1)
-    return text
-
-
-def embedded(data: dict[str, Any]) -> str:
-    """JSON that cannot end the element it stands in, nor be taken for markup."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
     return text
