@@ -92,6 +92,13 @@ class Ceiling(Section):
     patience: Positive = 10  # steps in a row
 
 
+class Canary(Section):
+    """Right completions judged under another problem, which nobody may reward; every 0 = never."""
+
+    every: Count = 10  # steps
+    count: Positive = 8  # of one step and process, at most
+
+
 class Lora(Section):
     """A LoRA adapter in place of all weights; rank 0 = none. alpha: 2 * rank by default."""
 
@@ -149,6 +156,7 @@ class Config(Section):
     filter: Filter = Filter()
     lora: Lora = Lora()
     ceiling: Ceiling = Ceiling()
+    canary: Canary = Canary()
     eval: Eval = Eval()
     save: Save = Save()
     batch: BatchLimit = BatchLimit()
@@ -175,7 +183,7 @@ class Config(Section):
 
 
 # what --resume may change (schedules follow the new `steps`); "x." means the whole section
-RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.", "stall")
+RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.", "canary.", "stall")
 
 # whose options a section holds
 OPTIONS = {"task": "task_options", "model": "model_options", "algorithm": "algo"}

@@ -34,6 +34,7 @@ from reasonrl.config import Config
 from reasonrl.keys import refuse
 from reasonrl.log_backends import backends
 from reasonrl.log_view import View, view
+from reasonrl.monitors import Live
 from reasonrl.records import InputError
 from reasonrl.watchdog import beat
 
@@ -81,6 +82,7 @@ class RunLog:
         except OSError as error:
             raise _unwritable(self.out, error) from None
         self.cold_ready = False
+        self.live = Live(read_rows(self.out / "metrics.jsonl"))
         self.backends = backends(config, self.out)
 
     def _forget(self, step: int) -> None:
@@ -107,7 +109,12 @@ class RunLog:
     def step(self, step: int, total: int, metrics: Mapping[str, Any], sample: str = "") -> None:
         """End step `step` of `total`: its row in metrics.jsonl, the backends, the terminal."""
         row = {"step": step, **metrics, **self._phase_times()}
+        new = self.live.see(row) if self.writes else []
+        if new:
+            row["warnings"] = new
         self._write("metrics.jsonl", row)
+        for warning in new:
+            self.note(f"warning at step {step}: {warning}")
         part = {"sft": "SFT", "dpo": "DPO"}.get(self.config.algorithm, "RL")
         self.view.step(part, step, total, row, sample)
 

@@ -20,12 +20,14 @@ from accelerate import Accelerator
 from reasonrl import lora, models, state
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
+from reasonrl.canary import with_canaries
 from reasonrl.ceiling import Watch
 from reasonrl.config import Config
 from reasonrl.draw import Source
 from reasonrl.evaluate import evaluate
 from reasonrl.log import RunLog, read_rows
 from reasonrl.loss import LossSpec
+from reasonrl.monitors import measured
 from reasonrl.observe import completion_rows, picture_name, step_metrics
 from reasonrl.ranks import any_rank, check_whole_weights, whole
 from reasonrl.records import InputError, ScorerDown
@@ -225,6 +227,7 @@ class Run:
         with log.phase("score"):
             rewards = algo.score(rollout)
             advantage = algo.advantage(rewards, rollout)
+            rewards = with_canaries(algo, rollout, rewards, config.canary, step)
         rate = rate_at(
             step,
             config.steps,
@@ -239,7 +242,8 @@ class Run:
             metrics |= algo.update(rollout, rewards)
         self.step = step
         shown = whole(self.accelerator, rollout, rewards, advantage)
-        metrics |= step_metrics(*shown) | drawn
+        rows = completion_rows(step, *shown)
+        metrics |= step_metrics(*shown) | drawn | measured(rows)
         self.fault = self.watch.see(shown[1])
         self.tokens += int(metrics["num_tokens"])
         metrics |= {"num_tokens": self.tokens, "learning_rate": rate}
@@ -248,7 +252,7 @@ class Run:
             metrics |= self._evaluate(step)
         metrics["step_time"] = time.time() - began
         if config.log.completions_every and step % config.log.completions_every == 0:
-            log.completions(step, completion_rows(step, *shown))
+            log.completions(step, rows)
             seen = [i for p in shown[0].problems for i in p.images if not isinstance(i, str)]
             log.pictures({picture_name(image): image for image in seen})
         log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")

@@ -113,6 +113,11 @@ class Sophia(GRPO):
         metrics["process/gamma"] = _group_mean(out.gamma.tolist(), rollout.group[mine].tolist())
         return Rewards(paid, plain.steps, verdict=plain.outcome, metrics=metrics)
 
+    def canary(self, false: Rollout) -> dict[str, Sequence[Score]]:
+        found = self.held.scorer(false)
+        thinking = [_inverted(score) for score in found] if self.inverted else found
+        return super().canary(false) | {"thinking": thinking}
+
     def _time(self) -> tuple[float, float]:
         """Step and T of exp(-step / T); without annealing the factor stays 1."""
         step = self.clock.step if self.anneal else 0

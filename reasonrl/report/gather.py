@@ -90,6 +90,8 @@ def _numbers(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     except InputError as error:
         notes.append(str(error))
         return []
+    for row in rows:
+        notes += [f"step {row['step']}: {_shown(w)}" for w in row.get("warnings") or ()]
     numbers = (int, float)
     return [
         {k: v for k, v in row.items() if isinstance(v, numbers) and not isinstance(v, bool)}

@@ -47,7 +47,7 @@ function names() {
     for (const r of run.evals) for (const k of Object.keys(r)) if (k.startsWith("eval/")) all.add(k);
   }
   all.delete("step");
-  const rank = (n) => { const i = FIRST.indexOf(n); return i >= 0 ? i : n.startsWith("process/") ? 50 : n.startsWith("eval/") ? 60 : n.startsWith("time/") ? 90 : 70; };
+  const rank = (n) => { const i = FIRST.indexOf(n); return i >= 0 ? i : n.startsWith("process/") ? 50 : n.startsWith("monitor/") || n.startsWith("canary/") ? 55 : n.startsWith("eval/") ? 60 : n.startsWith("time/") ? 90 : 70; };
   return [...all].filter((n) => !n.endsWith("_se")).sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
 }
 function chart(name) {
