@@ -20,7 +20,7 @@ The same measures are metrics of every step (monitors.py), with a warning where 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -223,7 +223,7 @@ MONITORS: Sequence[Monitor] = (
 )
 
 
-def _examples(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _examples(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(
         f"step {r.get('step')}, {r.get('problem_id')}: {str(r.get('completion'))[:160]!r}"
         for r in rows[:3]

@@ -109,6 +109,11 @@ class Learning:
             metrics["process/prm_replay_loss"] = total / len(losses)
         return metrics
 
+    def finite(self) -> bool:
+        """Whether every weight and every moment is."""
+        moments = [m for of in self.optimizer.state.values() for m in of.values()]
+        return all(bool(t.isfinite().all()) for t in [*self.parameters, *moments])
+
     def save(self, folder: Path) -> None:
         save_state(folder / "prm_optimizer", self.optimizer.state_dict())
         if self.remembers:

@@ -184,7 +184,8 @@ class Live:
         outcome = row.get("process/outcome_mean", row.get("reward"))
         values = {rule.metric: row.get(rule.metric) for rule in RULES} | {"outcome": outcome}
         for name, value in values.items():
-            self.tracks.setdefault(name, Track()).add(value.item() if _scalar(value) else value)
+            plain = value.item() if hasattr(value, "item") else value  # type: ignore[union-attr]
+            self.tracks.setdefault(name, Track()).add(plain)
         results = self.tracks["outcome"]
         gained = bool(results.first) and mean(results.last) > mean(results.first)
         found = []
@@ -198,7 +199,3 @@ class Live:
                 self.said.add(rule.metric)
                 found.append(f"{rule.meaning}: {rule.metric} {first:.3g} -> {now:.3g}")
         return found
-
-
-def _scalar(value: Any) -> bool:
-    return hasattr(value, "item")

@@ -31,6 +31,7 @@ from reasonrl.monitors import measured
 from reasonrl.observe import completion_rows, picture_name, step_metrics
 from reasonrl.ranks import any_rank, check_whole_weights, whole
 from reasonrl.records import InputError, ScorerDown
+from reasonrl.replay import keeper
 from reasonrl.rollout import Sampling
 from reasonrl.tasks import make_task
 from reasonrl.update import Learner, rate_at
@@ -87,7 +88,7 @@ class Run:
         check_whole_weights(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
-        policy = self._policy(found)
+        policy = state.policy(config, found and found.path, self.accelerator.device)
         if config.max_completion_length >= policy.context:
             raise InputError(
                 f"max_completion_length: {config.max_completion_length} exceeds the model's"
@@ -102,6 +103,7 @@ class Run:
             wanted = dict(self.algo.needs_loss)
             raise InputError(f"loss: {config.algorithm} needs {wanted}, got {config.loss}")
         self.learner = Learner(policy, config, self.accelerator)
+        self.learner.keep = keeper(out, self.learner, lambda: self.step + 1)
         self.cold, self.step, self.tokens = 0, 0, 0  # steps done in each phase, tokens trained on
         self.source = Source(self.algo, self.accelerator, config.filter)
         self.found = found
@@ -112,27 +114,6 @@ class Run:
         self.saved = (self.cold, self.step) if found is not None else None
         self.begun = False  # RL, in this process
         self.watch, self.fault = Watch(config.ceiling), ""  # why the run cannot go on
-
-    def _policy(self, found: state.Found | None) -> models.Policy:
-        """The model to train: the recipe's, or a checkpoint's; with an adapter always the recipe's
-        and the checkpoint's adapter on it."""
-        config, rank = self.config, self.config.lora.rank
-        path = config.model if found is None or rank else str(found.path)
-        fresh = path == config.model
-        policy = models.load(
-            path,
-            dtype=config.dtype,
-            device=str(self.accelerator.device),
-            seed=config.seed,
-            attn=config.attn,
-            liger=config.liger,
-            **(config.model_options if fresh else _kept(config)),
-        )
-        if rank:
-            policy = lora.trainable(policy, rank, config.seed, config.lora.alpha)
-            if found is not None:
-                lora.restore(policy, found.path, found.path / "adapter")
-        return policy
 
     @property
     def main(self) -> bool:
@@ -331,11 +312,6 @@ class Run:
 def train(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> bool:
     """Run or resume a training run in `out`; True when it reached its last step."""
     return Run(config, out, resume, quiet).train()
-
-
-def _kept(config: Config) -> dict[str, Any]:
-    """The model's options that hold for a checkpoint too."""
-    return {k: v for k, v in config.model_options.items() if k == "vision_tower"}
 
 
 def _spec(config: Config) -> LossSpec:

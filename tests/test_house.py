@@ -33,6 +33,7 @@ STAIR = [
         "report",
         "audit",
         "canary",
+        "replay",
         "commands",
         "plots",
         "plot_data",

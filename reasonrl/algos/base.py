@@ -110,6 +110,10 @@ class Algorithm:
     def begin(self, start: Start) -> None:
         """Called once in a process, before its first RL step."""
 
+    def finite(self) -> bool:
+        """Whether every number of what has been learned is."""
+        return True
+
     def save(self, folder: Path) -> None:
         """Put what the algorithm has learned into a checkpoint; on the main rank only."""
 

@@ -183,6 +183,9 @@ class Prime(Algorithm):
         assert self.held.learning is not None
         return self.held.learning.step() if self.order == "single" else {}
 
+    def finite(self) -> bool:
+        return self.held.learning is None or self.held.learning.finite()
+
     def save(self, folder: Path) -> None:
         assert self.held.prm is not None and self.held.learning is not None
         lora.save(self.held.prm.prm, folder / "prm", folder / "prm_adapter")
