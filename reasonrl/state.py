@@ -82,7 +82,7 @@ def save(
     out: Path,
     learner: Learner,
     config: Config,
-    position: dict[str, int],
+    position: dict[str, Any],  # cold, step, tokens, ceiling
     source: Source,
     algo: Algorithm | None,  # None before RL has begun
 ) -> None:
@@ -123,7 +123,7 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def restore(found: Found, learner: Learner, source: Source) -> dict[str, int]:
+def restore(found: Found, learner: Learner, source: Source) -> dict[str, Any]:
     """Put the optimizer, the waiting groups and the random states back; the position {cold, step,
     tokens, ...}."""
     learner.optimizer.load_state_dict(load_state(found.path / "optimizer"))

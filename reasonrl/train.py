@@ -106,14 +106,15 @@ class Run:
         self.learner.keep = keeper(out, self.learner, lambda: self.step + 1)
         self.cold, self.step, self.tokens = 0, 0, 0  # steps done in each phase, tokens trained on
         self.source = Source(self.algo, self.accelerator, config.filter)
+        self.watch, self.fault = Watch(config.ceiling), ""  # why the run cannot go on
         self.found = found
         if found is not None:
             position = state.restore(found, self.learner, self.source)
+            self.watch.restore(position.get("ceiling", self.watch.state()))
             self.cold, self.step, self.tokens = (position[k] for k in ("cold", "step", "tokens"))
         self.log = RunLog(out, config, quiet=quiet or not self.main, resume_step=self.step)
         self.saved = (self.cold, self.step) if found is not None else None
         self.begun = False  # RL, in this process
-        self.watch, self.fault = Watch(config.ceiling), ""  # why the run cannot go on
 
     @property
     def main(self) -> bool:
@@ -286,7 +287,8 @@ class Run:
 
     def _save(self) -> None:
         with self.log.phase("save"):
-            position = {"cold": self.cold, "step": self.step, "tokens": self.tokens}
+            position: dict[str, Any] = {"cold": self.cold, "step": self.step, "tokens": self.tokens}
+            position["ceiling"] = self.watch.state()
             algo = self.algo if self.begun else None
             state.save(self.out, self.learner, self.config, position, self.source, algo)
         self.saved = (self.cold, self.step)
