@@ -300,6 +300,7 @@ def _explained(run_dir: Path, step: int, error: OSError | SafetensorError) -> In
     last = checkpoints(run_dir)
     kept = f"the last one kept is {last[0][1].name}" if last else "there is no earlier one"
     if number in FULL or "os error 28" in str(error):
-        return InputError(f"{run_dir}: no space left for checkpoint-{step}; {kept}")
+        then = "make room, then go on with --resume"
+        return InputError(f"{run_dir}: no space left for checkpoint-{step}; {kept}; {then}")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return InputError(f"{run_dir}: checkpoint-{step} cannot be written ({reason}); {kept}")

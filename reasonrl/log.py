@@ -30,6 +30,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from reasonrl.checkpoint import FULL
 from reasonrl.config import Config
 from reasonrl.keys import refuse
 from reasonrl.log_backends import backends
@@ -80,7 +81,7 @@ class RunLog:
             replace_file(self.out / "config.yaml", config.to_yaml().encode())
             self._forget(resume_step)
         except OSError as error:
-            raise _unwritable(self.out, error) from None
+            raise unwritable(self.out, error) from None
         self.cold_ready = False
         self.live = Live(read_rows(self.out / "metrics.jsonl"))
         self.backends = backends(config, self.out)
@@ -146,7 +147,7 @@ class RunLog:
                 os.fsync(file.fileno())  # a checkpoint of this step must not outlive its rows
             os.replace(aside, path)
         except OSError as error:
-            raise _unwritable(path, error) from None
+            raise unwritable(path, error) from None
 
     def pictures(self, drawn: Mapping[str, Any]) -> None:
         """Keep pictures that no file holds, by their name in the run; each is drawn once."""
@@ -160,7 +161,7 @@ class RunLog:
                 picture.draw().save(aside, "PNG")
                 os.replace(aside, path)
             except OSError as error:
-                raise _unwritable(path, error) from None
+                raise unwritable(path, error) from None
 
     def note(self, text: str) -> None:
         """A line for whoever watches the run."""
@@ -187,7 +188,7 @@ class RunLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _unwritable(self.out / name, error) from None
+            raise unwritable(self.out / name, error) from None
         numbers = {k: v for k, v in clean.items() if type(v) in (int, float) and k != "step"}
         for backend in self.backends if to_backends else ():
             backend.log(row["step"], numbers)
@@ -253,5 +254,6 @@ def _column(name: str, values: Sequence[Any]) -> pyarrow.Array:
     return pyarrow.array(clean, kind)
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror or error})")
+def unwritable(path: Path, error: OSError) -> InputError:
+    hint = "; make room, then go on with --resume" if error.errno in FULL else ""
+    return InputError(f"{path}: cannot be written ({error.strerror or error}){hint}")

@@ -22,10 +22,11 @@ from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
 from reasonrl.canary import with_canaries
 from reasonrl.ceiling import Watch
+from reasonrl.checkpoint import FULL
 from reasonrl.config import Config
 from reasonrl.draw import Source
 from reasonrl.evaluate import evaluate
-from reasonrl.log import RunLog, read_rows
+from reasonrl.log import RunLog, read_rows, unwritable
 from reasonrl.loss import LossSpec
 from reasonrl.monitors import measured
 from reasonrl.observe import completion_rows, picture_name, step_metrics
@@ -123,7 +124,12 @@ class Run:
     def train(self) -> bool:
         """All that is left of the run; True when it is complete, False when asked to stop."""
         with Watchdog(self.config.stall, self.out), Stop() as stop:
-            self._train(stop)
+            try:
+                self._train(stop)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise unwritable(Path(error.filename or self.out), error) from None
         done = self.step >= self.config.steps
         if done:
             self._conclude()

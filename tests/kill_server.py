@@ -1,4 +1,5 @@
-"""A warm process that forks attempts at a command and lets each die by SIGKILL where it is told.
+"""A warm process that forks attempts at a command and lets each die by SIGKILL, or meet a full
+disk, where it is told.
 
     python kill_server.py        one JSON object a line in, one out
 
@@ -9,6 +10,9 @@
                                       the beginning of a phase
           {"event": 17, "torn": true} the same; a file opened for writing there holds half a write
           {"after": 0.2}              from outside, that many seconds after the start
+          {"event": 17, "full": true} no kill: from event 17 on no space is left
+          {"path": "evals", "times": 2, "full": true}    from the second such file opened to write
+    "room": BYTES                     in all, on the file system of the run, a tmpfs of ours
 
 A forked attempt has torch and transformers already, so it costs a few tenths of a second and not
 four. It leads a process group of its own, and the group is killed.
@@ -16,11 +20,13 @@ four. It leads a process group of its own, and the group is killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -41,15 +47,17 @@ HALF = b'{"step": 1, "rew'
 class Fate:
     """Counts the events of this process and ends it before the one that was drawn."""
 
-    def __init__(self, folder: str, at: int, torn: bool, count: int):
-        self.folder, self.at, self.torn = os.path.abspath(folder), at, torn
+    def __init__(self, folder: str, kill: dict[str, Any], count: int):
+        self.folder, self.at = os.path.abspath(folder), kill.get("event", 0)
+        self.torn, self.full = kill.get("torn", False), kill.get("full", False)
+        self.path, self.times = kill.get("path"), kill.get("times", 0)
         self.count, self.tally = 0, count  # and a descriptor that gets the count at the end
 
     def watch(self) -> None:
         sync, phase = os.fsync, log.RunLog.phase
 
         def synced(handle: int) -> None:
-            self.event()
+            self.event(writes=True)
             sync(handle)
 
         def marked(run: Any, name: str) -> Any:
@@ -64,17 +72,31 @@ class Fate:
         if name in TOUCHES and isinstance(given[0], str | bytes | os.PathLike):
             path = os.path.abspath(os.fsdecode(given[0]))
             if path.startswith(self.folder):
-                self.event(path if name == "open" else "", given[1:])
+                opened = path if name == "open" else ""
+                self.event(opened, given[1:], name == "os.mkdir" or written(name, given[1:]))
 
-    def event(self, opened: str = "", how: tuple[Any, ...] = ()) -> None:
+    def event(self, opened: str = "", how: tuple[Any, ...] = (), writes: bool = False) -> None:
         self.count += 1
-        if self.count != self.at:
+        if self.path and writes and self.path in opened:
+            self.times -= 1
+            self.at = self.count if self.times == 0 else self.at
+        if self.full and writes and 0 < self.at <= self.count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), opened or None)
+        if self.full or self.count != self.at:
             return
         if self.torn and opened and isinstance(how[0], str) and how[0][:1] in "wa":
             kind = os.O_TRUNC if how[0].startswith("w") else os.O_APPEND
             handle = os.open(opened, os.O_WRONLY | os.O_CREAT | kind)
             os.write(handle, HALF)
         os.kill(0, signal.SIGKILL)
+
+
+def written(name: str, how: tuple[Any, ...]) -> bool:
+    """Whether a file is opened for writing: by a mode of open or the flags of os.open."""
+    if name != "open":
+        return False
+    mode, flags = how
+    return any(c in mode for c in "wax+") if isinstance(mode, str) else bool(flags & os.O_CREAT)
 
 
 def attempt(order: dict[str, Any], count: int) -> None:
@@ -84,8 +106,7 @@ def attempt(order: dict[str, Any], count: int) -> None:
     with open(order["log"], "ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    kill = order["kill"] or {}
-    fate = Fate(order["folder"], kill.get("event", 0), kill.get("torn", False), count)
+    fate = Fate(order["folder"], order["kill"] or {}, count)
     fate.watch()
     status = cli.main(order["arguments"])
     os.write(count, str(fate.count).encode())
@@ -95,6 +116,9 @@ def attempt(order: dict[str, Any], count: int) -> None:
 
 def forked(order: dict[str, Any]) -> dict[str, Any]:
     """Start an attempt, kill it if it must be killed from outside, say how it ended."""
+    if "room" in order:
+        size = f"remount,size={order['room']}"
+        subprocess.run(["mount", "-o", size, os.path.dirname(order["folder"])], check=True)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

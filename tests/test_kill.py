@@ -62,20 +62,23 @@ PATIENCE = 40  # kills of one run; then it may end in peace
 class Server:
     """The warm process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *within: str) -> None:
         script = Path(__file__).parent / "kill_server.py"
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, script], stdin=pipe, stdout=pipe, env=env, text=True
+            [*within, sys.executable, script], stdin=pipe, stdout=pipe, env=env, text=True
         )
 
-    def attempt(self, out: Path, kind: str, kill: dict | None, resume: bool) -> dict:
+    def attempt(
+        self, out: Path, kind: str, kill: dict | None, resume: bool, log: Path | None = None, **more
+    ) -> dict:
         """One `reasonrl train`, to its end or to its death."""
         arguments = ["train", "prime", *SMALL, *KINDS[kind], "--out", str(out), "--quiet"]
         arguments += ["--resume"] if resume else []
-        order = {"arguments": arguments, "folder": str(out), "kill": kill, "log": f"{out}.log"}
+        order = {"arguments": arguments, "folder": str(out), "kill": kill, **more}
+        order["log"] = str(log or f"{out}.log")
         assert self.process.stdin and self.process.stdout
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
