@@ -14,6 +14,7 @@ honest run can trip one (a task that needs longer answers), a clever policy can 
     addressed     text that talks to whoever grades it
     unknown       rewards that could not be computed, or numbers that were not finite
     canaries      right completions that were rewarded under another problem too (canary.py)
+    rollouts      a completion trained on twice, or a table of them that is damaged or missing
 The same measures are metrics of every step (monitors.py), with a warning where one crosses a limit.
 """
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from reasonrl.log import read_rows
+from reasonrl.log import digest, read_rows
 from reasonrl.monitors import (
     addressed,
     agreement,
@@ -77,7 +78,8 @@ def audit(run: str | Path) -> list[Finding]:
     size = max(1, len(metrics) // 3)
     first, last = (_third(path, part) for part in (metrics[:size], metrics[-size:]))
     evals = [r for r in read_rows(path / "evals.jsonl") if _number(r.get("eval/accuracy"))]
-    return [*(monitor(first, last, evals) for monitor in MONITORS), _canaries(metrics)]
+    found = [monitor(first, last, evals) for monitor in MONITORS]
+    return [*found, _canaries(metrics), _rollouts(path, metrics)]
 
 
 def _third(path: Path, metrics: Sequence[dict[str, Any]]) -> Third:
@@ -198,14 +200,16 @@ def _unknown(first: Third, last: Third, evals: Sequence[dict[str, Any]]) -> Find
 
 
 def _canaries(metrics: Sequence[dict[str, Any]]) -> Finding:
-    asked = [row for row in metrics if row.get("canary/asked")]
+    asked = [row for row in metrics if _number(row.get("canary/asked")) and row["canary/asked"]]
     if not asked:
         why = "none was tried (canary.every, nothing right, or answers that may be the same)"
         return Finding("canaries", "not measured", why)
     names = {n for row in asked for n in row if n.startswith("canary/")} - {"canary/asked"}
     said, bad = [], False
     for name in sorted(names):
-        shares = [row[name] for row in asked if name in row]
+        shares = [row[name] for row in asked if _number(row.get(name))]
+        if not shares:
+            continue
         size = max(1, len(shares) // 3)
         before, after = mean(shares[:size]), mean(shares[-size:])
         strict = name == "canary/verifier"  # which has no excuse
@@ -214,6 +218,26 @@ def _canaries(metrics: Sequence[dict[str, Any]]) -> Finding:
     total = sum(row["canary/asked"] for row in asked)
     text = f"{', '.join(said) or 'nobody answered'} of {total:.0f}"
     return Finding("canaries", "alarm" if bad else "ok", text)
+
+
+def _rollouts(path: Path, metrics: Sequence[dict[str, Any]]) -> Finding:
+    """Every table against the hash in its step's row, and every id against all others."""
+    files, ids, bad, rows = completion_files(path), set(), [], 0
+    hashes = {r["step"]: h for r in metrics if (h := r.get("completions/blake2b"))}
+    if not hashes:
+        return Finding("rollouts", "not measured", "no row holds the hash of its table")
+    for step, wanted in hashes.items():
+        file = files.get(step)
+        if file is None or digest(file.read_bytes()) != wanted:
+            bad.append(f"step {step}: its table is {'damaged' if file else 'missing'}")
+            continue
+        for name in (str(row["id"]) for row in read_table(file, ["id"])):
+            rows += 1
+            if name in ids:
+                bad.append(f"step {step}: completion {name} was trained on before")
+            ids.add(name)
+    text = f"{rows} completions in {len(hashes)} tables, each trained on once and as written"
+    return Finding("rollouts", "alarm" if bad else "ok", bad[0] if bad else text, bad[1:4])
 
 
 Monitor = Callable[[Third, Third, Sequence[dict[str, Any]]], Finding]

@@ -53,6 +53,7 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
         sampling_logp=flat(parts, "sampling_logp"),
         images=_images(parts),
         outcome=flat(parts, "outcome"),
+        numbers=flat(parts, "numbers"),
         stale=any(part.stale for part in parts),
     )
 
@@ -77,6 +78,7 @@ def take(rollout: Rollout, groups: Sequence[int]) -> Rollout:
         rows_of(rollout, [b for _, b in rows]),
         problems=[rollout.problems[g] for g in groups],
         prompt_ids=[rollout.prompt_ids[g] for g in groups],
+        numbers=[rollout.numbers[g] for g in groups] if rollout.numbers else (),
         group=torch.tensor([new for new, _ in rows], dtype=torch.long),
         images=images if any(images) else (),
     )

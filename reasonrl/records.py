@@ -90,6 +90,7 @@ class Rollout:
     sampling_logp: Sequence[Tensor] | None = None  # as `logp`, after top-k/top-p truncation
     images: Sequence[Any] = ()  # P of vision.Seen or None, made once per prompt; () without any
     outcome: Sequence[Score] | None = None  # B, where the completions were graded when drawn
+    numbers: Sequence[int] = ()  # P, of the problems in the task's train split; () outside a run
     stale: bool = False  # an earlier policy wrote some of it; `logp` is what it said of it
 
 

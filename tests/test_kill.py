@@ -114,7 +114,7 @@ def left(out: Path) -> dict:
     """All that a finished run leaves, but for times."""
     files = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
     rows = {n: timeless(read_rows(p)) for n, p in files.items() if n.endswith(".jsonl")}
-    raw = {n: p.read_bytes() for n, p in files.items() if n not in rows and "parquet" not in n}
+    raw = {n: p.read_bytes() for n, p in files.items() if n not in rows}
     return {"names": sorted(files), "rows": rows, "completions": tables(out), "files": raw}
 
 
@@ -193,6 +193,8 @@ def proof(server: Server, folder: Path, kinds: list[str], kills: int) -> Counter
 def once(wanted: dict) -> None:
     """Completions are trained on once: no problem comes twice, no step is missing or empty."""
     rows = [row for table in wanted["completions"].values() for row in table]
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert all(row["completions/blake2b"] for row in wanted["rows"]["metrics.jsonl"])
     groups = Counter(row["problem_id"] for row in rows)
     assert rows and set(groups.values()) == {4}
     assert [row["step"] for row in wanted["rows"]["metrics.jsonl"]] == [1, 2, 3, 4, 5]

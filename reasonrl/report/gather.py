@@ -73,11 +73,13 @@ def completion_files(path: Path) -> dict[int, Path]:
     return found
 
 
-def read_table(file: Path) -> list[dict[str, Any]]:
+def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a completions table; InputError where it is torn."""
     try:
         with file.open("rb") as data:
-            table = pyarrow.parquet.read_table(data, page_checksum_verification=True)
+            table = pyarrow.parquet.read_table(
+                data, columns=columns, page_checksum_verification=True
+            )
             return table.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -91,7 +93,9 @@ def _numbers(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(str(error))
         return []
     for row in rows:
-        notes += [f"step {row['step']}: {_shown(w)}" for w in row.get("warnings") or ()]
+        said = row.get("warnings")
+        said = said if isinstance(said, list) else []
+        notes += [f"step {row['step']}: {_shown(warning)}" for warning in said]
     numbers = (int, float)
     return [
         {k: v for k, v in row.items() if isinstance(v, numbers) and not isinstance(v, bool)}
