@@ -32,6 +32,10 @@ class ScorerDown(RuntimeError):
     """A judge or verifier stayed down. Exit status 4."""
 
 
+class RankLost(RuntimeError):
+    """Another rank of the run is gone. Exit status 5."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem; `id` is unique in its task and stable across runs."""

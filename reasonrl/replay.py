@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from reasonrl import config as configs
 from reasonrl.batch import lengths, merge
 from reasonrl.loss import LossSpec
 from reasonrl.models import Policy
+from reasonrl.ranks import accelerator
 from reasonrl.records import InputError, Problem, Rollout
 from reasonrl.state_file import load_state, save_state
 from reasonrl.update import Learner, Share
@@ -54,8 +54,8 @@ def again(run: Path) -> dict[str, Any]:
     if path is None:
         raise InputError(f"{run}: holds no batch whose gradient was not finite")
     config = configs.read(run / "config.yaml")
-    accelerator = Accelerator(cpu=config.device == "cpu")
-    learner = Learner(state.policy(config, path, accelerator.device), config, accelerator)
+    here = accelerator(config.device)
+    learner = Learner(state.policy(config, path, here.device), config, here)
     bad: list[str] = []
     for name, parameter in learner.policy.model.named_parameters():
         if parameter.requires_grad:

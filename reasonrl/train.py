@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from reasonrl import lora, models, state
 from reasonrl.algos import ALGOS, SFT
@@ -30,7 +29,7 @@ from reasonrl.log import RunLog, read_rows, unwritable
 from reasonrl.loss import LossSpec
 from reasonrl.monitors import measured
 from reasonrl.observe import completion_rows, picture_name, step_metrics
-from reasonrl.ranks import any_rank, check_whole_weights, whole
+from reasonrl.ranks import accelerator, any_rank, check_whole_weights, named_loss, whole
 from reasonrl.records import InputError, ScorerDown
 from reasonrl.replay import keeper
 from reasonrl.rollout import Sampling
@@ -85,7 +84,7 @@ class Run:
         task.problems(config.eval.split, 0, config.eval_problems)  # too many: said before the work
         if config.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
-        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        self.accelerator = accelerator(config.device)
         check_whole_weights(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
@@ -319,7 +318,8 @@ class Run:
 
 def train(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> bool:
     """Run or resume a training run in `out`; True when it reached its last step."""
-    return Run(config, out, resume, quiet).train()
+    with named_loss(out):
+        return Run(config, out, resume, quiet).train()
 
 
 def _spec(config: Config) -> LossSpec:

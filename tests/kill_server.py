@@ -12,6 +12,8 @@ disk, where it is told.
           {"after": 0.2}              from outside, that many seconds after the start
           {"event": 17, "full": true} no kill: from event 17 on no space is left
           {"path": "evals", "times": 2, "full": true}    from the second such file opened to write
+    "ranks": 2                        so many processes; KILL has a "rank": 0, 1 or null for both,
+                                      "status" is a list, "seconds" what the survivor took to end
     "room": BYTES                     in all, on the file system of the run, a tmpfs of ours
 
 A forked attempt has torch and transformers already, so it costs a few tenths of a second and not
@@ -22,13 +24,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,8 @@ cli._quiet_libraries()
 import reasonrl.train  # noqa: E402, F401 - heavy, and before the first fork
 
 TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+BOUND = 60  # seconds in which the ranks that were not killed must end
+HANGS = -99
 HALF = b'{"step": 1, "rew'
 
 
@@ -114,6 +121,57 @@ def attempt(order: dict[str, Any], count: int) -> None:
     os._exit(status)
 
 
+def group(order: dict[str, Any]) -> dict[str, Any]:
+    """The same for the ranks of a run: one is killed, or all; the others must end by themselves."""
+    kill, size = order["kill"] or {}, order["ranks"]
+    doomed = range(size) if kill.get("rank") is None else [kill["rank"]]
+    pipes, port = [os.pipe() for _ in range(size)], _free_port()
+    ranks = {r: _rank(order, r, kill if r == doomed[0] else {}, port, pipes) for r in range(size)}
+    status, began, hit = [HANGS] * size, time.monotonic(), None
+    while ranks and (hit is None or time.monotonic() - hit < BOUND):
+        time.sleep(0.01)
+        for rank, child in list(ranks.items()):
+            ended, code = os.waitpid(child, os.WNOHANG)
+            if ended:
+                status[rank] = os.waitstatus_to_exitcode(code)
+                del ranks[rank]
+        late = time.monotonic() - began >= kill.get("after", math.inf)
+        if hit is None and (late or any(s not in (0, HANGS) for s in status)):
+            hit = time.monotonic()
+            for rank in ranks.keys() & set(doomed):
+                _killed(ranks[rank])
+    took = 0.0 if hit is None else time.monotonic() - hit
+    for child in ranks.values():
+        _killed(child)
+        os.waitpid(child, 0)
+    for _, writing in pipes:
+        os.close(writing)
+    events = [int(os.read(reading, 20) or 0) for reading, _ in pipes]
+    for reading, _ in pipes:
+        os.close(reading)
+    return {"status": status, "events": events, "seconds": took}
+
+
+def _rank(order: dict[str, Any], rank: int, kill: dict, port: int, pipes: list) -> int:
+    """Start one rank; its process."""
+    child = os.fork()
+    if child == 0:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order["ranks"]}
+        place |= {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        try:
+            attempt(order | {"kill": kill, "log": f"{order['log']}.{rank}"}, pipes[rank][1])
+        finally:
+            os._exit(99)
+    return child
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def forked(order: dict[str, Any]) -> dict[str, Any]:
     """Start an attempt, kill it if it must be killed from outside, say how it ended."""
     if "room" in order:
@@ -161,7 +219,9 @@ def main() -> None:
     os.dup2(2, 1)  # libraries talk
     warmed()
     for line in sys.stdin:
-        print(json.dumps(forked(json.loads(line))), file=answers, flush=True)
+        order = json.loads(line)
+        ended = group(order) if "ranks" in order else forked(order)
+        print(json.dumps(ended), file=answers, flush=True)
 
 
 if __name__ == "__main__":
