@@ -112,12 +112,14 @@ def load(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def latest_verified(run_dir: str | Path, clean: bool = True) -> Path | None:
+def latest_verified(
+    run_dir: str | Path, clean: bool = True, keep: int | None = None
+) -> Path | None:
     """The newest whole checkpoint; None where a run has none yet.
 
     Damaged ones are passed over with one loud line each; if nothing else is left that is an
     InputError, never a silent start from scratch. clean: remove what killed saves left behind
-    (on rank 0 only).
+    (on rank 0 only). keep: how many a save leaves, where the last one may have died before that.
     """
     run_dir = Path(run_dir)
     found = _published(run_dir)
@@ -135,6 +137,8 @@ def latest_verified(run_dir: str | Path, clean: bool = True) -> Path | None:
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if clean and first and run_dir.is_dir():
         chosen = _clean(run_dir, chosen)
+        if chosen is not None and keep is not None:
+            _retire(run_dir, int(chosen.name.split("-")[1]), keep, Disk())
     return chosen
 
 

@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from reasonrl.batch import flat, merge
@@ -27,15 +28,18 @@ GONE = re.compile(  # what gloo, NCCL and the store say of a peer that died or d
     r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out",
     re.IGNORECASE,
 )
+FOREVER = timedelta(days=30)
 Step = tuple[Rollout, Rewards, Tensor]  # a rollout, its rewards, and its advantages (N,)
 
 
-def accelerator(device: str) -> Accelerator:
-    """Accelerate's for device auto, cpu or cuda. Several ranks without a GPU are told to use gloo:
-    left alone each of them would take itself for the only one."""
+def accelerator(device: str, stall: float = 0.0) -> Accelerator:
+    """Accelerate's for device auto, cpu or cuda; a rank that is waited for longer than `stall`
+    seconds is an error, at the start too. Several ranks without a GPU are told to use gloo: left
+    alone each of them would take itself for the only one."""
     ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
     alone = device == "auto" and ranks and not torch.cuda.is_available()
-    return Accelerator(cpu=device == "cpu" or alone)
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=stall) if stall else FOREVER)
+    return Accelerator(cpu=device == "cpu" or alone, kwargs_handlers=[patience])
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def find(out: Path, resume: bool, config: Config) -> Found | None:
         if checkpoint.checkpoints(out):
             raise InputError(f"{out}: holds a run already; use --resume, or another --out")
         return None
-    path = checkpoint.latest_verified(out)
+    path = checkpoint.latest_verified(out, keep=config.save.keep)
     if path is None:
         raise InputError(f"{out}: no checkpoint to resume from; start it without --resume")
     meta = checkpoint.read_manifest(path)["meta"]

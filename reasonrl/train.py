@@ -84,7 +84,7 @@ class Run:
         task.problems(config.eval.split, 0, config.eval_problems)  # too many: said before the work
         if config.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
-        self.accelerator = accelerator(config.device)
+        self.accelerator = accelerator(config.device, config.stall)
         check_whole_weights(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks

@@ -72,10 +72,10 @@ class Server:
         )
 
     def attempt(
-        self, out: Path, kind: str, kill: dict | None, resume: bool, log: Path | None = None, **more
+        self, out: Path, kind: str, kill: dict | None, resume: bool, *words: str, log="", **more
     ) -> dict:
         """One `reasonrl train`, to its end or to its death."""
-        arguments = ["train", "prime", *SMALL, *KINDS[kind], "--out", str(out), "--quiet"]
+        arguments = ["train", "prime", *SMALL, *KINDS[kind], *words, "--out", str(out), "--quiet"]
         arguments += ["--resume"] if resume else []
         order = {"arguments": arguments, "folder": str(out), "kill": kill, **more}
         order["log"] = str(log or f"{out}.log")
@@ -119,7 +119,7 @@ def left(out: Path) -> dict:
 
 
 def equal(found: dict, wanted: dict) -> None:
-    assert found["names"] == wanted["names"]
+    assert found["names"] == wanted["names"], set(found["names"]) ^ set(wanted["names"])
     for part in ("rows", "completions", "files"):
         assert found[part].keys() == wanted[part].keys()
         differs = [name for name, value in wanted[part].items() if found[part][name] != value]

@@ -27,7 +27,7 @@ from reasonrl.records import NonFiniteStop, RankLost
 from reasonrl.tasks.base import Draws
 
 KIND = "the policy's own reference"  # a filter, two updates; a memory is refused with two ranks
-BOUND = 30  # seconds a survivor may take; a quiet machine needs less than one
+BOUND = 40  # seconds a survivor may take: half a second; `stall` where the other never came
 
 
 def draw(draws: Draws, events: list[int]) -> dict:
@@ -47,7 +47,7 @@ def survivor(log: Path) -> str:
 def proof(server, folder: Path, kills: int) -> None:  # noqa: F811
     draws, ends = Draws("ranks", kills), Counter()
     out = folder / "whole"
-    whole = server.attempt(out, KIND, None, False, ranks=2)
+    whole = server.attempt(out, KIND, None, False, "stall=20", ranks=2)
     assert whole["status"] == [0, 0], (survivor(Path(f"{out}.log.0")), whole)
     wanted, slowest = left(out), 0.0
     assert [r["step"] for r in wanted["rows"]["metrics.jsonl"]] == [1, 2, 3, 4, 5]
@@ -56,7 +56,7 @@ def proof(server, folder: Path, kills: int) -> None:  # noqa: F811
         for tried in range(PATIENCE + 1):
             kill = draw(draws, whole["events"]) if tried < PATIENCE else None
             resume = bool(checkpoints(out))
-            end = server.attempt(out, KIND, kill, resume, ranks=2)
+            end = server.attempt(out, KIND, kill, resume, "stall=20", ranks=2)
             if end["status"] == [0, 0]:
                 break
             assert kill is not None, end
@@ -65,6 +65,9 @@ def proof(server, folder: Path, kills: int) -> None:  # noqa: F811
             for rank, status in enumerate(end["status"]):
                 if kill["rank"] in (rank, None):
                     assert status in (-9, 0, 5), end  # 0, 5: it was through before its turn came
+                    continue
+                if status == 0:  # the other died behind the last collective
+                    assert checkpoints(out)[0][0] == 5, end
                     continue
                 said = survivor(Path(f"{out}.log.{rank}"))
                 assert status == 5 and "another rank is gone" in said, (end, said)
@@ -83,6 +86,14 @@ def test_6_kills_of_two_ranks(server, tmp_path):  # noqa: F811
 @pytest.mark.torture
 def test_200_kills_of_two_ranks(server, tmp_path):  # noqa: F811
     proof(server, tmp_path, 200)
+
+
+def test_a_rank_that_never_comes(server, tmp_path):  # noqa: F811
+    kill = {"after": 0.0, "rank": 1}
+    end = server.attempt(tmp_path / "run", KIND, kill, False, "stall=4", ranks=2)
+    assert end["status"] == [5, -9] and end["seconds"] < BOUND
+    said = survivor(tmp_path / "run.log.0")
+    assert "another rank is gone or silent; start all ranks again with --resume" in said
 
 
 @pytest.mark.parametrize("rank", [0, 1])
