@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,11 @@ def attempt(order: dict[str, Any], count: int) -> None:
         os.dup2(output.fileno(), 2)
     fate = Fate(order["folder"], order["kill"] or {}, count)
     fate.watch()
-    status = cli.main(order["arguments"])
+    try:
+        status = cli.main(order["arguments"])
+    except BaseException:
+        traceback.print_exc()  # whoever forked this ends it before anybody else could
+        raise
     os.write(count, str(fate.count).encode())
     sys.stderr.flush()
     os._exit(status)

@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import test_replay
 from test_kill import KINDS, Server, equal, kept, left, once
 
-from reasonrl import checkpoint
+from reasonrl import checkpoint, models
 from reasonrl.algos import GRPO
 from reasonrl.checkpoint import checkpoints
 from reasonrl.cli import main
+from reasonrl.records import InputError
 from reasonrl.tasks.base import Draws
 
 KIND = list(KINDS)[0]
@@ -127,6 +128,22 @@ def test_a_small_disk_at_6_sizes(disk, tmp_path):
 
 def test_no_space_from_each_kind_of_file_on(tmp_path):
     injected(tmp_path, [dict(zip(("path", "times", "kind"), row, strict=True)) for row in FILES])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_no_space_for_a_file_that_another_library_writes(name, tmp_path):
+    """Each of them says it in its own way; tokenizers by a bare Exception."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("SKIPPED: no /dev/full on this machine")
+    policy = models.load("tiny", width=32, layers=1, heads=2)
+
+    def write(folder):
+        (folder / name).symlink_to("/dev/full")
+        policy.save(folder)
+
+    with pytest.raises(InputError, match="no space left for checkpoint-1"):
+        checkpoint.save(tmp_path, 1, write, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.torture

@@ -211,3 +211,22 @@ def test_30_kills_and_the_run_is_the_unbroken_one(server, tmp_path):
 @pytest.mark.torture
 def test_1000_kills_and_the_run_is_the_unbroken_one(server, tmp_path):
     proof(server, tmp_path, list(KINDS), 1000)
+
+
+@pytest.mark.torture
+def test_a_kill_before_every_event_of_a_run(server, tmp_path):
+    """Every file operation and flush of every save, and all between them, none left out; torn
+    where a file was opened for writing in every third."""
+    kind, out = list(KINDS)[0], tmp_path / "whole"
+    events = server.attempt(out, kind, None, False)["events"]
+    wanted = left(out)
+    for at in range(1, events + 1):
+        out = tmp_path / f"{at}"
+        kill = {"event": at, "torn": at % 3 == 0}
+        assert server.attempt(out, kind, kill, False)["status"] == -9
+        kept(out, wanted, -1)
+        resume = bool(checkpoints(out))
+        assert server.attempt(out, kind, None, resume)["status"] == 0, Path(f"{out}.log")
+        equal(left(out), wanted)
+        shutil.rmtree(out)
+    print(f"{events} kills")
