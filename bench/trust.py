@@ -27,7 +27,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from bench.machine import machine
-from reasonrl import ceiling, checkpoint, checks, keys, log, train
+from reasonrl import ceiling, checkpoint, checks, keys, log, monitors, train
 from reasonrl import config as configs
 from reasonrl.algos import base
 from reasonrl.cli import _quiet_libraries as quiet_libraries
@@ -90,6 +90,9 @@ def watched(timer: Timer) -> None:
     timer.watch("checks of arguments and numbers", checks, *here)
     timer.watch("verdicts", base.Algorithm, "outcomes")
     timer.watch("ceiling of unknown rewards", ceiling.Watch, "see")
+    timer.watch("monitors", monitors.Live, "see")
+    timer.watch("monitors", train, "measured")
+    timer.watch("canaries", train, "with_canaries")
     timer.watch("a mark to go back to", Source, "mark")
     timer.watch("rows, flushed to the disk", log.RunLog, "_write")
     timer.watch("completions table", log.RunLog, "completions", "pictures")

@@ -1,5 +1,5 @@
-"""A part of the vocabulary on the CPU: `linear_logp`'s statistics and gradients of the words that one
-rank holds; what the parts make together is `reasonrl/vocab_parallel.py`'s.
+"""A part of the vocabulary on the CPU: `linear_logp`'s statistics and gradients of the words that
+one rank holds; what the parts make together is `reasonrl/vocab_parallel.py`'s.
 Legend: N tokens, D hidden, V words of this part.
 """
 

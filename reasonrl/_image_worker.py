@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 import sys
-import time
 import zlib
 
-SLACK = 2  # seconds of CPU beyond the wall limit of a task
 PIXELS = 160 << 20  # bytes that may be written
 
 
@@ -25,11 +22,13 @@ class Refused(Exception):
 
 
 def main() -> None:
-    sys.path.pop(0)  # the folder of this file: its modules must not shadow others
+    from _limits import cpu_limit, limits  # from the folder of this file
+
+    sys.path.pop(0)  # its modules must not shadow others
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
-    limits(int(sys.argv[1]))
+    limits(int(sys.argv[1]), PIXELS)
     from PIL import Image, ImageFile
 
     Image.MAX_IMAGE_PIXELS = None  # the owner has looked at the size
@@ -42,29 +41,6 @@ def main() -> None:
         task = json.loads(line)
         cpu_limit(task["timeout"])
         print(json.dumps({"id": task["id"]} | decoded(task)), file=replies, flush=True)
-
-
-def limits(memory: int) -> None:
-    """Set the limits and look whether they hold; a worker without them does not start."""
-    wanted = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_FSIZE: PIXELS,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: 64,
-    }
-    for kind, value in wanted.items():
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
-        if resource.getrlimit(kind) != (value, value):
-            raise SystemExit("a resource limit did not take effect")
-
-
-def cpu_limit(timeout: float) -> None:
-    used = int(time.process_time())
-    soft, hard = used + int(timeout) + 1 + SLACK, resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or soft < hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def decoded(task: dict) -> dict:

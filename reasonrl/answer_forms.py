@@ -50,3 +50,17 @@ def folded(text: str) -> str:
     """Text for comparison: case, width, white space, quotes and end punctuation do not count."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(text.split()).strip("\"'`*$ ").rstrip(".!?,;: ").strip("\"'`*$ ")
+
+
+def surely_differ(one: str | None, other: str | None, kind: str) -> bool:
+    """Whether two gold answers are different for certain: numbers by more than any tolerance, other
+    mathematics never."""
+    if one is None or other is None:
+        return False
+    a, b = parse_number(one), parse_number(other)
+    if a is not None and b is not None:
+        return abs(a - b) > max(abs(a), abs(b)) / 10
+    if kind == "choice":
+        first, second = parse_choice(one), parse_choice(other)
+        return first is not None and second is not None and first != second
+    return kind not in ("math", "numerical") and folded(one) != folded(other)

@@ -54,6 +54,7 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
         images=_images(parts),
         outcome=flat(parts, "outcome"),
         served=any(part.served for part in parts),
+        numbers=flat(parts, "numbers"),
         stale=any(part.stale for part in parts),
     )
 
@@ -78,6 +79,7 @@ def take(rollout: Rollout, groups: Sequence[int]) -> Rollout:
         rows_of(rollout, [b for _, b in rows]),
         problems=[rollout.problems[g] for g in groups],
         prompt_ids=[rollout.prompt_ids[g] for g in groups],
+        numbers=[rollout.numbers[g] for g in groups] if rollout.numbers else (),
         group=torch.tensor([new for new, _ in rows], dtype=torch.long),
         images=images if any(images) else (),
     )

@@ -7,6 +7,7 @@ while that is a fault with a name, not a slow run.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from reasonrl.config import Ceiling
 from reasonrl.records import Rewards
@@ -19,6 +20,13 @@ class Watch:
         self.limit = limit
         self.steps = 0
         self.why: Counter[str] = Counter()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: a resumed run counts on."""
+        return {"steps": self.steps, "why": dict(self.why)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.steps, self.why = state["steps"], Counter(state["why"])
 
     def see(self, rewards: Rewards) -> str:
         """What to say when the run must stop; empty while it need not."""

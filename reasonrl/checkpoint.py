@@ -112,12 +112,14 @@ def load(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def latest_verified(run_dir: str | Path, clean: bool = True) -> Path | None:
+def latest_verified(
+    run_dir: str | Path, clean: bool = True, keep: int | None = None
+) -> Path | None:
     """The newest whole checkpoint; None where a run has none yet.
 
     Damaged ones are passed over with one loud line each; if nothing else is left that is an
     InputError, never a silent start from scratch. clean: remove what killed saves left behind
-    (on rank 0 only).
+    (on rank 0 only). keep: how many a save leaves, where the last one may have died before that.
     """
     run_dir = Path(run_dir)
     found = _published(run_dir)
@@ -135,6 +137,8 @@ def latest_verified(run_dir: str | Path, clean: bool = True) -> Path | None:
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if clean and first and run_dir.is_dir():
         chosen = _clean(run_dir, chosen)
+        if chosen is not None and keep is not None:
+            _retire(run_dir, int(chosen.name.split("-")[1]), keep, Disk())
     return chosen
 
 
@@ -300,6 +304,7 @@ def _explained(run_dir: Path, step: int, error: OSError | SafetensorError) -> In
     last = checkpoints(run_dir)
     kept = f"the last one kept is {last[0][1].name}" if last else "there is no earlier one"
     if number in FULL or "os error 28" in str(error):
-        return InputError(f"{run_dir}: no space left for checkpoint-{step}; {kept}")
+        then = "make room, then go on with --resume"
+        return InputError(f"{run_dir}: no space left for checkpoint-{step}; {kept}; {then}")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return InputError(f"{run_dir}: checkpoint-{step} cannot be written ({reason}); {kept}")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from reasonrl import __version__, keys
 from reasonrl.commands import bench, judge, plan, plot, prm, report, score, serve
-from reasonrl.records import InputError, NonFiniteStop, ScorerDown
+from reasonrl.records import InputError, NonFiniteStop, RankLost, ScorerDown
 
-STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4}  # 5: watchdog.py
+STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4, RankLost: 5}  # 5 too: watchdog.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 done, 2 wrong usage or input, 3 NaN, 4 scorer down, 5 stalled."""
+    """Run one command; 0 done, 2 wrong usage or input, 3 NaN, 4 scorer down, 5 stalled
+    or another rank gone."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     stray = [word for word in rest if word.startswith("-") or "=" not in word]

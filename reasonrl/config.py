@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from reasonrl.config_sections import (
     BatchLimit,
+    Canary,
     Ceiling,
     ColdStart,
     Count,
@@ -68,6 +69,7 @@ class Config(Section):
     filter: Filter = Filter()
     lora: Lora = Lora()
     ceiling: Ceiling = Ceiling()
+    canary: Canary = Canary()
     eval: Eval = Eval()
     save: Save = Save()
     batch: BatchLimit = BatchLimit()
@@ -96,7 +98,7 @@ class Config(Section):
 
 
 # what --resume may change (schedules follow the new `steps`); "x." means the whole section
-RESUMABLE = ("steps", "eval_problems", "eval.", "log.", "save.", "ceiling.", "stall", "engine.")
+RESUMABLE = tuple("steps eval_problems eval. log. save. ceiling. canary. stall engine.".split())
 
 # whose options a section holds
 OPTIONS = {"task": "task_options", "model": "model_options", "algorithm": "algo"}

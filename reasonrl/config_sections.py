@@ -70,6 +70,13 @@ class Ceiling(Section):
     patience: Positive = 10  # steps in a row
 
 
+class Canary(Section):
+    """Right completions judged under another problem, which nobody may reward; every 0 = never."""
+
+    every: Count = 10  # steps
+    count: Positive = 8  # of one step and process, at most
+
+
 class Lora(Section):
     """A LoRA adapter in place of all weights; rank 0 = none. alpha: 2 * rank by default."""
 

@@ -46,18 +46,15 @@ class Source:
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if not self.limits.active:
-            problems = self._mine(self._next(prompts))
-            rollout = self.algo.rollout([p for _, p in problems], group, sampling, seed(0))
-            return rollout, {}
+            return self._rollout(prompts, group, sampling, seed(0)), {}
         wanted = len(range(rank, prompts, world))
         carried, seen = len(self.waiting), 0
         for number in range(self.limits.rounds):
             if not any_rank(self.accelerator, len(self.waiting) < wanted):
                 break  # every rank has enough: all leave together
-            problems = self._mine(self._next(prompts))
-            rollout = self.algo.rollout([p for _, p in problems], group, sampling, seed(number))
-            seen += len(problems)
-            self._sift([n for n, _ in problems], rollout)
+            rollout = self._rollout(prompts, group, sampling, seed(number))
+            seen += len(rollout.problems)
+            self._sift(rollout)
         chosen, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         metrics = {
             "filter/kept": (len(chosen) + len(self.waiting) - carried) / max(1, seen),
@@ -94,6 +91,12 @@ class Source:
             mine = [group for r in ranks for group in r["waiting"]][rank::world]
         self.waiting = [self._group(plain) for plain in mine]
 
+    def _rollout(self, prompts: int, group: int, sampling: Sampling, seed: int) -> Rollout:
+        """Completions of this rank's share of the next problems."""
+        problems = self._mine(self._next(prompts))
+        rollout = self.algo.rollout([p for _, p in problems], group, sampling, seed)
+        return replace(rollout, numbers=[n for n, _ in problems])
+
     def _next(self, count: int) -> list[tuple[int, Problem]]:
         first, self.drawn = self.drawn, self.drawn + count
         return list(enumerate(self.algo.task.problems("train", first, count), first))
@@ -102,10 +105,10 @@ class Source:
         """This rank's problems; whole groups stay on one rank."""
         return problems[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _sift(self, numbers: Sequence[int], rollout: Rollout) -> None:
+    def _sift(self, rollout: Rollout) -> None:
         """Grade a rollout and let the groups inside the limits wait."""
         outcome = self.algo.outcomes(rollout)
-        for g, number in enumerate(numbers):
+        for g, number in enumerate(rollout.numbers):
             rows = (rollout.group == g).nonzero()[:, 0].tolist()
             values = [v for b in rows if (v := outcome[b].value) is not None]
             cut = self.limits.drop_clipped and not all(rollout.finished[b] for b in rows)
@@ -131,6 +134,7 @@ class Source:
             pieces=plain["pieces"],
             sampling_logp=sampling,
             outcome=[Score(*score) for score in plain["outcome"]],
+            numbers=[plain["number"]],
             stale=True,
             images=images,
         )

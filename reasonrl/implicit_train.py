@@ -109,8 +109,14 @@ class Learning:
             metrics["process/prm_replay_loss"] = total / len(losses)
         return metrics
 
+    def finite(self) -> bool:
+        """Whether every weight and every moment is."""
+        moments = [m for of in self.optimizer.state.values() for m in of.values()]
+        return all(bool(t.isfinite().all()) for t in [*self.parameters, *moments])
+
     def save(self, folder: Path) -> None:
-        save_state(folder / "prm_optimizer", self.optimizer.state_dict())
+        state = self.optimizer.state_dict() | {"skipped": self.skipped}
+        save_state(folder / "prm_optimizer", state)
         if self.remembers:
             memory = [_plain(one) for one in self.memory]
             save_state(folder / "prm_memory", {"seen": self.seen, "memory": memory})
@@ -125,7 +131,9 @@ class Learning:
             with torch.no_grad():
                 for (mine, _), value in zip(self._averaged(), kept, strict=True):
                     mine.copy_(value)
-        self.optimizer.load_state_dict(load_state(folder / "prm_optimizer"))
+        state = load_state(folder / "prm_optimizer")
+        self.skipped = state.pop("skipped", 0)
+        self.optimizer.load_state_dict(state)
         if self.remembers:
             state = load_state(folder / "prm_memory")
             self.seen = state["seen"]

@@ -7,7 +7,8 @@
     RUN/completions/completions_00001.parquet   one row a completion, TRL's column names
     RUN/images/KEY.png                          pictures of its prompts that no file holds
 
-Every line is flushed to the disk before the step ends. A number that JSON has not (NaN, infinity)
+Every line is flushed to the disk before the step ends, a table is never written again, and a step's
+row holds the hash of its table ("completions/blake2b"). A number that JSON has not (NaN, infinity)
 is written as null, its name listed under "nonfinite_metrics". A resumed run first drops a torn last
 line and whatever lies beyond its checkpoint. Times come from `with log.phase("rollout"):`, which
 adds up to "time/rollout" of the step. Only rank 0 writes.
@@ -15,6 +16,8 @@ adds up to "time/rollout" of the step. Only rank 0 writes.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -30,10 +33,12 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from reasonrl.checkpoint import FULL
 from reasonrl.config import Config
 from reasonrl.keys import refuse
 from reasonrl.log_backends import backends
 from reasonrl.log_view import View, view
+from reasonrl.monitors import Live
 from reasonrl.records import InputError
 from reasonrl.watchdog import beat
 
@@ -69,6 +74,7 @@ class RunLog:
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.writes = not ranks or torch.distributed.get_rank() == 0
         self.times: dict[str, float] = {}
+        self.logged = ""  # hash of the completions table of the step under way
         self.view: View = view(quiet or not self.writes, stream or sys.stdout)
         self.backends = []
         if not self.writes:
@@ -79,8 +85,9 @@ class RunLog:
             replace_file(self.out / "config.yaml", config.to_yaml().encode())
             self._forget(resume_step)
         except OSError as error:
-            raise _unwritable(self.out, error) from None
+            raise unwritable(self.out, error) from None
         self.cold_ready = False
+        self.live = Live(read_rows(self.out / "metrics.jsonl"))
         self.backends = backends(config, self.out)
 
     def _forget(self, step: int) -> None:
@@ -107,7 +114,14 @@ class RunLog:
     def step(self, step: int, total: int, metrics: Mapping[str, Any], sample: str = "") -> None:
         """End step `step` of `total`: its row in metrics.jsonl, the backends, the terminal."""
         row = {"step": step, **metrics, **self._phase_times()}
+        new = self.live.see(row) if self.writes else []
+        if new:
+            row["warnings"] = new
+        if self.logged:
+            row["completions/blake2b"], self.logged = self.logged, ""
         self._write("metrics.jsonl", row)
+        for warning in new:
+            self.note(f"warning at step {step}: {warning}")
         part = {"sft": "SFT", "dpo": "DPO"}.get(self.config.algorithm, "RL")
         self.view.step(part, step, total, row, sample)
 
@@ -126,20 +140,19 @@ class RunLog:
         self.view.evaluation(step, metrics)
 
     def completions(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Write the completions of a step: equal-length columns by TRL's names, see COLUMNS."""
+        """Write the completions of a step: equal-length columns by TRL's names, see COLUMNS. The
+        step's row will hold the file's hash."""
         if not self.writes:
             return
         arrays = {name: _column(name, values) for name, values in columns.items()}
+        written = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(arrays), written, write_page_checksum=True)
+        self.logged = digest(written.getvalue())
         path = self.out / "completions" / f"completions_{step:05d}.parquet"
-        aside = path.with_suffix(".tmp")
-        try:
-            with aside.open("wb") as file:
-                pyarrow.parquet.write_table(pyarrow.table(arrays), file, write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint of this step must not outlive its rows
-            os.replace(aside, path)
+        try:  # flushed: a checkpoint of this step must not outlive its rows
+            replace_file(path, written.getvalue())
         except OSError as error:
-            raise _unwritable(path, error) from None
+            raise unwritable(path, error) from None
 
     def pictures(self, drawn: Mapping[str, Any]) -> None:
         """Keep pictures that no file holds, by their name in the run; each is drawn once."""
@@ -153,7 +166,7 @@ class RunLog:
                 picture.draw().save(aside, "PNG")
                 os.replace(aside, path)
             except OSError as error:
-                raise _unwritable(path, error) from None
+                raise unwritable(path, error) from None
 
     def note(self, text: str) -> None:
         """A line for whoever watches the run."""
@@ -180,10 +193,14 @@ class RunLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _unwritable(self.out / name, error) from None
+            raise unwritable(self.out / name, error) from None
         numbers = {k: v for k, v in clean.items() if type(v) in (int, float) and k != "step"}
         for backend in self.backends if to_backends else ():
             backend.log(row["step"], numbers)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,5 +263,6 @@ def _column(name: str, values: Sequence[Any]) -> pyarrow.Array:
     return pyarrow.array(clean, kind)
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror or error})")
+def unwritable(path: Path, error: OSError) -> InputError:
+    hint = "; make room, then go on with --resume" if error.errno in FULL else ""
+    return InputError(f"{path}: cannot be written ({error.strerror or error}){hint}")

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,19 @@ from reasonrl.records import Batch, InputError
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
 ALIGNED = 64  # bytes, torch's own choice on a CPU
 PRM_FILE = "prm.json"  # what makes a folder a process reward model
+OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")
+
+
+@contextlib.contextmanager
+def os_errors(folder: Path) -> Iterator[None]:
+    """The tokenizers library says a full disk by a bare Exception; here it is an OSError."""
+    try:
+        yield
+    except Exception as error:
+        found = OS_ERROR.search(str(error)) if type(error) is Exception else None
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
 
 
 @dataclass
@@ -129,7 +143,8 @@ class Policy:
         """In the Hugging Face layout, loadable by `load` and from_pretrained."""
         for part in (self.model, self.tokenizer, self.processor):
             if part is not None:
-                part.save_pretrained(folder)
+                with os_errors(folder):
+                    part.save_pretrained(folder)
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:

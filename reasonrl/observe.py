@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -70,11 +71,20 @@ def _process_metrics(rewards: Rewards, value: Tensor, known: Tensor) -> dict[str
 def completion_rows(
     step: int, rollout: Rollout, rewards: Rewards, advantage: Tensor
 ) -> dict[str, list[Any]]:
-    """Columns of the completions table, one row a completion; TRL's names plus steps and credit."""
+    """Columns of the completions table, one row a completion; TRL's names plus steps and credit.
+    id: the problem's number in the task's train split, the completion's in its group; it is trained
+    on once in a run."""
     parts = advantage.split(lengths(rollout))
-    problems = [rollout.problems[g] for g in rollout.group.tolist()]
+    of, seen = rollout.group.tolist(), Counter()
+    numbers = rollout.numbers or range(len(rollout.problems))
+    ids = []
+    for g in of:
+        ids.append(f"{numbers[g]}.{seen[g]}")
+        seen[g] += 1
+    problems = [rollout.problems[g] for g in of]
     return {
         "step": [step] * len(problems),
+        "id": ids,
         "problem_id": [p.id for p in problems],
         "prompt": [_text(p.prompt) for p in problems],
         "completion": list(rollout.text),

@@ -6,20 +6,54 @@ With one process nothing is sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from reasonrl.batch import flat, merge
-from reasonrl.records import InputError, Rewards, Rollout
+from reasonrl.records import InputError, RankLost, Rewards, Rollout
 
+GONE = re.compile(  # what gloo, NCCL and the store say of a peer that died or does not answer
+    r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out",
+    re.IGNORECASE,
+)
+FOREVER = timedelta(days=30)
 Step = tuple[Rollout, Rewards, Tensor]  # a rollout, its rewards, and its advantages (N,)
+
+
+def accelerator(device: str, stall: float = 0.0) -> Accelerator:
+    """Accelerate's for device auto, cpu or cuda; a rank that is waited for longer than `stall`
+    seconds is an error, at the start too. Several ranks without a GPU are told to use gloo: left
+    alone each of them would take itself for the only one."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    alone = device == "auto" and ranks and not torch.cuda.is_available()
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=stall) if stall else FOREVER)
+    return Accelerator(cpu=device == "cpu" or alone, kwargs_handlers=[patience])
+
+
+@contextmanager
+def named_loss(out: Path) -> Iterator[None]:
+    """Inside it a collective that fails because another rank is gone is a RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        plain = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+        if not plain or not GONE.search(str(error)):
+            raise
+        said = str(error).strip().splitlines()[0]
+        then = "start all ranks again with --resume"
+        raise RankLost(f"{out}: another rank is gone or silent; {then} ({said})") from None
 
 
 def gathered(accelerator: Accelerator, values: Sequence[float]) -> list[list[float]]:

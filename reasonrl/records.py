@@ -32,6 +32,10 @@ class ScorerDown(RuntimeError):
     """A judge or verifier stayed down. Exit status 4."""
 
 
+class RankLost(RuntimeError):
+    """Another rank of the run is gone. Exit status 5."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem; `id` is unique in its task and stable across runs."""
@@ -90,6 +94,7 @@ class Rollout:
     sampling_logp: Sequence[Tensor] | None = None  # as `logp`, after top-k/top-p truncation
     images: Sequence[Any] = ()  # P of vision.Seen or None, made once per prompt; () without any
     outcome: Sequence[Score] | None = None  # B, where the completions were graded when drawn
+    numbers: Sequence[int] = ()  # P, of the problems in the task's train split; () outside a run
     served: bool = False  # a server drew it; `logp` and `sampling_logp` are what the server says
     stale: bool = False  # an earlier policy wrote some of it; `logp` is what it said of it
 

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reasonrl import checkpoint, lora, models
 from reasonrl import config as configs
 from reasonrl.algos.base import Algorithm
 from reasonrl.config import Config
 from reasonrl.draw import Source
 from reasonrl.models import Policy
-from reasonrl.records import InputError
+from reasonrl.ranks import any_rank
+from reasonrl.records import InputError, NonFiniteStop
 from reasonrl.state_file import load_state, rng_state, save_state, set_rng_state
 from reasonrl.update import Learner
 
@@ -42,7 +45,7 @@ def find(out: Path, resume: bool, config: Config) -> Found | None:
         if checkpoint.checkpoints(out):
             raise InputError(f"{out}: holds a run already; use --resume, or another --out")
         return None
-    path = checkpoint.latest_verified(out)
+    path = checkpoint.latest_verified(out, keep=config.save.keep)
     if path is None:
         raise InputError(f"{out}: no checkpoint to resume from; start it without --resume")
     meta = checkpoint.read_manifest(path)["meta"]
@@ -53,16 +56,45 @@ def find(out: Path, resume: bool, config: Config) -> Found | None:
     return Found(path, meta)
 
 
+def policy(config: Config, found: Path | None, device: torch.device) -> Policy:
+    """The model to train: the recipe's, or a checkpoint's; with an adapter always the recipe's and
+    the checkpoint's adapter on it."""
+    rank = config.lora.rank
+    path = config.model if found is None or rank else str(found)
+    kept = {k: v for k, v in config.model_options.items() if k == "vision_tower"}
+    made = models.load(
+        path,
+        dtype=config.dtype,
+        device=str(device),
+        seed=config.seed,
+        attn=config.attn,
+        liger=config.liger,
+        graphs=config.graphs,
+        **(config.model_options if path == config.model else kept),
+    )
+    if rank:
+        made = lora.trainable(made, rank, config.seed, config.lora.alpha)
+        if found is not None:
+            lora.restore(made, found, found / "adapter")
+    return made
+
+
 def save(
     out: Path,
     learner: Learner,
     config: Config,
-    position: dict[str, int],
+    position: dict[str, Any],  # cold, step, tokens, ceiling
     source: Source,
     algo: Algorithm | None,  # None before RL has begun
 ) -> None:
-    """Write checkpoint-<step> on the main rank; every rank waits for it."""
+    """Write checkpoint-<step> on the main rank; every rank waits for it. NonFiniteStop instead of a
+    checkpoint with a weight or a moment that is not finite."""
     accelerator, policy = learner.accelerator, learner.policy
+    whole = learner.finite() and (algo is None or algo.finite())
+    if any_rank(accelerator, not whole):
+        last = checkpoint.checkpoints(out)
+        kept = f"the last checkpoint is {last[0][1].name}" if last else "there is no checkpoint"
+        raise NonFiniteStop(f"{out}: weights or moments are not finite, nothing is saved; {kept}")
     waiting = source.state()
     sharded = accelerator.distributed_type.value == "DEEPSPEED"
 
@@ -92,7 +124,7 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def restore(found: Found, learner: Learner, source: Source) -> dict[str, int]:
+def restore(found: Found, learner: Learner, source: Source) -> dict[str, Any]:
     """Put the optimizer, the waiting groups and the random states back; the position {cold, step,
     tokens, ...}."""
     learner.optimizer.load_state_dict(load_state(found.path / "optimizer"))

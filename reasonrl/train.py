@@ -15,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from reasonrl import engine, lora, models, state
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
+from reasonrl.canary import with_canaries
 from reasonrl.ceiling import Watch
+from reasonrl.checkpoint import FULL
 from reasonrl.config import Config
 from reasonrl.draw import Source
 from reasonrl.evaluate import evaluate
-from reasonrl.log import RunLog, read_rows
+from reasonrl.log import RunLog, read_rows, unwritable
 from reasonrl.loss import LossSpec
+from reasonrl.monitors import measured
 from reasonrl.observe import completion_rows, picture_name, step_metrics
-from reasonrl.ranks import any_rank, check_whole_weights, whole
+from reasonrl.ranks import accelerator, any_rank, check_whole_weights, named_loss, whole
 from reasonrl.records import InputError, ScorerDown
+from reasonrl.replay import keeper
 from reasonrl.rollout import Sampling
 from reasonrl.tasks import make_task
 from reasonrl.update import Learner, rate_at
@@ -83,11 +86,11 @@ class Run:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
         server = engine.of(config, out)
-        self.accelerator = Accelerator(cpu=config.device == "cpu")
+        self.accelerator = accelerator(config.device, config.stall)
         check_whole_weights(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
-        policy = self._policy(found)
+        policy = state.policy(config, found and found.path, self.accelerator.device)
         if config.max_completion_length >= policy.context:
             raise InputError(
                 f"max_completion_length: {config.max_completion_length} exceeds the model's"
@@ -103,38 +106,18 @@ class Run:
             wanted = dict(self.algo.needs_loss)
             raise InputError(f"loss: {config.algorithm} needs {wanted}, got {config.loss}")
         self.learner = Learner(policy, config, self.accelerator)
+        self.learner.keep = keeper(out, self.learner, lambda: self.step + 1)
         self.cold, self.step, self.tokens = 0, 0, 0  # steps done in each phase, tokens trained on
         self.source = Source(self.algo, self.accelerator, config.filter)
+        self.watch, self.fault = Watch(config.ceiling), ""  # why the run cannot go on
         self.found = found
         if found is not None:
             position = state.restore(found, self.learner, self.source)
+            self.watch.restore(position.get("ceiling", self.watch.state()))
             self.cold, self.step, self.tokens = (position[k] for k in ("cold", "step", "tokens"))
         self.log = RunLog(out, config, quiet=quiet or not self.main, resume_step=self.step)
         self.saved = (self.cold, self.step) if found is not None else None
         self.begun = False  # RL, in this process
-        self.watch, self.fault = Watch(config.ceiling), ""  # why the run cannot go on
-
-    def _policy(self, found: state.Found | None) -> models.Policy:
-        """The model to train: the recipe's, or a checkpoint's; with an adapter always the recipe's
-        and the checkpoint's adapter on it."""
-        config, rank = self.config, self.config.lora.rank
-        path = config.model if found is None or rank else str(found.path)
-        fresh = path == config.model
-        policy = models.load(
-            path,
-            dtype=config.dtype,
-            device=str(self.accelerator.device),
-            seed=config.seed,
-            attn=config.attn,
-            liger=config.liger,
-            graphs=config.graphs,
-            **(config.model_options if fresh else _kept(config)),
-        )
-        if rank:
-            policy = lora.trainable(policy, rank, config.seed, config.lora.alpha)
-            if found is not None:
-                lora.restore(policy, found.path, found.path / "adapter")
-        return policy
 
     @property
     def main(self) -> bool:
@@ -143,7 +126,12 @@ class Run:
     def train(self) -> bool:
         """All that is left of the run; True when it is complete, False when asked to stop."""
         with Watchdog(self.config.stall, self.out), Stop() as stop:
-            self._train(stop)
+            try:
+                self._train(stop)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise unwritable(Path(error.filename or self.out), error) from None
         done = self.step >= self.config.steps
         if done:
             self._conclude()
@@ -230,6 +218,7 @@ class Run:
         with log.phase("score"):
             rewards = algo.score(rollout)
             advantage = algo.advantage(rewards, rollout)
+            rewards = with_canaries(algo, rollout, rewards, config.canary, step)
         rate = rate_at(
             step,
             config.steps,
@@ -244,7 +233,8 @@ class Run:
             metrics |= algo.update(rollout, rewards)
         self.step = step
         shown = whole(self.accelerator, rollout, rewards, advantage)
-        metrics |= step_metrics(*shown) | drawn
+        rows = completion_rows(step, *shown)
+        metrics |= step_metrics(*shown) | drawn | measured(rows)
         self.fault = self.watch.see(shown[1])
         self.tokens += int(metrics["num_tokens"])
         metrics |= {"num_tokens": self.tokens, "learning_rate": rate}
@@ -253,7 +243,7 @@ class Run:
             metrics |= self._evaluate(step)
         metrics["step_time"] = time.time() - began
         if config.log.completions_every and step % config.log.completions_every == 0:
-            log.completions(step, completion_rows(step, *shown))
+            log.completions(step, rows)
             seen = [i for p in shown[0].problems for i in p.images if not isinstance(i, str)]
             log.pictures({picture_name(image): image for image in seen})
         log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")
@@ -319,7 +309,8 @@ class Run:
 
     def _save(self) -> None:
         with self.log.phase("save"):
-            position = {"cold": self.cold, "step": self.step, "tokens": self.tokens}
+            position: dict[str, Any] = {"cold": self.cold, "step": self.step, "tokens": self.tokens}
+            position["ceiling"] = self.watch.state()
             algo = self.algo if self.begun else None
             state.save(self.out, self.learner, self.config, position, self.source, algo)
         self.saved = (self.cold, self.step)
@@ -344,12 +335,8 @@ class Run:
 
 def train(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> bool:
     """Run or resume a training run in `out`; True when it reached its last step."""
-    return Run(config, out, resume, quiet).train()
-
-
-def _kept(config: Config) -> dict[str, Any]:
-    """The model's options that hold for a checkpoint too."""
-    return {k: v for k, v in config.model_options.items() if k == "vision_tower"}
+    with named_loss(out):
+        return Run(config, out, resume, quiet).train()
 
 
 def _spec(config: Config) -> LossSpec:

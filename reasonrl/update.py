@@ -16,8 +16,9 @@ parallelism.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,6 +76,19 @@ class Trainable(nn.Module):
         return (loss if nothing is None else loss + nothing.to(loss.device)), metrics
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one update reads, of one rank; N completion tokens."""
+
+    rollout: Rollout
+    advantage: Tensor  # (N,)
+    spec: LossSpec
+    rows: Sequence[int]  # of the rollout
+    old: Tensor | None  # (N,)
+    ref: Tensor | None  # (N,)
+    weight: Tensor | None = None  # (N,), importance of what a server drew
+
+
 class Learner:
     """Owns the optimiser; `step` turns a rollout and its advantages into one or more updates."""
 
@@ -94,6 +108,7 @@ class Learner:
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.reference: Policy | None = None
         self.skipped = 0  # steps in a row that the NaN policy left out
+        self.keep: Callable[[Share], None] | None = None  # called with the first of a row
 
     def step(
         self, rollout: Rollout, advantage: Tensor, spec: LossSpec, rate: float, updates: int = 1
@@ -111,8 +126,8 @@ class Learner:
         groups = [int(n) for (n,) in gathered(self.accelerator, [len(rollout.problems)])]
         place = self.accelerator.process_index, self.accelerator.num_processes
         shares = _shares(rollout, updates, sum(groups), *place)
-        done = [self._update(rollout, advantage, spec, rows, old, ref, weight) for rows in shares]
-        return _merged(done) | drawn
+        every = [Share(rollout, advantage, spec, rows, old, ref, weight) for rows in shares]
+        return _merged([self.update(share) for share in every]) | drawn
 
     def logp(self, rollout: Rollout, policy: Policy) -> Tensor:
         """(N,) log-probabilities of the completion tokens under a policy."""
@@ -131,9 +146,10 @@ class Learner:
         mine = importance.sums(old, drawn, weight, how.cap)
         return old, weight, importance.metrics(gathered(self.accelerator, mine))
 
-    def _update(
-        self, rollout, advantage, spec, rows: Sequence[int], old, ref, weight
-    ) -> dict[str, float]:
+    def update(self, share: Share) -> dict[str, float]:
+        """One optimiser step at the rate as it is; its metrics."""
+        rollout, advantage, spec = share.rollout, share.advantage, share.spec
+        rows, old, ref, weight = share.rows, share.old, share.ref, share.weight
         size = lengths(rollout)
         live = _live(rollout, advantage, rows, spec)
         batches = list(pack(rollout, advantage, self.config.batch.tokens, live, old, ref, weight))
@@ -157,7 +173,14 @@ class Learner:
         names = sorted(out)  # the same on every rank
         every = gathered(self.accelerator, [out[name] for name in names])
         out = _merged([dict(zip(names, v, strict=True)) for v in every], total=("loss",))
-        return out | share_live | {"grad_norm": self._apply()}
+        norm = self._apply(math.isfinite(out["loss"]))
+        if self.skipped == 1 and self.keep is not None:
+            self.keep(share)
+        if self.skipped >= self.config.nan_patience:
+            raise NonFiniteStop(
+                f"loss or gradient was not finite in {self.skipped} steps in a row (nan_patience)"
+            )
+        return out | share_live | {"grad_norm": norm}
 
     def _backward(self, batches: Sequence[Batch], spec: LossSpec, divisor: float):
         """This rank's gradient, reduced with the last micro-batch; its share of the metrics."""
@@ -174,22 +197,28 @@ class Learner:
             parts.append({k: float(v) for k, v in values.items()})
         return _merged(parts, total=("loss",))
 
-    def _apply(self) -> float:
-        """Clip and step; a non-finite gradient leaves the parameters bit-equal on every rank."""
+    def _apply(self, usable: bool) -> float:
+        """Clip and step; a loss or gradient that is not finite leaves the parameters bit-equal on
+        every rank. usable: whether the loss is finite."""
         limit = self.config.optim.grad_clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
         value = float(norm) if norm is not None else math.nan
-        if math.isfinite(value):  # DeepSpeed has stepped, or refused to, inside its backward
+        # DeepSpeed has stepped, or refused to, inside its backward
+        if usable and math.isfinite(value):
             self.optimizer.step()
             self.skipped = 0
         else:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
-        if self.skipped >= self.config.nan_patience:
-            raise NonFiniteStop(
-                f"the gradient was not finite in {self.skipped} steps in a row (nan_patience)"
-            )
         return value
+
+    def finite(self) -> bool:
+        """Whether every weight and every moment is."""
+        sharded = self.accelerator.distributed_type.value == "DEEPSPEED"
+        state = {} if sharded else self.optimizer.state
+        moments = [m for of in state.values() for m in of.values()]
+        tensors = [*self.policy.model.parameters(), *moments]
+        return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor))
 
 
 def rate_at(step: int, steps: int, peak: float, warmup: int, schedule: str, final: float) -> float:

@@ -20,11 +20,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from reasonrl import cli, models
 from reasonrl import config as configs
-from reasonrl import models
+from reasonrl.algos import GRPO
 from reasonrl.batch import pack
 from reasonrl.loss import LossSpec
-from reasonrl.records import NonFiniteStop, Problem, Rollout
+from reasonrl.records import NonFiniteStop, Problem, Rewards, Rollout
 from reasonrl.tasks import make_task
 from reasonrl.train import Run, train
 from reasonrl.update import Learner
@@ -185,6 +186,19 @@ def stopped_on_rank_1(out: Path, rank: int) -> None:
     assert not run.train()
 
 
+def overflowing_on_rank_1(out: Path, rank: int) -> None:
+    """A run in which the credit of one rank is too large for the gradient, in its second step."""
+    advantage = GRPO.advantage
+
+    def enormous(self: GRPO, rewards: Rewards, rollout: Rollout) -> Tensor:
+        value = advantage(self, rewards, rollout)
+        return value + 1e38 if rank == 1 and self.clock.step == 2 else value
+
+    GRPO.advantage = enormous  # type: ignore[method-assign]
+    train(small("algorithm=grpo", "algo={}"), out, quiet=True)
+    GRPO.advantage = advantage  # type: ignore[method-assign]
+
+
 def snapshot(made: Learner) -> dict[str, Tensor]:
     """Whole weights, wherever their shards lie; a collective there."""
     parameters = list(made.policy.model.parameters())
@@ -220,6 +234,9 @@ def plugged(kind: str) -> Accelerator:
 
 def main(out: Path, kind: str) -> None:
     torch.set_num_threads(1)
+    if kind == "long":  # until somebody kills a rank
+        words = ["steps=100000", "save.every=1", "--out", str(out / "long"), "--quiet"]
+        sys.exit(cli.main(["train", "tiny", *SMALL, *words]))
     if kind == "ddp":
         accelerator = Accelerator(cpu=True)
         done = {name: run(case, accelerator) for name, case in CASES.items()}
@@ -228,6 +245,7 @@ def main(out: Path, kind: str) -> None:
         train(small(), out / "run", quiet=True)
         train(small("prompts_per_step=1"), out / "one prompt", quiet=True)
         train(small(), out / "alone", resume=True, quiet=True)  # the test ran two steps of it
+        overflowing_on_rank_1(out / "overflow", accelerator.process_index)
         stopped_on_rank_1(out / "stopped", accelerator.process_index)
     elif kind == "nan":
         accelerator = Accelerator(cpu=True)

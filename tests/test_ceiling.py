@@ -57,3 +57,18 @@ def test_a_run_stops_saved_and_goes_on_when_the_cause_is_gone(
     assert "2 steps in a row" in said and "unscorable: the key is lost" in said
     assert main([*words, "algorithm=grpo", "algo={}", "--resume"]) == 0
     assert checkpoints(out)[0][0] == 6
+
+
+def test_a_resumed_run_counts_on(tmp_path, capsys, monkeypatch):
+    """Stopped after every step, it still ends where an unbroken one does, with the same words."""
+    monkeypatch.setattr(Arithmetic, "grade", lambda *_: unscorable("the key is lost"))
+    said = []
+    for name, stops in (("whole", ("steps=6",)), ("broken", ("steps=1", "steps=2", "steps=6"))):
+        out = str(tmp_path / name)
+        words = ["train", "tiny", *KEYS, "ceiling.patience=4", "algorithm=grpo", "algo={}"]
+        for at, steps in enumerate(stops):
+            resumed = ["--resume"] if at else []
+            status = main([*words, steps, "--out", out, "--quiet", *resumed])
+        assert status == 4 and checkpoints(out)[0][0] == 4
+        said.append(capsys.readouterr().err)
+    assert "4 steps in a row" in said[0] and "16 of 16" in said[0] and said[0] == said[1]

@@ -154,6 +154,17 @@ def test_retention_keeps_the_newest_and_never_less_than_one(tmp_path):
         save(tmp_path, 12, write(12), {}, keep=0)
 
 
+def test_a_save_that_died_before_retention_is_made_good(tmp_path):
+    """The last save of a run: nothing will be saved after it."""
+    save(tmp_path, 10, write(10), {}, keep=1)
+    for at in range(60):  # until it dies between the two
+        if killed(tmp_path, 20, at, "before") and len(checkpoints(tmp_path)) == 2:
+            break
+    assert [step for step, _ in checkpoints(tmp_path)] == [20, 10]
+    assert latest_verified(tmp_path, keep=1).name == "checkpoint-20"
+    assert [step for step, _ in checkpoints(tmp_path)] == [20]
+
+
 def test_a_save_removes_what_killed_ones_left(tmp_path):
     assert killed(tmp_path, 1, 5, "after") == 9
     assert [p.name[:4] for p in tmp_path.iterdir()] == ["tmp-"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import socket
 import subprocess
@@ -27,6 +28,7 @@ import distributed_worker as worker
 
 from reasonrl.ranks import check_whole_weights, joined
 from reasonrl.records import InputError, Rewards, scored
+from reasonrl.replay import again
 from reasonrl.train import train
 
 WORLD, TIMEOUT = 2, 300  # seconds; a quiet machine needs about ten
@@ -187,6 +189,13 @@ def test_the_log_shows_the_completions_of_all_ranks(ddp, out):
     assert row["reward"] == pytest.approx(sum(table["reward"].to_pylist()) / 12)
     assert row["completions/max_length"] >= max(sizes) and row["tokens"] >= sum(sizes) > 0
     assert row["completions/mean_length"] == pytest.approx(row["tokens"] / 12)
+
+
+def test_the_bad_batch_of_one_rank_is_kept_with_the_others(ddp, out):
+    assert [row["grad_norm"] is None for row in rows(out / "overflow")] == [False, True, False]
+    found = again(out / "overflow")
+    assert found["step"] == 2 and not math.isfinite(found["grad_norm"]) and found["bad"]
+    assert found["tokens"] == rows(out / "overflow")[1]["tokens"]
 
 
 def test_all_ranks_stop_after_the_same_step(ddp, out):

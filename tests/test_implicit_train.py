@@ -107,6 +107,17 @@ def test_a_restored_memory_draws_and_learns_the_same(tmp_path):
     assert torch.equal(tokens(whole, rollout), tokens(fresh, rollout))
 
 
+def test_the_skips_in_a_row_come_back(tmp_path):
+    one = learning()
+    one.read(*labelled(), ALL)
+    one.parameters[0].grad.fill_(float("inf"))
+    assert one.step()["process/prm_skipped"] == 1.0
+    one.save(tmp_path)
+    fresh = learning()
+    fresh.restore(tmp_path)
+    assert fresh.skipped == one.skipped == 1
+
+
 def test_the_average_of_the_weights_pays_and_comes_back(tmp_path):
     rollout, outcome = labelled()
     one = learning(updates=2, average=0.75)

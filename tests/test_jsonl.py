@@ -249,6 +249,10 @@ def test_an_evaluation_file_is_the_test_split_and_leaves_training(sums, tmp_path
     task = make_task(sums, eval_file=held)
     assert [p.prompt for p in task.problems("test", 0, 2)] == ["3+4", "new"]
     assert "1 rows stand in" in caplog.text
+    caplog.clear()
+    for _ in range(2):  # an evaluation asks every time, and a run makes its task anew
+        task.problems("test", 0, 1000)
+    assert caplog.text.count("test problems, 1000 asked for") == 1
     assert "3+4" not in {p.prompt for p in task.problems("train", 0, 1000)}
     with pytest.raises(InputError, match="unknown option 'evalfile'; did you mean 'eval_file'"):
         make_task(sums, evalfile=held)

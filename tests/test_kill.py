@@ -62,20 +62,23 @@ PATIENCE = 40  # kills of one run; then it may end in peace
 class Server:
     """The warm process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *within: str) -> None:
         script = Path(__file__).parent / "kill_server.py"
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, script], stdin=pipe, stdout=pipe, env=env, text=True
+            [*within, sys.executable, script], stdin=pipe, stdout=pipe, env=env, text=True
         )
 
-    def attempt(self, out: Path, kind: str, kill: dict | None, resume: bool) -> dict:
+    def attempt(
+        self, out: Path, kind: str, kill: dict | None, resume: bool, *words: str, log="", **more
+    ) -> dict:
         """One `reasonrl train`, to its end or to its death."""
-        arguments = ["train", "prime", *SMALL, *KINDS[kind], "--out", str(out), "--quiet"]
+        arguments = ["train", "prime", *SMALL, *KINDS[kind], *words, "--out", str(out), "--quiet"]
         arguments += ["--resume"] if resume else []
-        order = {"arguments": arguments, "folder": str(out), "kill": kill, "log": f"{out}.log"}
+        order = {"arguments": arguments, "folder": str(out), "kill": kill, **more}
+        order["log"] = str(log or f"{out}.log")
         assert self.process.stdin and self.process.stdout
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
@@ -111,12 +114,12 @@ def left(out: Path) -> dict:
     """All that a finished run leaves, but for times."""
     files = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
     rows = {n: timeless(read_rows(p)) for n, p in files.items() if n.endswith(".jsonl")}
-    raw = {n: p.read_bytes() for n, p in files.items() if n not in rows and "parquet" not in n}
+    raw = {n: p.read_bytes() for n, p in files.items() if n not in rows}
     return {"names": sorted(files), "rows": rows, "completions": tables(out), "files": raw}
 
 
 def equal(found: dict, wanted: dict) -> None:
-    assert found["names"] == wanted["names"]
+    assert found["names"] == wanted["names"], set(found["names"]) ^ set(wanted["names"])
     for part in ("rows", "completions", "files"):
         assert found[part].keys() == wanted[part].keys()
         differs = [name for name, value in wanted[part].items() if found[part][name] != value]
@@ -190,6 +193,8 @@ def proof(server: Server, folder: Path, kinds: list[str], kills: int) -> Counter
 def once(wanted: dict) -> None:
     """Completions are trained on once: no problem comes twice, no step is missing or empty."""
     rows = [row for table in wanted["completions"].values() for row in table]
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert all(row["completions/blake2b"] for row in wanted["rows"]["metrics.jsonl"])
     groups = Counter(row["problem_id"] for row in rows)
     assert rows and set(groups.values()) == {4}
     assert [row["step"] for row in wanted["rows"]["metrics.jsonl"]] == [1, 2, 3, 4, 5]
@@ -206,3 +211,22 @@ def test_30_kills_and_the_run_is_the_unbroken_one(server, tmp_path):
 @pytest.mark.torture
 def test_1000_kills_and_the_run_is_the_unbroken_one(server, tmp_path):
     proof(server, tmp_path, list(KINDS), 1000)
+
+
+@pytest.mark.torture
+def test_a_kill_before_every_event_of_a_run(server, tmp_path):
+    """Every file operation and flush of every save, and all between them, none left out; torn
+    where a file was opened for writing in every third."""
+    kind, out = list(KINDS)[0], tmp_path / "whole"
+    events = server.attempt(out, kind, None, False)["events"]
+    wanted = left(out)
+    for at in range(1, events + 1):
+        out = tmp_path / f"{at}"
+        kill = {"event": at, "torn": at % 3 == 0}
+        assert server.attempt(out, kind, kill, False)["status"] == -9
+        kept(out, wanted, -1)
+        resume = bool(checkpoints(out))
+        assert server.attempt(out, kind, None, resume)["status"] == 0, Path(f"{out}.log")
+        equal(left(out), wanted)
+        shutil.rmtree(out)
+    print(f"{events} kills")

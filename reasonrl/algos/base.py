@@ -25,7 +25,7 @@ from reasonrl import ops
 from reasonrl.batch import cu_seqlens, lengths
 from reasonrl.models import Policy
 from reasonrl.prompts import render
-from reasonrl.records import InputError, Problem, Rewards, Rollout, Score
+from reasonrl.records import InputError, Problem, Rewards, Rollout, Score, scored
 from reasonrl.rollout import Sampling, sample
 from reasonrl.tasks import Task
 
@@ -92,6 +92,13 @@ class Algorithm:
         problems = [rollout.problems[g] for g in rollout.group.tolist()]
         return self.task.grades(problems, rollout.text)
 
+    def canary(self, false: Rollout) -> dict[str, Sequence[Score]]:
+        """What each of those who pay says of completions under problems that they do not answer
+        (canary.py), 0 to 1; nothing is learned from it."""
+        problems = [false.problems[g] for g in false.group.tolist()]
+        found = self.task.verdicts(problems, false.text)
+        return {"verifier": [_whole(score) for score in found]}
+
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
         """What multiplies the gradient of every completion token, (N,) fp32."""
         raise NotImplementedError
@@ -102,6 +109,10 @@ class Algorithm:
 
     def begin(self, start: Start) -> None:
         """Called once in a process, before its first RL step."""
+
+    def finite(self) -> bool:
+        """Whether every number of what has been learned is."""
+        return True
 
     def save(self, folder: Path) -> None:
         """Put what the algorithm has learned into a checkpoint; on the main rank only."""
@@ -132,6 +143,11 @@ def outcomes(rewards: Rewards) -> tuple[Tensor, Tensor]:
     value = [0.0 if s.value is None else s.value for s in rewards.outcome]
     known = [s.kind == "scored" for s in rewards.outcome]
     return torch.tensor(value, dtype=torch.float32), torch.tensor(known, dtype=torch.bool)
+
+
+def _whole(score: Score) -> Score:
+    """Right or not; part of an answer may be right under another problem too."""
+    return score if score.value is None else scored(float(score.value == 1.0))
 
 
 def mean(values: Sequence[float]) -> float:

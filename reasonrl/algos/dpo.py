@@ -20,7 +20,7 @@ from reasonrl.algos.base import Algorithm, Start, per_token
 from reasonrl.batch import lengths
 from reasonrl.logprobs import rollout_logp
 from reasonrl.models import Policy
-from reasonrl.records import InputError, Problem, Rewards, Rollout, scored
+from reasonrl.records import InputError, Problem, Rewards, Rollout, Score, scored
 from reasonrl.rollout import Sampling, given
 from reasonrl.systems import dpo_loss
 
@@ -78,6 +78,10 @@ class Dpo(Algorithm):
             },
             token=list(self._token(margin, rollout).split(lengths(rollout))),
         )
+
+    def canary(self, false: Rollout) -> dict[str, Sequence[Score]]:
+        """None: nobody grades pairs."""
+        return {}
 
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
         return torch.cat(list(rewards.token)) if rewards.token else torch.zeros(0)

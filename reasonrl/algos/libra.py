@@ -122,6 +122,9 @@ class Libra(GRPO):
         metrics = {**found.metrics, **agreement(known, found.outcome)}
         return Rewards(outcome=found.outcome, metrics=metrics, verdict=known)
 
+    def canary(self, false: Rollout) -> dict[str, Sequence[Score]]:
+        return {"judge": self.outcomes(false)}
+
     def _judged(self, rollout: Rollout) -> Rewards:
         assert self.held.judge is not None
         if rollout.outcome is not None:

@@ -19,6 +19,7 @@ steps, while it learns from ordinary outcome-only ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -32,7 +33,7 @@ from reasonrl.batch import cu_seqlens, lengths
 from reasonrl.implicit_train import Learning
 from reasonrl.logprobs import rollout_logp
 from reasonrl.ranks import gathered
-from reasonrl.records import InputError, Rewards, Rollout
+from reasonrl.records import InputError, Rewards, Rollout, Score, scored
 from reasonrl.rewards.implicit import ImplicitPRM, same_vocabulary
 
 
@@ -151,6 +152,17 @@ class Prime(Algorithm):
             metrics=metrics,
         )
 
+    def canary(self, false: Rollout) -> dict[str, Sequence[Score]]:
+        """The reward model's side by the sign of its sum, the log-odds."""
+        held = self.held
+        assert held.learning is not None and held.start is not None
+        ref = None
+        if self.reference == "policy":
+            ref = rollout_logp(self.policy, false, held.start.tokens)
+        found = held.learning.score(false, ref).outcome
+        signs = [s if s.value is None else scored(float(s.value > 0)) for s in found]
+        return super().canary(false) | {"prm": signs}
+
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
         outcome, known = outcomes(rewards)
         token = torch.cat(list(rewards.token)) if rewards.token else torch.zeros(0)
@@ -170,6 +182,9 @@ class Prime(Algorithm):
     def update(self, rollout: Rollout, rewards: Rewards) -> dict[str, float]:
         assert self.held.learning is not None
         return self.held.learning.step() if self.order == "single" else {}
+
+    def finite(self) -> bool:
+        return self.held.learning is None or self.held.learning.finite()
 
     def save(self, folder: Path) -> None:
         assert self.held.prm is not None and self.held.learning is not None

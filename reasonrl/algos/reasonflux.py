@@ -123,6 +123,15 @@ class ReasonFlux(Process):
             verdict=outcome,
         )
 
+    def canary(self, false: Rollout) -> dict[str, Sequence[Score]]:
+        """The reward model's side by the mean of its steps."""
+        assert self.held.scorer is not None
+        found = self.held.scorer(false)
+        known = [[s.reward for s in row if s.reward is not None] for row in found.steps or ()]
+        pairs = zip(known, found.outcome, strict=True)
+        means = [scored(mean(row)) if row and s.value is not None else s for row, s in pairs]
+        return super().canary(false) | {"prm": means}
+
     def advantage(self, rewards: Rewards, rollout: Rollout) -> Tensor:
         if self.mode == "scalar":
             return per_token(GRPO.outcome_advantage(self, rewards, rollout), rollout)

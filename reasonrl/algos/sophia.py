@@ -206,6 +206,11 @@ class Sophia(Trust, GRPO):
             metrics["process/lucky"] = mean([float(x) for x in odd])
         return Rewards(paid, plain.steps, verdict=plain.outcome, metrics=metrics)
 
+    def canary(self, false: Rollout) -> dict[str, Sequence[Score]]:
+        found = self.held.scorer(false)
+        thinking = [_inverted(score) for score in found] if self.inverted else found
+        return super().canary(false) | {"thinking": thinking}
+
 
 def find_scorer(
     name: str,

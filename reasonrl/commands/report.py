@@ -1,4 +1,4 @@
-"""`reasonrl report`, `audit` and `doctor`: look at a run, and at the machine."""
+"""`reasonrl report`, `audit`, `replay` and `doctor`: look at a run, and at the machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def add(commands) -> None:
     command = commands.add_parser("audit", help="monitors for reward hacking; status 1 on an alarm")
     command.add_argument("run_folder", type=Path, metavar="RUN")
     command.set_defaults(run=_audit)
+
+    command = commands.add_parser("replay", help="a gradient that was not finite, made again")
+    command.add_argument("run_folder", type=Path, metavar="RUN")
+    command.set_defaults(run=_replay)
 
     command = commands.add_parser("doctor", help="what is installed, tried; status 1 if broken")
     command.set_defaults(run=_doctor)
@@ -50,6 +54,16 @@ def _report(options: argparse.Namespace) -> int:
     print(page)
     if options.open:
         webbrowser.open(page.resolve().as_uri())
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    import json
+
+    from reasonrl.log import json_row
+    from reasonrl.replay import again
+
+    print(json.dumps(json_row(again(options.run_folder))))
     return 0
 
 

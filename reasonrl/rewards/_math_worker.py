@@ -14,9 +14,7 @@ import json
 import logging
 import os
 import re
-import resource
 import sys
-import time
 
 WORD = re.compile(r"(?:\\text\{\s*)?([A-Za-z][A-Za-z ]{3,}?)\s*\}?")
 POWER_OF_TEN = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)")
@@ -24,11 +22,13 @@ PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|\n")
 SIGNS = str.maketrans(
     {"∞": r"\infty ", "π": r"\pi ", "−": "-", "≤": r"\le ", "≥": r"\ge ", "×": r"\times "}
 )
-SLACK = 2  # seconds of CPU beyond the wall limit of a task
 
 
 def main() -> None:
-    sys.path.pop(0)  # the folder of this file: its modules must not shadow others
+    sys.path[0] = os.path.dirname(sys.path[0])  # for this one import
+    from _limits import cpu_limit, limits  # pyright: ignore[reportMissingImports]
+
+    sys.path.pop(0)  # its modules must not shadow others
     memory = int(sys.argv[1])
     verdicts = os.fdopen(os.dup(1), "w", encoding="utf-8")
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -42,29 +42,6 @@ def main() -> None:
         task = json.loads(line)
         cpu_limit(task["timeout"])
         print(json.dumps(verdict(task)), file=verdicts, flush=True)
-
-
-def limits(memory: int) -> None:
-    """Set the limits and look whether they hold; a worker without them does not start."""
-    wanted = {
-        resource.RLIMIT_AS: memory,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: 64,
-    }
-    for kind, value in wanted.items():
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
-        if resource.getrlimit(kind) != (value, value):
-            raise SystemExit("a resource limit did not take effect")
-
-
-def cpu_limit(timeout: float) -> None:
-    used = int(time.process_time())
-    soft, hard = used + int(timeout) + 1 + SLACK, resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or soft < hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def verdict(task: dict) -> dict:

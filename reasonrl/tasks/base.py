@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from reasonrl.answer import ballot
+from reasonrl.answer_forms import surely_differ
 from reasonrl.records import InputError, Problem, Score, Step
 from reasonrl.reward_spec import RewardSpec
 from reasonrl.segment import think_span
@@ -129,6 +130,12 @@ class Task:
         """What evaluation counts: 1 for right, 0 for wrong; the grades, unless a reward of another
         scale is trained on."""
         return self.grades(problems, completions)
+
+    def canary(self, problem: Problem, other: Problem) -> Problem | None:
+        """`other` as a problem that nothing right for `problem` can answer; None where that is not
+        certain."""
+        apart = surely_differ(problem.answer, other.answer, other.answer_type)
+        return other if apart else None
 
     def steps(self, problem: Problem, completion: str) -> list[Step] | None:
         """Steps with reward 1.0 or 0.0 by rule, as character spans; None where no rule can tell."""

@@ -13,7 +13,7 @@ passes all. Left out: strings, several functions, standard input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from reasonrl.records import InputError, Problem, Score, scored
@@ -89,6 +89,11 @@ class Code(GeneratedTask):
         """Right is what passes every test."""
         grades = self.grades(problems, completions)
         return [s if s.value is None else scored(float(s.value == 1), s.reason) for s in grades]
+
+    def canary(self, problem: Problem, other: Problem) -> Problem:
+        """Among its tests one that no program passes."""
+        tests = [*other.extra["tests"], "assert False"]
+        return replace(other, extra={**other.extra, "tests": tests})
 
 
 def _value(rule: Sequence[tuple[int, int]], end: int, xs: list[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 
 from reasonrl import keys
 from reasonrl.records import InputError, Problem
@@ -51,7 +52,7 @@ class Divided(Task):
             return [self.problem(split, start + i) for i in range(count)]
         rows = self._rows(split)[start : start + count]
         if len(rows) < count:
-            logger.warning("%s: %d %s problems, %d asked for", self.source, len(rows), split, count)
+            say_once(f"{self.source}: {len(rows)} {split} problems, {count} asked for")
         return rows
 
     def _rows(self, split: str) -> list[Problem]:
@@ -60,6 +61,12 @@ class Divided(Task):
         if not rows:
             raise InputError(f"{self.source}: no row is left for split {split!r}; give more rows")
         return rows
+
+
+@cache
+def say_once(text: str) -> None:
+    """A warning about a file, once in a process: a task is made, and asked, many times."""
+    logger.warning("%s", text)
 
 
 def check_shares(source: str, dev: float, test: float) -> None:

@@ -18,14 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from reasonrl import keys
 from reasonrl.records import Problem, Score
 from reasonrl.rewards.outcome import grade, ready
 from reasonrl.tasks.base import content_share
-from reasonrl.tasks.divided import Divided, check_shares
+from reasonrl.tasks.divided import Divided, check_shares, say_once
 from reasonrl.tasks.rows import read_problems
-
-logger = keys.logger("reasonrl.tasks")
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,9 @@ class Jsonl(Divided):
         contents = {content(problem) for problem in held}
         rest = [problem for problem in problems if content(problem) not in contents]
         if len(rest) < len(problems):
-            logger.warning(
-                "%s: %d rows stand in %s too and are left out of training",
-                *(self.path, len(problems) - len(rest), self.eval_file),
-            )
+            count = len(problems) - len(rest)
+            where = f"{count} rows stand in {self.eval_file} too"
+            say_once(f"{self.path}: {where} and are left out of training")
         self._splits.update(divide(rest, self.dev, 0.0) | {"test": held})
 
     def _read(self, path: str) -> list[Problem]:
@@ -73,7 +69,7 @@ class Jsonl(Divided):
         if bad is not None:
             self.skipped[path] = len(bad)
         if bad:
-            logger.warning("%s: %d rows are left out, the first: %s", path, len(bad), bad[0])
+            say_once(f"{path}: {len(bad)} rows are left out, the first: {bad[0]}")
         ready({problem.answer_type for problem in problems}, self.text)
         return problems
 

@@ -20,15 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from reasonrl import keys
 from reasonrl.cases import Case, read_cases
 from reasonrl.judging import Style, ask, read, verdict_text
 from reasonrl.records import InputError, Problem, Score, scored, unscorable
 from reasonrl.tasks.base import split_of
-from reasonrl.tasks.divided import Divided, check_shares
+from reasonrl.tasks.divided import Divided, check_shares, say_once
 from reasonrl.tasks.rows import read_problems
-
-logger = keys.logger("reasonrl.tasks")
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,8 @@ class Judging(Divided):
         questions = {case.question for case in held}
         own = [case for case in cases if case.question not in questions]
         if len(own) < len(cases):
-            logger.warning(
-                "%s: %d rows are on questions of %s and are left out of training",
-                *(self.data, len(cases) - len(own), self.eval_file),
-            )
+            where = f"{len(cases) - len(own)} rows are on questions of {self.eval_file}"
+            say_once(f"{self.data}: {where} and are left out of training")
         splits: dict[str, list[Problem]] = {"train": [], "dev": [], "test": []}
         share = 0.0 if self.eval_file else self.test
         for number, case in enumerate(own):
