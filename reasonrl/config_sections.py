@@ -126,3 +126,4 @@ class Log(Section):
     wandb: bool = False
     trackio: bool = False
     completions_every: Count = 1  # steps between completion files; 0 = none
+    tokens: bool = True  # and in them log-probability, ratio and clip of every token

@@ -33,6 +33,7 @@ from reasonrl.ranks import accelerator, any_rank, check_whole_weights, named_los
 from reasonrl.records import InputError, ScorerDown
 from reasonrl.replay import keeper
 from reasonrl.rollout import Sampling
+from reasonrl.seen import token_columns
 from reasonrl.tasks import make_task
 from reasonrl.update import Learner, rate_at
 from reasonrl.watchdog import Watchdog
@@ -227,6 +228,9 @@ class Run:
             config.optim.schedule,
             config.optim.final_scale,
         )
+        stored = bool(config.log.completions_every) and step % config.log.completions_every == 0
+        tokens = stored and config.log.tokens
+        self.learner.watches = tokens and self.accelerator.num_processes == 1
         with log.phase("update"):
             metrics = self.learner.step(rollout, advantage, self.spec, rate, config.updates)
         with log.phase("reward_update"):
@@ -242,8 +246,10 @@ class Run:
         if (every and step % every == 0) or step == config.steps:
             metrics |= self._evaluate(step)
         metrics["step_time"] = time.time() - began
-        if config.log.completions_every and step % config.log.completions_every == 0:
-            log.completions(step, rows)
+        if stored:
+            log.completions(
+                step, rows | (token_columns(shown[0], self.learner.seen) if tokens else {})
+            )
             seen = [i for p in shown[0].problems for i in p.images if not isinstance(i, str)]
             log.pictures({picture_name(image): image for image in seen})
         log.step(step, config.steps, metrics, sample=rollout.text[0] if rollout.text else "")

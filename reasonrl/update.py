@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from reasonrl import importance
-from reasonrl.batch import lengths, pack
+from reasonrl.batch import lengths, pack, places, rows_of
 from reasonrl.config import Config
 from reasonrl.heads import Head
 from reasonrl.logprobs import rollout_logp
@@ -34,6 +34,7 @@ from reasonrl.loss import LossSpec, linear_policy_loss
 from reasonrl.models import Policy
 from reasonrl.ranks import gathered
 from reasonrl.records import Batch, InputError, NonFiniteStop, Rollout
+from reasonrl.seen import ratios
 from reasonrl.vision import idle
 
 METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
@@ -108,6 +109,7 @@ class Learner:
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.reference: Policy | None = None
         self.skipped = 0  # steps in a row that the NaN policy left out
+        self.watches, self.seen = False, None  # whether to keep what updates see of every token
         self.keep: Callable[[Share], None] | None = None  # called with the first of a row
 
     def step(
@@ -127,7 +129,14 @@ class Learner:
         place = self.accelerator.process_index, self.accelerator.num_processes
         shares = _shares(rollout, updates, sum(groups), *place)
         every = [Share(rollout, advantage, spec, rows, old, ref, weight) for rows in shares]
-        return _merged([self.update(share) for share in every]) | drawn
+        now = torch.full((sum(lengths(rollout)),), math.nan)
+        done = []
+        for number, share in enumerate(every):
+            if self.watches:
+                self._watch(share, now, fresh=number == 0 and not rollout.stale)
+            done.append(self.update(share))
+        self.seen = ratios(rollout, now, old, advantage, spec) if self.watches else None
+        return _merged(done) | drawn
 
     def logp(self, rollout: Rollout, policy: Policy) -> Tensor:
         """(N,) log-probabilities of the completion tokens under a policy."""
@@ -145,6 +154,19 @@ class Learner:
             weight = importance.weights(old, drawn, lengths(rollout), how.correction, how.cap)
         mine = importance.sums(old, drawn, weight, how.cap)
         return old, weight, importance.metrics(gathered(self.accelerator, mine))
+
+    def _watch(self, share: Share, now: Tensor, fresh: bool) -> None:
+        """Note the policy's log p of the rows that an update learns from in `now` (N,): a forward
+        more where it is not known. fresh: the policy is the one that `old` is of."""
+        live = _live(share.rollout, share.advantage, share.rows, share.spec)
+        if not live:
+            return
+        at = places(share.rollout, live)
+        if share.old is None:
+            now[at] = 0.0
+        else:
+            rows = rows_of(share.rollout, live)
+            now[at] = share.old[at] if fresh else self.logp(rows, self.policy)
 
     def update(self, share: Share) -> dict[str, float]:
         """One optimiser step at the rate as it is; its metrics."""

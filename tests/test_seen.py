@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from pyarrow import parquet
 
+from reasonrl.cli import main
 from reasonrl.loss import NAMED, LossSpec, policy_loss
 from reasonrl.records import Rollout
 from reasonrl.report.tokens import tokens
@@ -67,3 +70,28 @@ def test_the_page_reads_what_the_run_writes():
     assert found["n"] == [1] * 5 and found["r"] == [1649] * 5 and found["c"] == [0, 1, 2, 3, 4]
     assert found["l"] == [round(-100 * v) for v in drawn.logp[1].tolist()]
     assert "token_ratios" not in token_columns(drawn)
+
+
+@pytest.mark.parametrize("stored", ["true", "false"])
+def test_a_run_stores_what_its_updates_saw(stored, tmp_path):
+    out = tmp_path / "run"
+    words = ["train", "tiny", "model_options={width: 32, layers: 1, heads: 2}", "dtype=fp32"]
+    words += ["cold_start_steps=5", "steps=2", "prompts_per_step=4", "group=4", "updates=2"]
+    words += ["learning_rate=0.02", "eval_problems=0", "loss.entropy_coef=0.1", "threads=1"]
+    words += ["task_options={style: compact, terms: 2}", "max_completion_length=12"]
+    assert main([*words, f"log.tokens={stored}", "--quiet", "--out", str(out)]) == 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in metrics:
+        table = parquet.read_table(out / "completions" / f"completions_{row['step']:05d}.parquet")
+        if stored == "false":
+            assert not {"token_logps", "token_ratios"} & {*table.column_names}
+            continue
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        ratio = [v for part in columns["token_ratios"] for v in part]
+        clipped = [v for part in columns["token_clipped"] for v in part]
+        assert sum(ratio) / len(ratio) == pytest.approx(row["ratio/mean"], abs=1e-3)
+        assert max(ratio) > 1.0 and max(ratio) == pytest.approx(row["ratio/max"], rel=1e-3)
+        share = row["clip_ratio/region_mean"]
+        assert sum(clipped) / len(clipped) == pytest.approx(share, abs=1e-6)
+        starts = zip(columns["completion"], columns["token_starts"], strict=True)
+        assert all(at == sorted(at) and (not at or at[-1] <= len(text)) for text, at in starts)
