@@ -75,7 +75,7 @@ def test_the_advantage_gives_the_gradient_of_the_pair_loss():
     learner = Learner(policy, config, Accelerator(cpu=True))
     spec = LossSpec.named(**Dpo.needs_loss)
     grads = {}
-    learner._apply = lambda: (
+    learner._apply = lambda usable: (
         grads.update(  # type: ignore[method-assign]
             {n: p.grad.clone() for n, p in policy.model.named_parameters()}
         )
