@@ -108,6 +108,12 @@ def test_judging_is_a_task(data):
     assert full.worked(p).endswith(
         f"\n<verdict-{p.extra['nonce']}>{p.answer}</verdict-{p.extra['nonce']}>"
     )
+    told = make_task("judging", data=str(data), checklist=["Units?", "Signs?"])
+    points = "Go through these points:\n- Units?\n- Signs?\n\n"
+    q = told.problem("train", 0)
+    assert q.prompt.replace(points, "") == p.prompt and points in q.prompt
+    with pytest.raises(InputError, match="style compact: expected question and response alone"):
+        make_task("judging", data=str(data), style="compact", checklist=["Units?"])
     assert full.grade(p, full.worked(p)).value == 1.0
 
 

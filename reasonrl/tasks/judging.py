@@ -17,7 +17,7 @@ A row's split is decided by a hash of its question: no question has responses on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from reasonrl.cases import Case, read_cases
@@ -41,6 +41,7 @@ class Judging(Divided):
     style: Style = "full"
     think: bool = True
     with_cot: bool = False  # the judge sees the response's thinking too
+    checklist: list[str] = field(default_factory=list)  # criteria that the judge goes through
 
     @property
     def source(self) -> str:
@@ -74,7 +75,8 @@ class Judging(Divided):
 
     def problem_of(self, case: Case, id: str) -> Problem:
         """A judged answer as a problem: the judge's prompt, the label as its answer."""
-        return judgement(case, id, self.style, self.think, self.with_cot, self.seed)
+        how = (self.style, self.think, self.with_cot, self.seed)
+        return judgement(case, id, *how, self.checklist)
 
     def worked(self, problem: Problem) -> str | None:
         """A judgement to learn from: the row's own (`traces`), or the one by rule."""
@@ -101,10 +103,19 @@ class Judging(Divided):
         return self._rows(split)
 
 
-def judgement(case: Case, id: str, style: Style, think: bool, with_cot: bool, seed: int) -> Problem:
+def judgement(
+    case: Case,
+    id: str,
+    style: Style,
+    think: bool,
+    with_cot: bool,
+    seed: int,
+    checklist: Sequence[str] = (),
+) -> Problem:
     """A judged answer as a problem for a judge."""
     response = case.with_cot if with_cot else case.response
-    call = ask(case.question, response, seed=seed, think=think, style=style)
+    question = case.question
+    call = ask(question, response, seed=seed, think=think, checklist=checklist, style=style)
     extra = {
         "nonce": call.nonce,
         "label": case.label,

@@ -28,7 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from measure import HERE, interval, lines
+from measure import HERE, lines
+from tables import interval
 
 OPTIONS = {"terms": 4, "ops": "+-*", "mod": 10, "low": 0, "high": 9, "style": "compact"}
 TASK = ["task=arithmetic", f"task_options={json.dumps(OPTIONS)}", "max_completion_length=24"]
