@@ -1,11 +1,13 @@
 """What an update saw of every token: the ratio of the policy to the old one, and whether it clips.
 
 `ratios` are the numbers of the loss again, for the run page; their arithmetic is the metrics' of
-`kernels/reference.py`. A token whose row was left out of the update has the ratio NaN.
+`kernels/reference.py`. A token whose row was left out of the update has the ratio NaN, in the
+tables nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +65,8 @@ def token_columns(rollout: Rollout, seen: Seen | None = None) -> dict[str, list[
     return out
 
 
-def _short(values: Tensor) -> Sequence[float]:
-    return [round(value, 4) for value in values.tolist()]
+def _short(values: Tensor) -> Sequence[float | None]:
+    return [None if math.isnan(value) else round(value, 4) for value in values.tolist()]
 
 
 def _mean_over_rows(values: Tensor, edges: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_a_run_stores_what_its_updates_saw(stored, tmp_path):
             assert not {"token_logps", "token_ratios"} & {*table.column_names}
             continue
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        ratio = [v for part in columns["token_ratios"] for v in part]
+        ratio = [v for part in columns["token_ratios"] for v in part if v is not None]
         clipped = [v for part in columns["token_clipped"] for v in part]
         assert sum(ratio) / len(ratio) == pytest.approx(row["ratio/mean"], abs=1e-3)
         assert max(ratio) > 1.0 and max(ratio) == pytest.approx(row["ratio/max"], rel=1e-3)
