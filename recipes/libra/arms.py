@@ -65,5 +65,5 @@ PAIRS = [
     ("dpo", "base", "DPO on the judge's pairs over the policy"),
     ("online", "base", "train libra with the judge over the policy"),
 ]
-PAIRS += [(use, "base", "the same") for use in USES if "_" in use]
+PAIRS += [(use, "base", f"the same, judge {by}") for use, (_, by) in USES.items() if by != "long"]
 LENGTHS = ("wordy", "wordy_free", "wordy_rl", "wordy_dear")

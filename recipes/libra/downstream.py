@@ -51,8 +51,17 @@ def said(points: list[Point]) -> list[str]:
         some = [p for p in points if p.how == how]
         if len({p.seed for p in some}) < 2 or len({p.judge for p in some}) < 2:
             continue
-        texts = ["{:+.2f} ({:+.2f}..{:+.2f})".format(*correlation(some, w)) for w in (False, True)]
-        lines.append(f"| {title} | {len(some)} | {' | '.join(texts)} |")
+        best = max(
+            {p.judge for p in some}, key=lambda j: sum(p.bench for p in some if p.judge == j)
+        )
+        for judges, kept in (
+            ("", some),
+            (f", without {best}", [p for p in some if p.judge != best]),
+        ):
+            cells = [
+                "{:+.2f} ({:+.2f}..{:+.2f})".format(*correlation(kept, w)) for w in (False, True)
+            ]
+            lines.append(f"| {title}{judges} | {len(kept)} | {' | '.join(cells)} |")
     head = "| judge's accuracy against the policy's gain | points | r (95 %) | within seeds |"
     return ["", head, "|---|---|---|---|", *lines] if lines else []
 

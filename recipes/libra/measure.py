@@ -67,7 +67,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
         "versions": {n: version(n) for n in ("reasonrl", "torch", "transformers")},
     }
-    (HERE / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (HERE / "results.json").write_text(json.dumps(whole) + "\n")
     (HERE / "results.md").write_text(table(whole))
     downstream.picture(points(whole["seeds"]), HERE / "downstream.svg")
     print(table(whole))
@@ -118,7 +118,7 @@ def judge(runs: Path, arm: str, common: list[str]) -> dict:
 
 
 def other_answers(runs: Path, data: list[str], common: list[str]) -> dict:
-    """Judged answers of a model of another shape, and of both models together, as many rows."""
+    """Judged answers of a model of another shape, and of both models to half the problems."""
     words = ["train", "tiny", TASK, OTHER, *OTHER_COLD, f"eval_problems={PROBLEMS}", *common]
     found = run(runs / "other", [*words, "--quiet"])
     other = ["--generator", str(last(runs / "other"))]
