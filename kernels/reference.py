@@ -50,14 +50,17 @@ def logp(
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """log p of the target under softmax(s), s = softcap tanh(u / softcap) / temperature, and H =
     -sum p log p."""
-    u = logits.to(_accumulate(logits))
-    s = (softcap * torch.tanh(u / softcap) if softcap is not None else u) / temperature
+    s = _scores(logits.to(_accumulate(logits)), temperature, softcap)
     log_p = torch.log_softmax(s, -1)
     taken = log_p.gather(-1, target[:, None])[:, 0]
     if not entropy:
         return taken, None
     p = log_p.exp()
     return taken, -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
+
+
+def _scores(u: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    return (softcap * torch.tanh(u / softcap) if softcap is not None else u) / temperature
 
 
 def linear_logp(
@@ -97,8 +100,8 @@ def vocab_stats(
     """log p among these words, and (max m, log sum e^(s - m), entropy) of every row."""
     acc = _accumulate(hidden, weight)
     b = None if bias is None else bias.to(acc)
-    u = torch.nn.functional.linear(hidden.to(acc), weight.to(acc), b)
-    s = (softcap * torch.tanh(u / softcap) if softcap is not None else u) / temperature
+    s = torch.nn.functional.linear(hidden.to(acc), weight.to(acc), b)
+    s = _scores(s, temperature, softcap)
     log_p, m = torch.log_softmax(s, -1), s.amax(-1)
     h = -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0.0)).sum(-1)
     taken = log_p.gather(-1, target[:, None])[:, 0]

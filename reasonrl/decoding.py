@@ -10,7 +10,6 @@ Legend: R completions in all, B slots, T tokens at most of one completion.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonrl import keys
 from reasonrl.attention import Packed
 from reasonrl.batch import first_position, join_positions
 from reasonrl.models import Policy
@@ -29,7 +29,7 @@ LOOK = {"cuda": 8}  # tokens between two looks at who has ended; 1 elsewhere
 REFILL = 0.25  # of the slots free, and prompts that wait enter
 SHRINK = {"cuda": 0.5}  # of the slots in use, and the rest is given up; 0.8 elsewhere
 WORTH = 16  # tokens from which a recording pays
-log = logging.getLogger(__name__)
+log = keys.logger("reasonrl")
 _kept = threading.local()  # of a thread: its last recording, whether one was refused
 
 

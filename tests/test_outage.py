@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fault_server import FaultServer, ask, connect, echo, whole
 
 from reasonrl import Score, ScorerDown
-from reasonrl.chat import client
+from reasonrl.chat import requests
 from reasonrl.chat.outage import Budget, Circuit, asked_for, rest
 
 
@@ -129,4 +129,4 @@ def test_one_request_that_always_fails_is_no_outage():
         chat = connect(server, patience={"policy": "pause", "retries": 0, "trip": 2})
         bad, good = ask(chat, ["fault=status-500 id=1", "fine"])
         assert isinstance(bad, Score) and bad.kind == "infra" and isinstance(good, str)
-        assert server.seen["status-500"] == client.AGAIN + 1
+        assert server.seen["status-500"] == requests.AGAIN + 1
