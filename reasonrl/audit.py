@@ -14,8 +14,10 @@ honest run can trip one (a task that needs longer answers), a clever policy can 
     addressed     text that talks to whoever grades it
     unknown       rewards that could not be computed, or numbers that were not finite
     canaries      right completions that were rewarded under another problem too (canary.py)
-    rollouts      a completion trained on twice, or a table of them that is damaged or missing
-The same measures are metrics of every step (monitors.py), with a warning where one crosses a limit.
+    rollouts      a completion trained on twice, or files that are damaged or missing
+What cannot be read is named under `rollouts`, an alarm, and the others look at the rest; a value of
+a wrong type counts as missing. The same measures are metrics of every step
+(monitors.py), with a warning where one crosses a limit.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from reasonrl.log import digest, read_rows
+from reasonrl.log import digest, whole_rows
 from reasonrl.monitors import (
     addressed,
     agreement,
@@ -38,9 +40,10 @@ from reasonrl.monitors import (
     step_values,
 )
 from reasonrl.records import InputError
-from reasonrl.report.gather import completion_files, read_table
+from reasonrl.report.gather import completion_files, read_table, rounded
 
 SAMPLED = 12  # completion files read from each third
+HASH = "completions/blake2b"
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,60 @@ def audit(run: str | Path) -> list[Finding]:
     """Every monitor's finding; InputError where the folder holds no run or no finished step."""
     path = Path(run)
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder")
-    metrics = read_rows(path / "metrics.jsonl")
+        raise InputError(f"{path}: no such folder; give the --out folder of `reasonrl train`")
+    torn: list[str] = []
+    metrics = _rows(path / "metrics.jsonl", torn)
     if not metrics:
-        raise InputError(f"{path}: expected a run with a finished step, found none")
+        raise InputError(
+            f"{path}: expected a run with a finished step, found none; give the --out folder of"
+            " `reasonrl train`, once its first step is done"
+        )
     size = max(1, len(metrics) // 3)
-    first, last = (_third(path, part) for part in (metrics[:size], metrics[-size:]))
-    evals = [r for r in read_rows(path / "evals.jsonl") if _number(r.get("eval/accuracy"))]
+    first, last = (_third(path, part, torn) for part in (metrics[:size], metrics[-size:]))
+    evals = [r for r in _rows(path / "evals.jsonl", torn) if _number(r.get("eval/accuracy"))]
     found = [monitor(first, last, evals) for monitor in MONITORS]
-    return [*found, _canaries(metrics), _rollouts(path, metrics)]
+    return [*found, _canaries(metrics), _rollouts(path, metrics, torn)]
 
 
-def _third(path: Path, metrics: Sequence[dict[str, Any]]) -> Third:
+def _rows(path: Path, torn: list[str]) -> list[dict[str, Any]]:
+    """Numbers and texts of the rows that can be read; the first other one is named in `torn`."""
+    try:
+        rows, bad = whole_rows(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if bad:
+        torn.append(f"{path.name}: row {bad[0]}: expected a JSON object with a step")
+    kept = [{k: v if k == HASH else _value(v) for k, v in row.items()} for row in rows]
+    return [row for row in kept if row["step"] is not None]
+
+
+def _third(path: Path, metrics: Sequence[dict[str, Any]], torn: list[str]) -> Third:
     steps = {r["step"] for r in metrics}
     files = [f for s, f in sorted(completion_files(path).items()) if s in steps]
     every = max(1, len(files) // SAMPLED)
     rows: list[dict[str, Any]] = []
     for file in files[::-1][::every][:SAMPLED]:
-        rows += read_table(file)
+        try:
+            rows += map(_completion, read_table(file))
+        except InputError as error:
+            torn.append(str(error))
     return Third(metrics, rows)
+
+
+def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table with the types that the monitors rely on."""
+    spans, rewards = (_list(row.get(name)) for name in ("steps", "step_rewards"))
+    pairs = [s for s in spans if len(_list(s)) == 2 and all(type(edge) is int for edge in s)]
+    texts = {k: row[k] for k in ("step", "problem_id", "prompt", "completion") if k in row}
+    known = {k: _value(row[k]) for k in ("reward", "outcome") if k in row}
+    return {
+        **{name: str(value) for name, value in texts.items()},
+        **known,
+        "steps": pairs,
+        "step_rewards": [_value(r) for r in rewards],
+    }
 
 
 def _accuracy(first: Third, last: Third, evals: Sequence[dict[str, Any]]) -> Finding:
@@ -220,24 +258,35 @@ def _canaries(metrics: Sequence[dict[str, Any]]) -> Finding:
     return Finding("canaries", "alarm" if bad else "ok", text)
 
 
-def _rollouts(path: Path, metrics: Sequence[dict[str, Any]]) -> Finding:
+def _rollouts(path: Path, metrics: Sequence[dict[str, Any]], torn: Sequence[str]) -> Finding:
     """Every table against the hash in its step's row, and every id against all others."""
-    files, ids, bad, rows = completion_files(path), set(), [], 0
-    hashes = {r["step"]: h for r in metrics if (h := r.get("completions/blake2b"))}
-    if not hashes:
-        return Finding("rollouts", "not measured", "no row holds the hash of its table")
+    files, ids, bad, rows = completion_files(path), set(), list(dict.fromkeys(torn)), 0
+    hashes = {r["step"]: h for r in metrics if (h := r.get(HASH))}
     for step, wanted in hashes.items():
-        file = files.get(step)
-        if file is None or digest(file.read_bytes()) != wanted:
-            bad.append(f"step {step}: its table is {'damaged' if file else 'missing'}")
+        try:
+            file = files.get(step)
+            if file is None or digest(file.read_bytes()) != wanted:
+                bad.append(f"step {step}: its table is {'damaged' if file else 'missing'}")
+                continue
+            named = [str(row["id"]) for row in read_table(file, ["id"]) if "id" in row]
+        except (OSError, InputError) as error:
+            bad.append(f"step {step}: {error}")
             continue
-        for name in (str(row["id"]) for row in read_table(file, ["id"])):
+        for name in named:
             rows += 1
             if name in ids:
                 bad.append(f"step {step}: completion {name} was trained on before")
             ids.add(name)
+    if bad:
+        return Finding("rollouts", "alarm", bad[0], [*bad[1:4], *_more(len(bad) - 4)])
+    if not hashes:
+        return Finding("rollouts", "not measured", "no row holds the hash of its table")
     text = f"{rows} completions in {len(hashes)} tables, each trained on once and as written"
-    return Finding("rollouts", "alarm" if bad else "ok", bad[0] if bad else text, bad[1:4])
+    return Finding("rollouts", "ok", text)
+
+
+def _more(count: int) -> list[str]:
+    return [f"and {count} more"] if count > 0 else []
 
 
 Monitor = Callable[[Third, Third, Sequence[dict[str, Any]]], Finding]
@@ -249,7 +298,7 @@ MONITORS: Sequence[Monitor] = (
 
 def _examples(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(
-        f"step {r.get('step')}, {r.get('problem_id')}: {str(r.get('completion'))[:160]!r}"
+        f"step {r.get('step')}, {str(r.get('problem_id'))[:80]}: {str(r.get('completion'))[:160]!r}"
         for r in rows[:3]
     )
 
@@ -261,3 +310,13 @@ def _change(first: Third, last: Third, name: str) -> float:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _value(value: Any) -> int | float | None:
+    """A number whose square is one; None for anything else."""
+    number = rounded(value)
+    return None if number is None or abs(number) > 1e100 else value
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else []

@@ -219,23 +219,29 @@ def json_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a torn last line is left out, damage elsewhere an InputError."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        rows, bad = whole_rows(Path(path).read_bytes())
     except FileNotFoundError:
         return []
-    rows = []
+    if bad:
+        raise InputError(f"{path}: row {bad[0]}: expected a JSON object with a step")
+    return rows
+
+
+def whole_rows(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a metrics file, and the numbers of the lines that hold none; a torn last line is
+    only left out, its writer was killed inside it or still writes."""
+    rows, bad = [], []
+    lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
-            whole = row is None or (isinstance(row, dict) and isinstance(row.get("step"), int))
         except (ValueError, RecursionError):
-            row, whole = None, False
-        if not whole and number == len(lines):
-            break  # the writer was killed inside this line
-        if not whole:
-            raise InputError(f"{path}: row {number}: expected a JSON object with a step")
-        if row is not None:
+            row = ()
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
-    return rows
+        elif row is not None and number < len(lines):
+            bad.append(number)
+    return rows, bad
 
 
 def truncate_rows(path: Path, step: int) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from reasonrl import config as configs
 from reasonrl import images
-from reasonrl.log import COMPLETIONS
+from reasonrl.log import COMPLETIONS, whole_rows
 from reasonrl.records import InputError
 from reasonrl.report.tokens import tokens
 
@@ -159,13 +159,14 @@ def completion_files(path: Path) -> dict[int, Path]:
 
 
 def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a completions table; InputError where it is torn."""
+    """The rows of a completions table, or those of the columns that it has; InputError where it is
+    torn."""
     try:
         with file.open("rb") as data:
-            table = pyarrow.parquet.read_table(
-                data, columns=columns, page_checksum_verification=True
-            )
-            return table.to_pylist()
+            table = pyarrow.parquet.ParquetFile(data, page_checksum_verification=True)
+            has = table.schema_arrow.names
+            wanted = None if columns is None else [name for name in columns if name in has]
+            return table.read(wanted).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file}: cannot be read ({reason})") from None
@@ -174,20 +175,12 @@ def read_table(file: Path, columns: list[str] | None = None) -> list[dict[str, A
 def _numbers(path: Path, points: int, notes: list[str]) -> list[dict[str, Any]]:
     """The rows of a metrics file that can be read, numbers only; evenly spaced where too many."""
     rows: list[dict[str, Any]] = []
-    bad: list[int] = []
-    lines = _text(path).split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row = ()
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found = {k: _rounded(v) for k, v in row.items()}
-            said = _list(row.get("warnings"))
-            notes += [f"step {row['step']}: {_shown(warning, 500)}" for warning in said]
-            rows.append({str(_shown(k, 200)): v for k, v in found.items() if v is not None})
-        elif row is not None and number < len(lines):  # the last one is still being written
-            bad.append(number)
+    whole, bad = whole_rows(_text(path).encode())
+    for row in whole:
+        found = {k: rounded(v) for k, v in row.items()}
+        said = _list(row.get("warnings"))
+        notes += [f"step {row['step']}: {_shown(warning, 500)}" for warning in said]
+        rows.append({str(_shown(k, 200)): v for k, v in found.items() if v is not None})
     if bad:
         also = f" and {len(bad) - 1} more" * (len(bad) > 1)
         notes.append(f"{path}: row {bad[0]}{also}: expected a JSON object with a step; left out")
@@ -348,11 +341,11 @@ def _shown(value: Any, room: int = LONGEST) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    number = _rounded(value)
+    number = rounded(value)
     return None if number is None else round(float(number), 5)
 
 
-def _rounded(value: Any) -> int | float | None:
+def rounded(value: Any) -> int | float | None:
     """Six digits of a finite number, None for anything else; beyond 1e300 nothing is a number."""
     if type(value) not in (int, float) or not abs(value) < 1e300:
         return None
