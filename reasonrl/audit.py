@@ -39,6 +39,7 @@ from reasonrl.monitors import (
     scores,
     step_values,
 )
+from reasonrl.progress import phase
 from reasonrl.records import InputError
 from reasonrl.report.gather import completion_files, read_table, rounded
 
@@ -85,7 +86,11 @@ def audit(run: str | Path) -> list[Finding]:
     size = max(1, len(metrics) // 3)
     first, last = (_third(path, part, torn) for part in (metrics[:size], metrics[-size:]))
     evals = [r for r in _rows(path / "evals.jsonl", torn) if _number(r.get("eval/accuracy"))]
-    found = [monitor(first, last, evals) for monitor in MONITORS]
+    with phase("measuring", len(MONITORS), "monitors") as part:
+        found = []
+        for monitor in MONITORS:
+            found.append(monitor(first, last, evals))
+            part.add()
     return [*found, _canaries(metrics), _rollouts(path, metrics, torn)]
 
 
@@ -108,11 +113,14 @@ def _third(path: Path, metrics: Sequence[dict[str, Any]], torn: list[str]) -> Th
     files = [f for s, f in sorted(completion_files(path).items()) if s in steps]
     every = max(1, len(files) // SAMPLED)
     rows: list[dict[str, Any]] = []
-    for file in files[::-1][::every][:SAMPLED]:
-        try:
-            rows += map(_completion, read_table(file))
-        except InputError as error:
-            torn.append(str(error))
+    chosen = files[::-1][::every][:SAMPLED]
+    with phase("reading", len(chosen), "tables") as part:
+        for file in chosen:
+            part.add()
+            try:
+                rows += map(_completion, read_table(file))
+            except InputError as error:
+                torn.append(str(error))
     return Third(metrics, rows)
 
 
@@ -262,21 +270,23 @@ def _rollouts(path: Path, metrics: Sequence[dict[str, Any]], torn: Sequence[str]
     """Every table against the hash in its step's row, and every id against all others."""
     files, ids, bad, rows = completion_files(path), set(), list(dict.fromkeys(torn)), 0
     hashes = {r["step"]: h for r in metrics if (h := r.get(HASH))}
-    for step, wanted in hashes.items():
-        try:
-            file = files.get(step)
-            if file is None or digest(file.read_bytes()) != wanted:
-                bad.append(f"step {step}: its table is {'damaged' if file else 'missing'}")
+    with phase("checking", len(hashes), "tables") as part:
+        for step, wanted in hashes.items():
+            part.add()
+            try:
+                file = files.get(step)
+                if file is None or digest(file.read_bytes()) != wanted:
+                    bad.append(f"step {step}: its table is {'damaged' if file else 'missing'}")
+                    continue
+                named = [str(row["id"]) for row in read_table(file, ["id"]) if "id" in row]
+            except (OSError, InputError) as error:
+                bad.append(f"step {step}: {error}")
                 continue
-            named = [str(row["id"]) for row in read_table(file, ["id"]) if "id" in row]
-        except (OSError, InputError) as error:
-            bad.append(f"step {step}: {error}")
-            continue
-        for name in named:
-            rows += 1
-            if name in ids:
-                bad.append(f"step {step}: completion {name} was trained on before")
-            ids.add(name)
+            rows += len(named)
+            for name in named:
+                if name in ids:
+                    bad.append(f"step {step}: completion {name} was trained on before")
+                ids.add(name)
     if bad:
         return Finding("rollouts", "alarm", bad[0], [*bad[1:4], *_more(len(bad) - 4)])
     if not hashes:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reasonrl import __version__, keys
-from reasonrl.commands import bench, judge, plan, plot, prm, report, score, serve
+from reasonrl import __version__, keys, progress
+from reasonrl.commands import bench, judge, plan, plot, prm, report, score, serve, waiting
 from reasonrl.records import InputError, NonFiniteStop, RankLost, ScorerDown
 
 STATUS = {InputError: 2, NonFiniteStop: 3, ScorerDown: 4, RankLost: 5}  # 5 too: watchdog.py
@@ -25,10 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(stray or rest)}")
     if rest:  # overrides may stand on both sides of the options
         options.overrides = [*options.overrides, *rest]
-    _quiet_libraries()
     keys.install()
     try:
-        return options.run(options)
+        with progress.shown(quiet=not getattr(options, "waits", False) or options.quiet):
+            _quiet_libraries()
+            return options.run(options)
     except tuple(STATUS) as error:
         line = keys.hide(" ".join(str(error).split()))
         print(f"reasonrl: {line}", file=sys.stderr)
@@ -68,10 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="greedy accuracy of a model or checkpoint on a task")
     command.add_argument("recipe", help="names the task and the limits; overrides as in train")
     command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    waiting.add(command)
     command.set_defaults(run=_eval)
 
     command = commands.add_parser("fetch-model", help="fetch and convert a model into the cache")
     command.add_argument("name", choices=["smollm2"])
+    waiting.add(command)
     command.set_defaults(run=_fetch_model)
     for module in (prm, score, judge, serve, report, plot, plan, bench):
         module.add(commands)

@@ -17,6 +17,7 @@ import numpy as np
 
 from reasonrl.answer import ballot
 from reasonrl.choice import TOGETHER
+from reasonrl.progress import phase
 from reasonrl.records import InputError
 
 RESAMPLES = 2000
@@ -56,8 +57,10 @@ def curves(
     deciders["oracle"] = lambda lot: any(c.right for c in lot)
     draws = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
     out = {}
-    for name, decide in deciders.items():
-        out[name] = [_interval([_share(g, n, decide) for g in groups], draws) for n in sizes]
+    with phase("choosing", len(deciders), "ways") as part:
+        for name, decide in deciders.items():
+            out[name] = [_interval([_share(g, n, decide) for g in groups], draws) for n in sizes]
+            part.add()
     return {"n": sizes, "problems": len(groups), "curves": out}
 
 

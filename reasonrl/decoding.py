@@ -21,6 +21,7 @@ from reasonrl import keys
 from reasonrl.attention import Packed
 from reasonrl.batch import first_position, join_positions
 from reasonrl.models import Policy
+from reasonrl.progress import Phase, phase
 from reasonrl.sampling import Sampling, choose
 from reasonrl.slots import Slots
 from reasonrl.watchdog import beat
@@ -49,6 +50,7 @@ class Decoding:
         self.policy, self.sampling, self.group = policy, sampling, group
         self.prompts = list(zip(prompt_ids, images or [None] * len(prompt_ids), strict=True))
         self.entered = 0  # prompts
+        self.known = 0, 0  # completions that have ended, tokens
         device, total = policy.device, len(self.prompts) * group
         batch = min(max(1, slots // group) * group, total)
         self.uniform = uniform.to(device)
@@ -71,14 +73,18 @@ class Decoding:
         them."""
         long = self.sampling.max_tokens >= WORTH
         step = Replayed(self._step) if long and self.policy.replays else None
-        while self._settle(step):
-            for _ in range(self.look):
-                beat()
-                (step or self._step)()
+        with phase("sampling", len(self.count), "completions") as part:
+            while self._settle(step, part):
+                for _ in range(self.look):
+                    beat()
+                    (step or self._step)()
 
-    def _settle(self, step: Replayed | None) -> bool:
+    def _settle(self, step: Replayed | None, part: Phase) -> bool:
         """Waiting prompts take free slots; slots that nobody needs go; False at the end."""
         going = (~self.done).nonzero()[:, 0]
+        now = self.entered * self.group - len(going), int(self.count.sum())
+        part.add(now[0] - self.known[0], tokens=now[1] - self.known[1])
+        self.known = now
         slots, waiting = len(self.done), len(self.prompts) - self.entered
         free = slots - len(going)
         if waiting and free >= self.group and (free >= REFILL * slots or not len(going)):

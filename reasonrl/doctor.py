@@ -25,6 +25,7 @@ import torch
 from reasonrl import flash, ops, tiny
 from reasonrl.attention import Packed
 from reasonrl.loss import LossSpec, policy_loss
+from reasonrl.progress import phase
 from reasonrl.records import InputError, KernelUnavailable
 
 
@@ -40,7 +41,12 @@ class Absent(Exception):
 
 def examine() -> list[Line]:
     """Every check, in the order in which they should be read."""
-    return [_tried(name, check) for name, check in CHECKS]
+    lines = []
+    with phase("trying", len(CHECKS), "parts") as part:
+        for name, check in CHECKS:
+            lines.append(_tried(name, check))
+            part.add()
+    return lines
 
 
 def verdict(lines: list[Line]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from reasonrl.algos import Algorithm
+from reasonrl.progress import phase
 from reasonrl.records import Problem, Rollout, Score
 from reasonrl.rollout import Sampling, sample
 from reasonrl.tasks import Task
@@ -30,7 +31,8 @@ def evaluate(
     chosen = algo.task.problems(split, 0, problems)
     prompts = algo.prompt(chosen) if trained_prompt else algo.plain_prompt(chosen)
     rollout = sample(algo.policy, chosen, prompts, 1, Sampling(max_tokens, 0.0), 0, rows)
-    grades = algo.task.verdicts(chosen, rollout.text)
+    with phase("grading"):
+        grades = algo.task.verdicts(chosen, rollout.text)
     known = [g.value for g in grades if g.value is not None]
     accuracy = sum(known) / len(known) if known else math.nan
     spread = sum((v - accuracy) ** 2 for v in known) / max(1, len(known) - 1)

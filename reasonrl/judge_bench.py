@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from reasonrl.cases import Case
+from reasonrl.progress import phase
 from reasonrl.rewards.judge import Judge
 
 RESAMPLES = 2000
@@ -38,7 +39,8 @@ def bench(judge: Judge, cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
 
     rng, every = np.random.default_rng(seed), np.arange(len(cases))
     whole = means(every)
-    draws = [means(rng.integers(len(cases), size=len(cases))) for _ in range(RESAMPLES)]
+    with phase("intervals"):
+        draws = [means(rng.integers(len(cases), size=len(cases))) for _ in range(RESAMPLES)]
 
     def point(name: str) -> dict[str, float]:
         low, high = np.nanpercentile([d[name] for d in draws], [2.5, 97.5])

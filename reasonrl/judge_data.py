@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reasonrl.models import Policy
+from reasonrl.progress import phase
 from reasonrl.prompts import plain, render
 from reasonrl.rewards.judge import without_thinking
 from reasonrl.rollout import Sampling, sample
@@ -32,7 +33,8 @@ def make_cases(
     index = 0
     for name, policy in generators.items():
         prompts = [render(policy.tokenizer, p.prompt, images=len(p.images)) for p in problems]
-        rollout = sample(policy, problems, prompts, samples, sampling, seed)
+        with phase(f"sampling {list(generators).index(name) + 1}/{len(generators)}"):
+            rollout = sample(policy, problems, prompts, samples, sampling, seed)
         asked = [rollout.problems[g] for g in rollout.group.tolist()]
         grades = task.verdicts(asked, rollout.text)
         answers = [

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from reasonrl.models import Policy
+from reasonrl.progress import phase
 from reasonrl.prompts import render
 from reasonrl.records import InputError, Problem, Rollout, Step
 from reasonrl.rollout import Sampling, sample
@@ -36,11 +37,12 @@ def sampled(
     completion without text is left out (it has no steps).
     """
     split, first, problems = span
-    for start in range(first, first + problems, CHUNK):
-        chosen = task.problems(split, start, min(CHUNK, first + problems - start))
-        prompts = [render(policy.tokenizer, p.prompt, images=len(p.images)) for p in chosen]
-        rollout = sample(policy, chosen, prompts, group, sampling, seed * 1_000_003 + start)
-        yield from rows(task, rollout, delimiter)
+    with phase("sampling", problems * group, "completions"):
+        for start in range(first, first + problems, CHUNK):
+            chosen = task.problems(split, start, min(CHUNK, first + problems - start))
+            prompts = [render(policy.tokenizer, p.prompt, images=len(p.images)) for p in chosen]
+            rollout = sample(policy, chosen, prompts, group, sampling, seed * 1_000_003 + start)
+            yield from rows(task, rollout, delimiter)
 
 
 def rows(task: Task, rollout: Rollout, delimiter: str) -> Iterator[dict[str, Any]]:

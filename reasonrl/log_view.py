@@ -10,7 +10,8 @@ import atexit
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from reasonrl.progress import Progress, duration, watched
 
 SHOWN = (  # metrics worth a place, in this order; those a row lacks are left out
     "reward",
@@ -67,12 +70,12 @@ class Lines(View):
 
     def __init__(self, stream: IO[str]):
         self.stream = stream
-        self.eta = Eta()
+        self.pace = Pace()
 
     def step(self, part: str, step: int, total: int, row: Mapping[str, Any], sample: str) -> None:
-        left = self.eta.left(part, step, total)
-        values = "  ".join(f"{name} {text}" for name, text in shown(row))
-        self.note(f"{part} {step}/{total}  {values}{f'  left {left}' if left else ''}")
+        values = [f"{name} {text}" for name, text in shown(row)]
+        pace = self.pace.words(part, step, total, row)
+        self.note("  ".join([f"{part} {step}/{total}", *values, *pace]))
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
@@ -86,15 +89,18 @@ class Lines(View):
 
 
 class Panels(View):
-    """A panel that redraws itself: progress, phase, time left, last metrics, one completion."""
+    """A panel that redraws itself: progress, phase and how far it is, tokens a second, time left,
+    last metrics, one completion."""
 
     def __init__(self, console: Console):
         self.console = console
-        self.eta = Eta()
+        self.pace = Pace()
         self.now, self.part, self.done, self.total = "start", "", 0, 0
         self.row: Mapping[str, Any] = {}
         self.evaluated = self.sample = ""
-        self.live = Live(console=console, auto_refresh=False, transient=False)
+        self.inside, self.under = Progress(), ExitStack()  # the phases of a step
+        self.under.enter_context(watched(self.inside))
+        self.live = Live(console=console, get_renderable=self._shown, refresh_per_second=2)
         self.live.start()
         atexit.register(self.live.stop)  # a crash must not leave the cursor hidden
 
@@ -105,10 +111,10 @@ class Panels(View):
     def step(self, part: str, step: int, total: int, row: Mapping[str, Any], sample: str) -> None:
         self.part, self.done, self.total = part, step, total
         self.row, self.sample = row, sample or self.sample
-        self._left = self.eta.left(part, step, total)
+        self._pace = self.pace.words(part, step, total, row)
         self._draw()
 
-    _left = ""
+    _pace: Sequence[str] = ()
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         values = "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
@@ -122,12 +128,18 @@ class Panels(View):
         self.now = "done" if complete else "stopped; go on with --resume"
         self._draw()
         self.live.stop()
+        self.under.close()
         atexit.unregister(self.live.stop)
 
     def _draw(self) -> None:
+        self.live.refresh()
+
+    def _shown(self) -> Group:
         head = Text(f"{self.part} {self.done}/{self.total}  {self.now}")
-        if self._left:
-            head.append(f"  left {self._left}", style="dim")
+        if self.inside.phases:
+            head.append(f" ({self.inside.text()})")
+        if self._pace:
+            head.append(f"  {'  '.join(self._pace)}", style="dim")
         table = Table.grid(padding=(0, 2))
         for name, text in shown(self.row):
             table.add_row(Text(name, style="dim"), Text(text, style="bold"))
@@ -139,25 +151,33 @@ class Panels(View):
         if self.sample:
             lines = printable(self.sample[:SAMPLE_WIDTH]).split("\n")[:SAMPLE_LINES]
             parts.append(Panel(Text("\n".join(lines)), title="a completion", style="dim"))
-        self.live.update(Group(*parts), refresh=True)
+        return Group(*parts)
 
 
-class Eta:
-    """Time left from the pace of the last steps of the same part."""
+class Pace:
+    """How fast, and for how long yet: tokens a second of the last step, time left at the pace of
+    the last steps of the same part."""
 
     def __init__(self) -> None:
-        self.part = ""
+        self.part, self.tokens = "", 0.0
         self.ticks: deque[tuple[int, float]] = deque(maxlen=20)
 
-    def left(self, part: str, step: int, total: int) -> str:
+    def words(self, part: str, step: int, total: int, row: Mapping[str, Any]) -> list[str]:
+        """What is known after a step."""
         if part != self.part:
-            self.part = part
+            self.part, self.tokens = part, 0.0
             self.ticks.clear()
+        fresh = step == 1 or bool(self.ticks)  # else resumed: the row counts tokens of before, too
         self.ticks.append((step, time.monotonic()))
         (first, began), (last, now) = self.ticks[0], self.ticks[-1]
-        if last <= first:
-            return ""
-        return duration((now - began) / (last - first) * (total - step))
+        so_far, seconds = row.get("num_tokens"), row.get("step_time")
+        done = row.get("tokens")  # of an update alone: the cold start's
+        if so_far is not None:
+            done, self.tokens = so_far - self.tokens if fresh else None, so_far
+        out = [f"{done / seconds:.0f} tokens/s"] if done and seconds else []
+        if last > first:
+            out.append(f"left {duration((now - began) / (last - first) * (total - step))}")
+        return out
 
 
 def view(quiet: bool, stream: IO[str]) -> View:
@@ -179,15 +199,6 @@ def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else str(value)
     return printable(str(value))
-
-
-def duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def printable(text: str) -> str:

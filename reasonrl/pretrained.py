@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from reasonrl.progress import phase
 from reasonrl.records import InputError
 
 DAMAGE = (
@@ -51,4 +52,5 @@ def part(kind: Any, folder: str | Path, **options: Any) -> Any:
 
 def model(kind: Any, folder: str | Path, **options: Any) -> Any:
     """A model in fp32 by its auto class."""
-    return part(kind, folder, dtype=torch.float32, use_safetensors=True, **options)
+    with phase("loading a model"):
+        return part(kind, folder, dtype=torch.float32, use_safetensors=True, **options)

@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 from reasonrl import attention, checkpoint, models, pretrained
 from reasonrl.batch import pack
 from reasonrl.models import Policy
+from reasonrl.progress import phase
 from reasonrl.prompts import render
 from reasonrl.records import Batch, InputError, Problem, Rollout
 from reasonrl.rows import Refused
@@ -179,24 +180,29 @@ class PRM:
         known, encoded = [], []
         first: dict[tuple[str, ...], int] = {}
         same = [first.setdefault((repr(t.prompt), *t.steps), i) for i, t in enumerate(traces)]
-        for i, trace in enumerate(traces):
-            try:
-                if same[i] != i:
-                    continue
-                if trace.steps:
-                    encoded.append(self.encode(trace))
-                    known.append(i)
-            except Refused as error:
-                out[i] = Scored([], None, str(error))
+        with phase("reading", len(traces), "completions") as part:
+            for i, trace in enumerate(traces):
+                part.add()
+                try:
+                    if same[i] != i:
+                        continue
+                    if trace.steps:
+                        encoded.append(self.encode(trace))
+                        known.append(i)
+                except Refused as error:
+                    out[i] = Scored([], None, str(error))
         chosen = [traces[i] for i in known]
         was_training = self.body.model.training
         self.body.model.eval()
-        for batch in self.batches(chosen, encoded, tokens):
-            steps, final, counts = self.read(batch, encoded)
-            parts = self.probability(steps).cpu().split(counts)
-            whole = final.sigmoid()[:, 0].tolist()
-            for row, part, value in zip(batch.rows.tolist(), parts, whole, strict=True):
-                out[known[row]] = Scored(part.tolist(), value if self.final is not None else None)
+        with phase("scoring", len(chosen), "completions") as done:
+            for batch in self.batches(chosen, encoded, tokens):
+                steps, final, counts = self.read(batch, encoded)
+                parts = self.probability(steps).cpu().split(counts)
+                whole = final.sigmoid()[:, 0].tolist()
+                for row, part, value in zip(batch.rows.tolist(), parts, whole, strict=True):
+                    last = value if self.final is not None else None
+                    out[known[row]] = Scored(part.tolist(), last)
+                done.add(len(counts), tokens=batch.input_ids.numel())
         self.body.model.train(was_training)
         return [out[i] for i in same]
 

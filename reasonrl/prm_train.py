@@ -28,6 +28,7 @@ from reasonrl.config import BatchLimit, Count, Optim, Positive, Rate, Save, Sect
 from reasonrl.config_yaml import write_yaml
 from reasonrl.log import json_row, replace_file, truncate_rows
 from reasonrl.prm import PRM, Encoded, Reading
+from reasonrl.progress import Phase, phase
 from reasonrl.records import InputError, NonFiniteStop
 from reasonrl.rows import Refused
 from reasonrl.state_file import load_state, rng_state, save_state, set_rng_state
@@ -94,7 +95,11 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     run = _start(config, out, resume, policy)
-    encoded = {id(t): _encoded(run.prm, t) for t in traces}
+    encoded = {}
+    with phase("reading", len(traces), "traces") as part:
+        for trace in traces:
+            encoded[id(trace)] = _encoded(run.prm, trace)
+            part.add()
     learn, held = _divide(traces, config.held_out)
     if not learn:
         why = f"; all {len(held)} are held out, set held_out=0" if held else ""
@@ -103,17 +108,18 @@ def train(
         replace_file(out / "config.yaml", write_yaml(config.model_dump(mode="json")).encode())
         truncate_rows(out / "metrics.jsonl", run.step)
     note(f"{len(learn)} traces to learn from, {len(held)} held out, {config.steps} steps")
-    while run.step < config.steps:
-        chosen = _chosen(learn, config, run.step)
-        metrics = _step(run, chosen, [encoded[id(t)] for t in chosen])
-        if out is not None:
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write(_line(metrics))
-        if run.step % max(1, config.steps // 10) == 0:
-            note(f"step {run.step}/{config.steps}  loss {metrics['loss']:.4f}")
-        every = config.save.every
-        if out is not None and every and run.step % every == 0 and run.step < config.steps:
-            _save(run, out)
+    with phase("training", config.steps - run.step, "steps") as part:
+        while run.step < config.steps:
+            chosen = _chosen(learn, config, run.step)
+            metrics = _step(run, chosen, [encoded[id(t)] for t in chosen], part)
+            if out is not None:
+                with (out / "metrics.jsonl").open("a") as file:
+                    file.write(_line(metrics))
+            if run.step % max(1, config.steps // 10) == 0:
+                note(f"step {run.step}/{config.steps}  loss {metrics['loss']:.4f}")
+            every = config.save.every
+            if out is not None and every and run.step % every == 0 and run.step < config.steps:
+                _save(run, out)
     run.prm.body.model.eval()
     run.metrics = evaluate(run.prm, held, config) if held else {}
     if out is not None:
@@ -219,7 +225,9 @@ def _chosen(traces: Sequence[Trace], config: PRMConfig, step: int) -> list[Trace
     return out
 
 
-def _step(run: Trained, traces: Sequence[Trace], encoded: Sequence[Encoded]) -> dict[str, float]:
+def _step(
+    run: Trained, traces: Sequence[Trace], encoded: Sequence[Encoded], part: Phase
+) -> dict[str, float]:
     config, prm, total = run.config, run.prm, 0.0
     prm.body.model.train()
     run.step += 1
@@ -229,6 +237,8 @@ def _step(run: Trained, traces: Sequence[Trace], encoded: Sequence[Encoded]) -> 
         loss = _loss(prm, steps, final[:, 0], counts, rows, config) / len(traces)
         loss.backward()
         total += float(loss.detach())
+        part.add(0, tokens=batch.input_ids.numel())
+    part.add()
     parameters = prm.parameters()
     clip = config.optim.grad_clip or math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))

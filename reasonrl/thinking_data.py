@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from reasonrl import images
 from reasonrl.choice import texts
+from reasonrl.progress import phase
 from reasonrl.records import InputError, Problem
 from reasonrl.report.gather import completion_files, read_table
 from reasonrl.rewards.thinking import Scorer, reply_text, request
@@ -54,19 +55,21 @@ def logged(run: str | Path, task: Task, scorer: Scorer, *, whole_response: bool 
         raise InputError(f"{run}: expected completions of a run, found none")
     known: dict[str, Problem] = {}
     pairs, unscored = [], 0
-    for step in sorted(files):
-        rows = read_table(files[step])
-        problems = [_problem(row, task, known, files[step]) for row in rows]
-        written = [(p, row["completion"]) for p, row in zip(problems, rows, strict=True)]
-        gold = [(p, w) for p in {p.id: p for p in problems}.values() if (w := task.worked(p))]
-        asked = [*written, *gold]
-        scores = scorer(texts([p for p, _ in asked], [text for _, text in asked]))
-        for (problem, text), score in zip(asked, scores, strict=True):
-            if score.value is None:
-                unscored += 1
-                continue
-            thinking = text if whole_response else task.thinking(problem, text)
-            pairs.append(Pair(problem, thinking, score.value))
+    with phase("scoring", len(files), "tables") as part:
+        for step in sorted(files):
+            rows = read_table(files[step])
+            problems = [_problem(row, task, known, files[step]) for row in rows]
+            written = [(p, row["completion"]) for p, row in zip(problems, rows, strict=True)]
+            gold = [(p, w) for p in {p.id: p for p in problems}.values() if (w := task.worked(p))]
+            asked = [*written, *gold]
+            scores = scorer(texts([p for p, _ in asked], [text for _, text in asked]))
+            for (problem, text), score in zip(asked, scores, strict=True):
+                if score.value is None:
+                    unscored += 1
+                    continue
+                thinking = text if whole_response else task.thinking(problem, text)
+                pairs.append(Pair(problem, thinking, score.value))
+            part.add()
     return Found(pairs, unscored)
 
 

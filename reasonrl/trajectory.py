@@ -22,6 +22,7 @@ import torch
 from reasonrl import quality, targets, template
 from reasonrl.asker import Asker
 from reasonrl.encoder import Encoder
+from reasonrl.progress import phase
 from reasonrl.prompts import plain
 from reasonrl.records import InputError, Score, unscorable
 from reasonrl.redact import Redact, redacted
@@ -59,11 +60,13 @@ class Labeller:
     def __call__(self, thoughts: Sequence[Thought]) -> Iterator[dict[str, Any]]:
         """A row for every trace in order: with `labels` and `scores`, or with a `reason`."""
         pool = [(i, step) for i, one in enumerate(thoughts) for step in one.trace.steps]
-        for at in range(0, len(thoughts), CHUNK):
-            chunk = thoughts[at : at + CHUNK]
-            found = zip(chunk, self._qualities(chunk), self._trajectories(chunk), strict=True)
-            for i, (one, marks, final) in enumerate(found, at):
-                yield self._row(one, marks, final, self._others(thoughts, pool, i))
+        with phase("labelling", len(thoughts), "traces") as part:
+            for at in range(0, len(thoughts), CHUNK):
+                chunk = thoughts[at : at + CHUNK]
+                found = zip(chunk, self._qualities(chunk), self._trajectories(chunk), strict=True)
+                for i, (one, marks, final) in enumerate(found, at):
+                    yield self._row(one, marks, final, self._others(thoughts, pool, i))
+                    part.add()
 
     def _qualities(self, chunk: Sequence[Thought]) -> list[list[float | str]]:
         calls = [

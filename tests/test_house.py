@@ -97,7 +97,7 @@ STAIR = [
     },
     {"ops"},
     {"implementations"},
-    {"checks", "compiled", "flash", "keys", "records", "watchdog"},
+    {"checks", "compiled", "flash", "keys", "progress", "records", "watchdog"},
 ]
 LEVEL = {name: level for level, row in enumerate(STAIR) for name in row}
 NEVER = {"models", "rollout", "batch", "checkpoint", "log", "config"}  # never rewards or algos

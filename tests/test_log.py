@@ -14,7 +14,8 @@ import torch
 
 from reasonrl.config import Config, read
 from reasonrl.log import RunLog, json_row, read_rows
-from reasonrl.log_view import Eta, Lines, Panels, View, duration, printable, view
+from reasonrl.log_view import Lines, Pace, Panels, View, printable, view
+from reasonrl.progress import duration, phase
 from reasonrl.records import InputError
 from reasonrl.report.gather import read_table
 
@@ -227,7 +228,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_view_fits_the_stream(monkeypatch):
+def test_the_view_fits_the_stream(tmp_path, monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -235,7 +236,7 @@ def test_the_view_fits_the_stream(monkeypatch):
     assert type(view(False, io.StringIO())) is Lines
     made = view(False, Terminal())
     assert type(made) is Panels
-    made.live.stop()
+    made.close(True, tmp_path)
     monkeypatch.setenv("TERM", "dumb")
     assert type(view(False, Terminal())) is Lines
 
@@ -264,14 +265,17 @@ def test_the_panel_shows_phase_metrics_and_a_harmless_completion(tmp_path, monke
     monkeypatch.setenv("NO_COLOR", "1")
     stream = Terminal()
     log = RunLog(tmp_path, Config(), stream=stream)
-    with log.phase("rollout"):
-        pass
-    log.step(1, 4, {"reward": 0.25}, sample="7+1=8\n\x1b]0;owned\x07")
+    with log.phase("rollout"), phase("sampling", 8, "completions") as part:
+        part.add(2)
+        log.view.live.refresh()
+    row = {"reward": 0.25, "num_tokens": 500, "step_time": 2.0}
+    log.step(1, 4, row, sample="7+1=8\n\x1b]0;owned\x07")
     log.evaluation(1, {"eval/accuracy": 0.5})
     log.close()
     shown = stream.getvalue()
     for part in ("RL 1/4", "rollout", "reward", "0.25", "7+1=8", "eval/accuracy 0.5", "done"):
         assert part in shown
+    assert "sampling 2/8 completions" in shown and "250 tokens/s" in shown
     lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).splitlines()
     assert any(line.split() == ["reward", "0.25"] for line in lines)
     assert "\x1b]0;" not in shown and "\x07" not in shown
@@ -296,8 +300,20 @@ def test_words_for_time_and_text():
         "25h01m",
     ]
     assert printable("a\tb\r\n\x1b[0m\u202e") == "a\u00b7b\u00b7\n\u00b7[0m\u00b7"
-    eta = Eta()
-    assert eta.left("RL", 1, 5) == "" and eta.left("cold start", 1, 5) == ""
+
+
+def test_the_pace_of_the_last_steps(monkeypatch):
+    clock = iter(range(100, 200, 10))
+    monkeypatch.setattr("reasonrl.log_view.time.monotonic", lambda: next(clock))
+    pace = Pace()
+    assert pace.words("cold start", 1, 2, {"tokens": 30.0, "step_time": 3.0}) == ["10 tokens/s"]
+    row = {"tokens": 7.0, "num_tokens": 50, "step_time": 2.0}  # num_tokens: of the run so far
+    assert pace.words("RL", 1, 5, row) == ["25 tokens/s"]
+    said = pace.words("RL", 2, 5, row | {"num_tokens": 150})
+    assert said == ["50 tokens/s", "left 30s"]
+    resumed = Pace()
+    assert resumed.words("RL", 8, 9, row) == []  # the tokens of eight steps, the time of one
+    assert resumed.words("RL", 9, 9, row | {"num_tokens": 70}) == ["10 tokens/s", "left 0s"]
 
 
 def test_steps_are_called_what_they_are(tmp_path):

@@ -22,6 +22,7 @@ from reasonrl import keys
 from reasonrl.chat.exchange import Address, Door, Failed, HTTPReply, TooLarge
 from reasonrl.chat.outage import Budget, Circuit, Patience, rest
 from reasonrl.chat.reply import Malformed, Trouble, Unanswerable
+from reasonrl.progress import phase
 from reasonrl.records import InputError, Score, ScorerDown, infra, unscorable
 from reasonrl.watchdog import beat
 
@@ -101,16 +102,19 @@ class Requests:
             for key, body in waiting:
                 found[key] = await self._one(door, body)
                 beat()
+                part.add()
                 if not isinstance(found[key], Score):
                     self._keep(key, found[key])
 
-        workers = [asyncio.ensure_future(worker()) for _ in range(min(self.parallel, len(asked)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        with phase("asking", len(asked), "replies") as part:
+            count = min(self.parallel, len(asked))
+            workers = [asyncio.ensure_future(worker()) for _ in range(count)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for task in workers:
+                    task.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
 
     async def _one(self, door: Door, body: bytes) -> Any:
         end = time.monotonic() + self.patience.deadline

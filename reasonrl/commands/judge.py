@@ -10,7 +10,7 @@ import json
 import math
 from pathlib import Path
 
-from reasonrl.commands import judge_train, server
+from reasonrl.commands import judge_train, server, waiting
 from reasonrl.records import InputError
 
 
@@ -27,6 +27,7 @@ def add(commands) -> None:
     command.add_argument("--first", type=int, default=0)
     command.add_argument("--problems", type=int, default=100)
     command.add_argument("--samples", type=int, default=8, help="answers of each generator")
+    waiting.add(command)
     command.set_defaults(run=_data)
 
     judge_train.add(kinds)
@@ -60,6 +61,7 @@ def _judge_options(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--checklist", type=Path, help="criteria, one a line")
     command.add_argument("--style", default="full", choices=["full", "compact"], help="of prompts")
     command.add_argument("--seed", type=int, default=0)
+    waiting.add(command)
 
 
 def _judge(options: argparse.Namespace):

@@ -34,7 +34,7 @@ def add(kinds) -> None:
     command.add_argument("--stage", required=True, choices=["gold", "sft", "rl"])
     command.add_argument("--out", type=Path, required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    command.add_argument("--quiet", action="store_true")
+    command.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     command.add_argument("--no-thinking", action="store_true", help="the verdict at once")
     sft = command.add_argument_group("stage sft")
     sft.add_argument("--teacher", help="who writes judgements: a model, or http://host:port/v1")
@@ -97,7 +97,7 @@ def _check(options: argparse.Namespace, mixing: bool) -> None:
 
 def _traces(options: argparse.Namespace, config, path: Path) -> None:
     """Sample what stage sft learns from, once: a resumed run learns from the same file."""
-    from reasonrl import checkpoint
+    from reasonrl import checkpoint, progress
     from reasonrl.judge_train import Sampled, mixed, traces
     from reasonrl.log import replace_file
     from reasonrl.rollout import Sampling
@@ -124,7 +124,8 @@ def _traces(options: argparse.Namespace, config, path: Path) -> None:
     how = Sampled(options.samples, options.keep, not options.no_rejection, config.seed)
     draw = config.sample
     sampling = Sampling(config.max_completion_length, draw.temperature, draw.top_p, draw.top_k)
-    rows, counts = traces(_teacher(options, config), task, task.judgements(), sampling, how)
+    with progress.shown(options.quiet):
+        rows, counts = traces(_teacher(options, config), task, task.judgements(), sampling, how)
     if options.mix:
         rows = mixed(rows, options.mix, options.mix_share, config.seed)
     write_rows(path, rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reasonrl.commands import server
+from reasonrl.commands import server, waiting
 from reasonrl.records import InputError
 
 
@@ -50,6 +50,7 @@ def add(kinds) -> None:
     scores.add_argument("--max-tokens", type=int, default=512, help="of one reply")
     scores.add_argument("--cache", type=Path, help="folder that keeps vectors and replies")
     scores.add_argument("--seed", type=int, default=0)
+    waiting.add(command)
     command.set_defaults(run=_label)
 
 

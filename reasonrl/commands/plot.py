@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from reasonrl.commands import waiting
 from reasonrl.records import InputError
 
 # the options that mean something for a kind of picture; others are refused
@@ -37,6 +38,7 @@ def add(commands) -> None:
     scores = command.add_argument_group("--kind calibration, best-of-n")
     scores.add_argument("--level", choices=["step", "answer"], help="what is judged (step)")
     scores.add_argument("--how", choices=HOWS, help="an answer's score from its steps' (min)")
+    waiting.add(command)
     command.set_defaults(run=_plot)
 
 

@@ -7,7 +7,7 @@ import json
 from itertools import chain
 from pathlib import Path
 
-from reasonrl.commands import label
+from reasonrl.commands import label, waiting
 
 
 def add(commands) -> None:
@@ -20,12 +20,13 @@ def add(commands) -> None:
     command.add_argument("overrides", nargs="*", metavar="key.path=value")
     command.add_argument("--out", type=Path, required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    command.add_argument("--quiet", action="store_true")
+    waiting.add(command)
     command.set_defaults(run=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
     from reasonrl import config as configs
+    from reasonrl import progress
     from reasonrl.prm_train import PRMConfig, train
     from reasonrl.stepwise import read_traces
 
@@ -34,7 +35,7 @@ def _train(options: argparse.Namespace) -> int:
     overrides = [str(p) for p in options.data if p not in files] + options.overrides
     config = configs.section(PRMConfig, overrides)
     traces = list(chain(*(read_traces(p, delimiter=config.delimiter) for p in files)))
-    note = (lambda text: None) if options.quiet else print
+    note = (lambda text: None) if options.quiet else progress.say
     done = train(traces, config, options.out, resume=options.resume, note=note)
     print(json.dumps(done.metrics))
     return 0

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from reasonrl.commands import waiting
 from reasonrl.records import InputError
 
 
@@ -16,23 +17,28 @@ def add(commands) -> None:
     command.add_argument("--open", action="store_true", help="show it in the browser")
     command.add_argument("--serve", action="store_true", help="follow a live run (this machine)")
     command.add_argument("--port", type=int, default=8090)
+    command.add_argument("--quiet", action="store_true", help="no progress on the terminal")
     command.set_defaults(run=_report)
 
     command = commands.add_parser("audit", help="monitors for reward hacking; status 1 on an alarm")
     command.add_argument("run_folder", type=Path, metavar="RUN")
+    waiting.add(command)
     command.set_defaults(run=_audit)
 
     command = commands.add_parser("replay", help="a gradient that was not finite, made again")
     command.add_argument("run_folder", type=Path, metavar="RUN")
+    waiting.add(command)
     command.set_defaults(run=_replay)
 
     command = commands.add_parser("doctor", help="what is installed, tried; status 1 if broken")
+    waiting.add(command)
     command.set_defaults(run=_doctor)
 
 
 def _report(options: argparse.Namespace) -> int:
     import webbrowser
 
+    from reasonrl import progress
     from reasonrl.report import serve, write
 
     if options.serve:
@@ -49,7 +55,7 @@ def _report(options: argparse.Namespace) -> int:
             return 0
         finally:
             server.server_close()
-    with _busy("reading the run"):
+    with progress.shown(options.quiet):
         page = write(options.runs, options.out)
     print(page)
     if options.open:
@@ -84,8 +90,7 @@ def _audit(options: argparse.Namespace) -> int:
 
     from reasonrl.audit import audit
 
-    with _busy("reading the run"):
-        found = audit(options.run_folder)
+    found = audit(options.run_folder)
     table = Table("monitor", "verdict", "what was seen")
     marks = {"ok": "green", "alarm": "bold red", "not measured": "dim"}
     for finding in found:
@@ -95,13 +100,6 @@ def _audit(options: argparse.Namespace) -> int:
     alarms = [finding.name for finding in found if finding.verdict == "alarm"]
     print(f"alarm: {', '.join(alarms)}" if alarms else "no alarm")
     return 1 if alarms else 0
-
-
-def _busy(text: str):
-    """A line on a terminal while something takes its time; nothing elsewhere."""
-    from rich.console import Console
-
-    return Console(stderr=True).status(text)
 
 
 def _plain(text: str):

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+from reasonrl.commands import waiting
 from reasonrl.commands.label import unescaped
 from reasonrl.records import InputError
 
@@ -47,6 +48,7 @@ def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--separator", help="token behind every step (published heads)")
     command.add_argument("--pair", nargs=2, metavar=("WRONG", "RIGHT"), help="tokens that judge")
     command.add_argument("--delimiter", help="what ends a step of a plain completion")
+    waiting.add(command)
 
 
 def scorer(options: argparse.Namespace):

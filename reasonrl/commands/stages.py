@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reasonrl import checkpoint, models
+from reasonrl import checkpoint, models, progress
 from reasonrl import config as configs
 from reasonrl.algos.sophia import find_scorer
 from reasonrl.config import Config
@@ -72,7 +72,8 @@ class Pipeline:
             return False
         if (folder / PAIRS).is_file():
             return True
-        found = logged(folder, task, scorer, whole_response=whole)
+        with progress.shown(self.quiet):
+            found = logged(folder, task, scorer, whole_response=whole)
         kept = balanced(found.pairs, seed=config.seed)
         words = models.load(self._start()[0], **self._start()[1]).tokenizer
         write(kept, folder, words)

@@ -21,6 +21,7 @@ import pyarrow.parquet
 from reasonrl import config as configs
 from reasonrl import images
 from reasonrl.log import COMPLETIONS, whole_rows
+from reasonrl.progress import Phase, phase
 from reasonrl.records import InputError
 from reasonrl.report.tokens import tokens
 
@@ -74,7 +75,8 @@ def _run(path: Path, budget: int, points: int, cache: Cache) -> dict[str, Any]:
             " folder of `reasonrl train`"
         )
     notes: list[str] = []
-    steps, read = _steps(path, budget, notes, cache)
+    with phase("reading", len(completion_files(path)), "tables") as part:
+        steps, read = _steps(path, budget, notes, cache, part)
     names = {name for step in steps for group in step["groups"] for name in group["images"]}
     return {
         "images": _pictures(path, sorted(names), budget - read, notes, cache),
@@ -87,11 +89,12 @@ def _run(path: Path, budget: int, points: int, cache: Cache) -> dict[str, Any]:
 
 
 def _steps(
-    path: Path, budget: int, notes: list[str], cache: Cache
+    path: Path, budget: int, notes: list[str], cache: Cache, part: Phase
 ) -> tuple[list[dict[str, Any]], int]:
     """Steps whose completions fit into so many bytes of the page, and the bytes they take."""
     files, steps, read = completion_files(path), [], 0
     for number in _spread(sorted(files)):
+        part.add()
         stamp = _stamp(files[number])
         (groups, size), said = _kept(cache, files[number], stamp, _sized)
         notes += said
