@@ -29,11 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with progress.shown(quiet=not getattr(options, "waits", False) or options.quiet):
             _quiet_libraries()
-            return options.run(options)
+            status = options.run(options)
+            sys.stdout.flush()
+            return status
     except tuple(STATUS) as error:
         line = keys.hide(" ".join(str(error).split()))
         print(f"reasonrl: {line}", file=sys.stderr)
         return next(code for kind, code in STATUS.items() if isinstance(error, kind))
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return 141
     except KeyboardInterrupt:
         print("reasonrl: stopped at once; resume with --resume", file=sys.stderr)
         return 130
@@ -166,6 +172,17 @@ def _run_folder(name: str, resume: bool) -> Path:
     if resume:
         return used[-1] if used else taken[0]
     return next(p for p in taken if p not in used)
+
+
+def _unread() -> bool:
+    """Whether whoever read the output has gone (`| head`); what is left of it then is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _quiet_libraries() -> None:

@@ -19,20 +19,23 @@ def step_metrics(rollout: Rollout, rewards: Rewards, advantage: Tensor) -> dict[
     """Rewards, lengths and signal of one rollout; unknown rewards are counted, never averaged.
 
     entropy is the mean of -logp over sampled tokens, an unbiased estimate at the sampling
-    temperature; reward_std the mean over groups of the unbiased std of the known outcomes.
+    temperature; reward_std the mean over groups of the unbiased std of the known outcomes;
+    reward_se the standard error of `reward` over prompts, where there are two with known outcomes.
     """
     value, known = outcomes(rewards)
     size = lengths(rollout)
-    spread, dead, groups = [], 0, 0
+    mean = float(value[known].mean()) if known.any() else math.nan
+    spread, off, dead, groups = [], [], 0, 0
     for g in range(len(rollout.problems)):
         inside = value[(rollout.group == g) & known]
+        off += [float((inside - mean).sum())] if len(inside) else []
         groups += 1
         dead += len(inside) < 2 or bool(inside.max() == inside.min())
         if len(inside) > 1:
             spread.append(float(inside.std()))
     logp = torch.cat(list(rollout.logp)) if rollout.logp else torch.zeros(0)
     metrics = {
-        "reward": float(value[known].mean()) if known.any() else math.nan,
+        "reward": mean,
         "reward_std": sum(spread) / len(spread) if spread else 0.0,
         "frac_reward_zero_std": dead / max(1, groups),
         "completions/mean_length": sum(size) / max(1, len(size)),
@@ -47,6 +50,9 @@ def step_metrics(rollout: Rollout, rewards: Rewards, advantage: Tensor) -> dict[
         if len(advantage)
         else 0.0,
     }
+    if len(off) > 1:  # prompts are independent, completions of one are not
+        around = len(off) / (len(off) - 1) * sum(e * e for e in off)
+        metrics["reward_se"] = math.sqrt(around) / int(known.sum())
     if rewards.steps is not None:
         metrics |= _process_metrics(rewards, value, known)
     return metrics | dict(rewards.metrics)

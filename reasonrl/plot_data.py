@@ -145,6 +145,14 @@ def trailing_mean(values: Sequence[float], n: int) -> list[float]:
     return out
 
 
+def trailing_error(errors: Sequence[float], n: int) -> list[float]:
+    """Standard errors of the trailing means of values that are independent of one another."""
+    squares = trailing_mean([e * e for e in errors], n)
+    windows = [errors[max(0, i - n + 1) : i + 1] for i in range(len(errors))]
+    counts = [sum(map(math.isfinite, window)) for window in windows]
+    return [math.sqrt(s / c) if c else math.nan for s, c in zip(squares, counts, strict=True)]
+
+
 def spread95(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half of Student's 95 % interval of it; NaN half for one value."""
     n = len(values)
@@ -174,7 +182,10 @@ def _line(label: str, runs: Sequence[History], metric: str, smooth: int) -> Line
         error = runs[0].values.get(f"{metric}_se")
         if error is None:
             return Line(label, shared, y)
-        half = [NORMAL95 * error.get(s, math.nan) for s in shared]
+        half = [error.get(s, math.nan) for s in shared]
+        if not metric.startswith("eval/"):  # whose problems are the same at every step
+            half = trailing_error(half, smooth)
+        half = [NORMAL95 * h for h in half]
     else:
         pairs = [spread95([s[at] for s in series]) for at in shared]
         y, half = [m for m, _ in pairs], [h for _, h in pairs]

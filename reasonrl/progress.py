@@ -78,8 +78,11 @@ class Progress:
         """Show what there is to show now."""
         if self.stream is None or self.clock() < self.next:
             return
+        steerable = _steerable(self.stream)
+        if not (steerable or self.phases or self.clock() >= self.began + EVERY):
+            return  # a line for good must say something
         with self.lock:
-            if _steerable(self.stream):
+            if steerable:
                 room = shutil.get_terminal_size().columns - 1
                 print(f"{CLEAR}{self.text()[:room]}\r", end="", file=self.stream, flush=True)
                 self.drawn = True

@@ -209,6 +209,26 @@ def test_hostile_text_is_only_text(tab, run):
     assert HOSTILE in tab.text_content("#charts")
 
 
+CURVES = """reward eval/accuracy kl entropy completions/mean_length process/gamma
+process/thinking_weight clip_ratio/region_mean completions/clipped_ratio rows/live""".split()
+
+
+def test_the_curves_that_matter_come_first_with_their_intervals(tab, run):
+    with (run / "evals.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "eval/accuracy": 0.5, "eval/accuracy_se": 0.1}) + "\n")
+    line(run, 4, **{name: 0.25 for name in CURVES if "eval/" not in name}, reward_se=0.125)
+    opened(tab, run, view="curves")
+    read = "[...document.querySelectorAll('.chart h2')].map((h) => h.firstChild.textContent)"
+    heads = tab.evaluate(read)
+    assert heads[: len(CURVES)] == CURVES and "seconds of a step by phase" in heads
+    tab.locator("#smooth").fill("1")
+    for name, said in (("reward", "0.25 ± 0.245"), ("eval/accuracy", "0.5 ± 0.196")):
+        tab.locator(".chart svg").nth(heads.index(name)).focus()
+        tab.keyboard.press("End")
+        assert said in tip(tab)
+        assert tab.locator(".chart").nth(heads.index(name)).locator("path[opacity]").count() == 1
+
+
 def test_runs_side_by_side_with_the_split_of_time(tab, run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)

@@ -22,6 +22,7 @@ from reasonrl.plot_data import (
     history,
     mean_lines,
     spread95,
+    trailing_error,
     trailing_mean,
 )
 from reasonrl.plot_scores import best_of_n, calibration, credit, reliability, selection, statistics
@@ -66,6 +67,19 @@ def test_an_interval_by_hand():
 def test_a_trailing_mean_passes_over_gaps():
     found = trailing_mean([2.0, math.nan, 4.0, 6.0], 2)
     assert found == [2.0, 2.0, 4.0, 5.0]
+    errors = trailing_error([0.3, 0.4, math.nan, 0.1], 2)  # of a mean of two: sqrt(.09 + .16) / 2
+    assert errors == pytest.approx([0.3, 0.25, 0.4, 0.1])
+    assert math.isnan(trailing_error([math.nan], 2)[0])
+
+
+def test_a_reward_with_its_standard_error_is_a_band(tmp_path):
+    run = make_run(tmp_path / "a", [])
+    rows = [{"step": s, "reward": 0.5, "reward_se": 0.3 + s / 10} for s in (0, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (line,) = curves([history(run)], ["reward"])[0].lines
+    assert line.high == pytest.approx([0.5 + 1.96 * 0.3, 0.5 + 1.96 * 0.4], abs=1e-4)
+    (line,) = curves([history(run)], ["reward"], smooth=2)[0].lines
+    assert line.low == pytest.approx([0.5 - 1.96 * 0.3, 0.5 - 1.96 * 0.25], abs=1e-4)
 
 
 def test_a_run_is_a_line_and_evaluations_have_their_standard_error(tmp_path):

@@ -73,7 +73,10 @@ def test_one_line_in_place_on_a_terminal(monkeypatch):
     plain, clock = viewed(Terminal())
     clock.now += 3
     plain.look()
-    assert plain.stream.getvalue() == "working, 3s\n"
+    assert plain.stream.getvalue() == ""  # nothing is known yet
+    clock.now += 17
+    plain.look()
+    assert plain.stream.getvalue() == "working, 20s\n"
 
 
 def test_phases_inside_phases():

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -275,6 +276,16 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["report", str(run), "--out", str(tmp_path / "file/page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_whoever_read_the_output_has_gone(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run")
+    read, write_to = os.pipe()
+    os.close(read)
+    with os.fdopen(write_to, "w") as out, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", out)  # as in `reasonrl report RUN | head -0`
+        assert main(["report", str(run)]) == 141
+    assert capsys.readouterr().err == ""
 
 
 BROWSER = next(

@@ -81,7 +81,7 @@ function area(f, up, down, colour, opacity) {
 function chart(name) {
   const window = +$("smooth").value, exact = name.startsWith("eval/") || SCHEDULED.includes(name);
   const lines = data.runs.map((run) => series(run, name));
-  const soft = lines.map((points) => exact ? points : smooth(points, window));
+  const soft = lines.map((points) => exact || window < 2 ? points : smooth(points, window));
   const flat = [...lines.flat(), ...soft.flat()];
   if (!flat.length) return null;
   const xs = flat.map((p) => p.x);
