@@ -46,7 +46,10 @@ def case_of(row: Mapping[str, Any], number: int = 0) -> Case:
     for name in ("question", "response"):
         texts[name] = field_of(row, name, str, "a string")
         if not texts[name] or not texts[name].strip():
-            raise Refused(f"field {name!r}: expected some text, got {brief(texts[name])}")
+            raise Refused(
+                f"field {name!r}: expected some text, got {brief(texts[name])}; `reasonrl judge"
+                " data` writes such rows"
+            )
     label = row.get("label")
     if label not in (0, 1):
         raise Refused(f"field 'label': expected 0 or 1, got {brief(label)}")

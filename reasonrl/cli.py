@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train by a recipe (a built-in name or a YAML file)"
     )
     command.add_argument("recipe")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     command.add_argument(
         "--out", type=Path, help="run folder (default: runs/RECIPE, or the next free)"
     )
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("eval", help="greedy accuracy of a model or checkpoint on a task")
     command.add_argument("recipe", help="names the task and the limits; overrides as in train")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     waiting.add(command)
     command.set_defaults(run=_eval)
 

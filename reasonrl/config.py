@@ -200,7 +200,11 @@ def _default(key: str) -> Any:
 
 def _recipe_path(recipe: str) -> Path:
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe or "\\" in recipe:
-        return Path(recipe)
+        path = Path(recipe)
+        if not path.exists():
+            built = f" (built in: {', '.join(recipes())})"
+            raise InputError(f"{recipe}: no such file; give a YAML file or a recipe's name{built}")
+        return path
     if recipe not in recipes():
         near = difflib.get_close_matches(recipe, recipes(), 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""

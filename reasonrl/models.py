@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, heads, layers, pretrained, smollm2, tiny, vision
+from reasonrl import attention, checkpoint, heads, layers, pretrained, smollm2, tiny, vision
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
@@ -259,7 +259,11 @@ def _pretrained(folder: str):
     path = Path(folder)
     if path.exists():
         if not (path / "config.json").is_file():
-            raise InputError(f"model {folder}: expected a folder with config.json, found none")
+            inside = checkpoint.checkpoints(path) if path.is_dir() else []
+            hint = f"; a run's models are its checkpoints, as {inside[0][1]}" if inside else ""
+            raise InputError(
+                f"model {folder}: expected a folder with config.json, found none{hint}"
+            )
         if not any(path.glob("*.safetensors")):
             raise InputError(f"model {folder}: expected weights (*.safetensors), found none")
         if (path / PRM_FILE).is_file():
@@ -268,7 +272,9 @@ def _pretrained(folder: str):
                 f" ({PRM_FILE}); it scores steps and writes nothing"
             )
     elif folder.startswith((".", "/", "~")) or folder.count("/") > 1:
-        raise InputError(f"model {folder}: no such folder")
+        raise InputError(
+            f"model {folder}: no such folder; give a model's folder, a hub id, smollm2 or tiny"
+        )
     with pretrained.reading(f"model {folder}"):
         config = pretrained.part(AutoConfig, folder)
         tokenizer = pretrained.part(AutoTokenizer, folder)

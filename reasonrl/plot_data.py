@@ -85,7 +85,7 @@ def expand(names: Sequence[str]) -> list[Path]:
 def history(path: Path) -> History:
     """A run's metrics by name; InputError where the folder holds no step."""
     if not path.is_dir():
-        raise InputError(f"{path}: no such run folder")
+        raise InputError(f"{path}: no such run folder; give the --out folder of `reasonrl train`")
     file = path / "metrics.jsonl"
     if not file.is_file():
         have = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"

@@ -40,7 +40,9 @@ def credit(runs: Sequence[Path]) -> tuple[list[Panel], list[dict[str, Any]]]:
     rewards, advantages, table = [], [], []
     for run in runs:
         if not run.is_dir():
-            raise InputError(f"{run}: no such run folder")
+            raise InputError(
+                f"{run}: no such run folder; give the --out folder of `reasonrl train`"
+            )
         files = completion_files(run)
         if not files:
             raise InputError(

@@ -231,7 +231,8 @@ class PRM:
             found = checkpoint.latest_verified(path, clean=False) if path.is_dir() else None
             if found is None or not (found / models.PRM_FILE).is_file():
                 raise InputError(
-                    f"{folder}: expected a process reward model ({models.PRM_FILE}), found none"
+                    f"{folder}: expected a process reward model ({models.PRM_FILE}), found none;"
+                    " `reasonrl prm train` makes one"
                 )
             path = found
         with pretrained.reading(str(path)):

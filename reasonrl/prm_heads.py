@@ -43,7 +43,10 @@ def load(
     """A process reward model of ours or of a published kind; InputError says what is missing."""
     path = Path(folder)
     if not path.is_dir():
-        raise InputError(f"prm {folder}: no such folder")
+        raise InputError(
+            f"prm {folder}: no such folder; give the --out folder of `reasonrl prm train`, or a"
+            " published model's"
+        )
     if (path / models.PRM_FILE).is_file() or checkpoint.checkpoints(path):
         return PRM.load(path, dtype=dtype, device=device)
     with pretrained.reading(f"prm {folder}"):

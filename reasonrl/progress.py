@@ -79,7 +79,8 @@ class Progress:
         if self.stream is None or self.clock() < self.next:
             return
         steerable = _steerable(self.stream)
-        if not (steerable or self.phases or self.clock() >= self.began + EVERY):
+        since = self.phases[0].began + AFTER if self.phases else self.began + EVERY
+        if not steerable and self.clock() < since:
             return  # a line for good must say something
         with self.lock:
             if steerable:

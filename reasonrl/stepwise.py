@@ -94,7 +94,10 @@ def trace_of(
     steps = _steps(row, delimiter)
     labels, boolean = _labels(row, len(steps))
     if labelled and labels is None:
-        raise Refused("field 'labels': expected one label for each step, got nothing")
+        raise Refused(
+            "field 'labels': expected one label for each step, got nothing (`reasonrl prm label`"
+            " writes such rows)"
+        )
     final = row.get("final")
     return Trace(
         id=default_id if own is None else str(own),

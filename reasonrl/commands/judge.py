@@ -20,7 +20,7 @@ def add(commands) -> None:
 
     command = kinds.add_parser("data", help="sample generators, label by the verifier, balance")
     command.add_argument("recipe", help="names task and sampling; overrides as in train")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     command.add_argument("--generator", action="append", help="a model; may be given several times")
     command.add_argument("--out", type=Path, required=True, help="JSONL, Libra Bench's fields")
     command.add_argument("--split", default="train", choices=["sft", "train", "dev", "test"])
@@ -191,5 +191,8 @@ def _own(trace, name: str) -> float | None:
     if value is None and (name in trace.extra or name == "final"):
         return None  # known to be unknown
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{trace.where}: field {name!r}: expected a number, got {value!r}")
+        raise InputError(
+            f"{trace.where}: field {name!r}: expected a number, got {value!r}; score the rows first"
+            " (`reasonrl score PRM FILE --out SCORED`), or give --by FIELD or --judge"
+        )
     return float(value)

@@ -30,7 +30,7 @@ SFT_ONLY = {
 def add(kinds) -> None:
     command = kinds.add_parser("train", help="train a judge: by rule, by rejection sampling, by RL")
     command.add_argument("data", type=Path, help="JSONL or parquet in Libra Bench's format")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     command.add_argument("--stage", required=True, choices=["gold", "sft", "rl"])
     command.add_argument("--out", type=Path, required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")

@@ -14,7 +14,7 @@ from reasonrl.records import InputError
 def add(kinds) -> None:
     command = kinds.add_parser("label", help="label the steps of completions, three ways")
     command.add_argument("recipe", nargs="?", help="names model, task and sampling, as in train")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     command.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     command.add_argument(
         "--source",

@@ -17,7 +17,7 @@ def add(commands) -> None:
     label.add(kinds)
     command = kinds.add_parser("train", help="train a process reward model on stepwise rows")
     command.add_argument("data", type=Path, nargs="+", help="JSONL or parquet: stepwise rows")
-    command.add_argument("overrides", nargs="*", metavar="key.path=value")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     command.add_argument("--out", type=Path, required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     waiting.add(command)

@@ -161,7 +161,10 @@ def candidates(prm, files, delimiter: str | None):
     for trace, found in zip(traces, prm.score(traces), strict=True):
         outcome = trace.final if trace.final is not None else trace.extra.get("reward")
         if isinstance(outcome, bool) or not isinstance(outcome, int | float):
-            raise InputError(f"{trace.where}: field 'final': expected the outcome, got {outcome!r}")
+            raise InputError(
+                f"{trace.where}: field 'final': expected the outcome, 0 or 1, got {outcome!r}"
+                " (`reasonrl prm label` and a run's tables have it)"
+            )
         key = str(trace.extra.get("problem_id", trace.prompt))
         total = found.total(prm.reading.alpha)
         groups.setdefault(key, []).append(candidate(trace.text, outcome >= 0.5, found.steps, total))
