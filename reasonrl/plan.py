@@ -274,10 +274,10 @@ def _traffic(shape: Shape, prm: Shape, job: Job, batches: int, groups: int):
 
 def missing(job: Job) -> list[str]:
     """What of this layout `reasonrl train` does not do itself."""
+    beside = job.engine != "in-process"
     parts = {
         "sharded weights (it refuses ZeRO-3 and FSDP)": job.zero == 3,
-        "an engine beside it (its rollouts are in process)": job.engine != "in-process",
-        "a LoRA policy": job.lora > 0,
+        "an engine asleep beside it (`engine.url` is one on GPUs of its own)": beside,
         "activation checkpointing": job.checkpointing,
         "bf16 weights (it keeps fp32 ones)": job.precision == "bf16",
     }

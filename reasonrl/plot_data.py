@@ -163,6 +163,15 @@ def spread95(values: Sequence[float]) -> tuple[float, float]:
     return mean, (T95[n - 2] if n - 2 < len(T95) else NORMAL95) * deviation / math.sqrt(n)
 
 
+def mean_line(
+    label: str, x: Sequence[float], curves: Sequence[Sequence[float]], *, dashed: bool = False
+) -> Line:
+    """The mean of some curves, e.g. of several seeds, with its 95 % interval at every place."""
+    pairs = [spread95(values) for values in zip(*curves, strict=True)]
+    low, high = [m - h for m, h in pairs], [m + h for m, h in pairs]
+    return Line(label, list(x), [m for m, _ in pairs], low, high, dashed)
+
+
 def _line(label: str, runs: Sequence[History], metric: str, smooth: int) -> Line:
     for run in runs:
         if metric not in run.values:
@@ -187,8 +196,7 @@ def _line(label: str, runs: Sequence[History], metric: str, smooth: int) -> Line
             half = trailing_error(half, smooth)
         half = [NORMAL95 * h for h in half]
     else:
-        pairs = [spread95([s[at] for s in series]) for at in shared]
-        y, half = [m for m, _ in pairs], [h for _, h in pairs]
+        return mean_line(label, shared, [[s[at] for at in shared] for s in series])
     low = [m - h for m, h in zip(y, half, strict=True)]
     high = [m + h for m, h in zip(y, half, strict=True)]
     return Line(label, shared, y, low, high)

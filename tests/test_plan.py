@@ -187,7 +187,7 @@ def test_advice_fits_and_says_what_is_not_ours():
     (way,) = advice(shape_of("llama-3.1-70b"), large)
     assert way["gpus"] > 8 and plan(shape_of("llama-3.1-70b"), Job(**{**vars(large), **way})).fits
     assert missing(job) == []
-    assert len(missing(Job(zero=3, engine="colocated", lora=8, checkpointing=True))) == 4
+    assert len(missing(Job(zero=3, engine="colocated", lora=8, checkpointing=True))) == 3
 
 
 def test_the_verdict_is_about_the_worst_phase():

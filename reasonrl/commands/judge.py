@@ -179,7 +179,9 @@ def _pairs(options: argparse.Namespace) -> int:
         scores = [_own(trace, options.by) for trace in traces]
     made = pairs(traces, scores, options.margin)
     if not made:
-        raise InputError(f"pairs: no prompt has two answers {options.margin} apart; none written")
+        raise InputError(
+            f"pairs: no prompt has two answers {options.margin} apart (--margin); none written"
+        )
     write_rows(options.out, made)
     known = sum(s is not None for s in scores)
     print(f"{options.out}: {len(made)} pairs from {known} scored of {len(traces)} answers")

@@ -21,6 +21,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from reasonrl.plot_data import Line, Panel, mean_line
+from reasonrl.plots import draw
 from reasonrl.prm import PRM
 from reasonrl.prm_train import PRMConfig, train
 from reasonrl.stepwise import Trace, read_traces
@@ -164,31 +166,16 @@ def table(whole: dict) -> str:
 
 
 def picture(whole: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
-    labels = {
-        "auc": "area under the curve",
-        "accuracy": "steps right",
-        "first_error": "first error",
-    }
-    for i, (name, label) in enumerate(labels.items()):
-        columns = [
-            [100 * row["found"][str(size)][name] for row in whole["seeds"]]
-            for size in whole["sizes"]
-        ]
-        mean = [sum(c) / len(c) for c in columns]
-        axes.plot(whole["sizes"], mean, "o-", color=f"C{i}", label=label)
-        axes.fill_between(whole["sizes"], [min(c) for c in columns], [max(c) for c in columns],
-                          color=f"C{i}", alpha=0.15)  # fmt: skip
-    axes.axhline(100 * whole["commoner"], color="grey", lw=1, ls=":", label="always the commoner")
-    axes.set_xscale("log")
-    axes.set(xlabel="labelled traces", ylabel="percent")
-    axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    """Mean over seeds with its 95 % t-interval."""
+    sizes, seeds, lines = whole["sizes"], whole["seeds"], []
+    for name, label in (
+        ("auc", "area under the curve"), ("accuracy", "steps right"), ("first_error", "first error")
+    ):  # fmt: skip
+        curves = [[100 * row["found"][str(size)][name] for size in sizes] for row in seeds]
+        lines.append(mean_line(label, sizes, curves))
+    commoner = [100 * whole["commoner"]] * len(sizes)
+    lines.append(Line("always the commoner", sizes, commoner, dashed=True))
+    draw([Panel("labelled traces", "percent", lines, log2=True)], path)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from reasonrl.plot_data import Panel, mean_line
+from reasonrl.plots import draw
+
 HERE = Path(__file__).resolve().parent
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
 KEEP = 2000
@@ -186,22 +189,12 @@ def table(results: list[dict]) -> str:
 
 
 def picture(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    sizes = results[0]["best_of_n"]["n"]
+    """Mean over seeds with its 95 % t-interval."""
+    sizes, lines = results[0]["best_of_n"]["n"], []
     for name in ("oracle", "prm_min", "prm_mean", "weighted", "majority"):
-        curves = [[p["accuracy"] for p in r["best_of_n"]["curves"][name]] for r in results]
-        mean = [100 * sum(c[i] for c in curves) / len(curves) for i in range(len(sizes))]
-        axes.plot(sizes, mean, "--" if name in ("oracle", "majority") else "-", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(n) for n in sizes])
-    axes.set(xlabel="completions (N)", ylabel="test problems right (%)")
-    axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+        curves = [[100 * p["accuracy"] for p in r["best_of_n"]["curves"][name]] for r in results]
+        lines.append(mean_line(name, sizes, curves, dashed=name in ("oracle", "majority")))
+    draw([Panel("completions (N)", "test problems right (%)", lines, log2=True)], path)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+from reasonrl.plot_data import Line, Panel, trailing_mean
+from reasonrl.plots import draw
+
 HERE = Path(__file__).resolve().parent
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
 STEPS, PROMPTS, PROBLEMS, COLD = 50, 32, 500, 220
@@ -216,28 +219,19 @@ def table(whole: dict) -> str:
 
 
 def picture(whole: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for panel, name in zip(axes, ("process/outcome_mean", "process/step_reward_mean"), strict=True):
-        for i, arm in enumerate(ARMS):
-            curves = []
-            for seed in whole["seeds"]:
-                steps = seed[arm]["steps"]
-                curves.append([s.get(name, s["reward"]) for s in steps])
-            middle = [sum(column) / len(column) for column in zip(*curves, strict=True)]
-            smooth = [sum(middle[max(0, t - 4) : t + 1]) / len(middle[max(0, t - 4) : t + 1])
-                      for t in range(len(middle))]  # fmt: skip
-            style = "--" if arm.startswith("corrupted") else "-"
-            panel.plot(range(1, len(smooth) + 1), smooth, style, color=f"C{i}", label=arm)
-        panel.set(
-            xlabel="RL step", ylabel="sampled outcome" if "outcome" in name else "right steps"
-        )
-    axes[1].legend(fontsize=7)
-    figure.savefig(path, metadata={"Date": None})
+    """Mean over seeds, each smoothed over five steps; the table has the intervals."""
+    panels = []
+    for name, label in (
+        ("process/outcome_mean", "sampled outcome"), ("process/step_reward_mean", "right steps")
+    ):  # fmt: skip
+        lines = []
+        for arm in ARMS:
+            steps = [seed[arm]["steps"] for seed in whole["seeds"]]
+            curves = [trailing_mean([s.get(name, s["reward"]) for s in one], 5) for one in steps]
+            mean = [sum(column) / len(column) for column in zip(*curves, strict=True)]
+            lines.append(Line(arm, range(1, len(mean) + 1), mean))
+        panels.append(Panel("RL step", label, lines))
+    draw(panels, path)
 
 
 if __name__ == "__main__":
