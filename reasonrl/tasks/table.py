@@ -13,6 +13,7 @@ from reasonrl.tasks.arithmetic import Arithmetic
 from reasonrl.tasks.base import Task
 from reasonrl.tasks.charts import Charts
 from reasonrl.tasks.code import Code
+from reasonrl.tasks.guesses import Guesses
 from reasonrl.tasks.gym import Gym
 from reasonrl.tasks.jsonl import Jsonl, is_data_file
 from reasonrl.tasks.judging import Judging
@@ -27,6 +28,7 @@ TASKS: dict[str, type[Task]] = {
     "gym": Gym,
     "judging": Judging,
     "marks": Marks,
+    "guesses": Guesses,
 }
 
 

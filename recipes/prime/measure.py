@@ -2,11 +2,13 @@
 
     python recipes/prime/measure.py --seeds 1 2 3 4 5
 
-A seed: one cold-started policy, then both arms from it with the same filter, loss and rate.
-Held-out test problems are judged every few steps. Equal rollouts: both after STEPS steps. Equal
-seconds: the outcome arm runs on, and is read at its last evaluation within the time that PRIME's
-steps took (by each arm's median step). Finished arms are not run again. Writes results.json (every
-seed), results.md (means, 95 % t-intervals of the paired difference) and curve.svg.
+A seed: one cold-started policy of the recipe `prime_guesses`, then every arm from it with the same
+prompts, loss and number of completions. Two learning rates, both arms at each; at the first also
+PRIME with a whole copy as its reward model. What is compared is the mean over the evaluations of
+the first STEPS steps (500 held-out test problems each, greedy), paired by seed: how much of the
+way is done how early, without a step chosen afterwards. Equal seconds: PRIME after s steps against
+the outcome arm's last evaluation within the time that s steps of PRIME took (each arm's median
+step). Finished arms are not run again. Writes results.json, results.md and curve.svg.
 """
 
 from __future__ import annotations
@@ -23,47 +25,41 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from reasonrl.plot_data import T95 as QUANTILES
+from reasonrl.plot_data import Line, Panel
+from reasonrl.plots import draw
+
 HERE = Path(__file__).resolve().parent
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
-STEPS, EVERY, PROBLEMS = 80, 20, 500
-LONGER = 2.0  # how many times PRIME's steps the outcome arm runs, for equal seconds
-TASK = "task_options={terms: 4, ops: '+-*', mod: 5, low: 0, high: 4, style: compact}"
-COLD = [
-    "model_options={width: 64, layers: 2, heads: 2}",
-    "cold_start_steps=350",
-    "cold_start.learning_rate=3e-3",
-    "steps=0",
-    "eval_problems=0",
-]
-RL = [
-    "cold_start_steps=0",
-    "learning_rate=3e-4",
-    "optim.schedule=constant",
-    f"eval_problems={PROBLEMS}",
-    f"eval.every={EVERY}",
-    "log.completions_every=0",
-]
+T95 = {n + 1: quantile for n, quantile in enumerate(QUANTILES, 1)}  # by number of seeds
+STEPS = {"1e-4": 30, "3e-4": 15}  # by learning rate; an outcome arm runs LONGER times as many
+LONGER = 2
+GOAL = 0.9  # "reached": the first evaluation at least this good
+OUTCOME = ["algorithm=grpo", "algo={kind: rloo}"]
+COPY = ["algo.lora_rank=0", "algo.prm_learning_rate=1.0e-3"]
 ARMS = {
-    "outcome": ["algorithm=grpo", "algo={kind: rloo}", f"steps={int(STEPS * LONGER)}"],
-    "prime": [f"steps={STEPS}"],  # PRIME's own keys are added by --prime
+    "outcome, 1e-4": OUTCOME,
+    "PRIME, 1e-4": [],
+    "PRIME, whole copy, 1e-4": COPY,
+    "outcome, 3e-4": OUTCOME,
+    "PRIME, 3e-4": [],
 }
-PRIME = "algo={beta: 1.0, prm_learning_rate: 1.0e-5, whiten: false}"  # the best of the search
+PAIRS = [
+    ("PRIME, 1e-4", "outcome, 1e-4"),
+    ("PRIME, whole copy, 1e-4", "outcome, 1e-4"),
+    ("PRIME, 3e-4", "outcome, 3e-4"),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--runs", type=Path, default=Path("runs/prime"))
-    parser.add_argument("--prime", default=PRIME, help="PRIME's own keys")
     parser.add_argument("--only-run", action="store_true", help="leave the tables alone")
     options = parser.parse_args()
-    results = [seed_of(seed, options) for seed in options.seeds]
+    results = [seed_of(seed, options.runs) for seed in options.seeds]
     if options.only_run:
         return
     whole = {
-        "prime": options.prime,
-        "steps": STEPS,
-        "problems": PROBLEMS,
         "seeds": results,
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
@@ -75,18 +71,20 @@ def main() -> None:
     print(table(whole))
 
 
-def seed_of(seed: int, options: argparse.Namespace) -> dict:
-    """Both arms of one seed; what is finished is read, not run."""
-    base = options.runs / f"base-{seed}"
-    run(base, ["tiny", TASK, *COLD, f"seed={seed}", "threads=1"])
-    model = f"model={base}/checkpoint-0"
-    found: dict = {"seed": seed}
+def seed_of(seed: int, runs: Path) -> dict:
+    """All arms of one seed; what is finished is read, not run."""
+    base = runs / f"base-{seed}"
+    run(base, ["steps=0", "eval_problems=0", f"seed={seed}", "threads=1"])
+    arms = {}
     for arm, keys in ARMS.items():
-        own = [options.prime] if arm == "prime" else []
-        out = options.runs / f"{arm}-{seed}"
-        words = ["prime", TASK, model, f"seed={seed}", "threads=1", *RL, *keys, *own]
-        found[arm] = run(out, words)
-    return found
+        rate = arm.split(", ")[-1]
+        steps = STEPS[rate] * (LONGER if keys is OUTCOME else 1)
+        words = [f"model={base}/checkpoint-0", "cold_start_steps=0", f"learning_rate={float(rate)}"]
+        words += [f"steps={steps}", f"eval.every={STEPS[rate] // 10 or 1}", f"seed={seed}"]
+        words += ["threads=1", "log.completions_every=0", *keys]
+        out = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+        arms[arm] = run(out, words)
+    return {"seed": seed, "arms": arms}
 
 
 def run(out: Path, words: list[str]) -> dict:
@@ -94,6 +92,7 @@ def run(out: Path, words: list[str]) -> dict:
     done = out / "measured.json"
     if done.exists():
         return json.loads(done.read_text())
+    words = ["prime_guesses", *words]
     command = [sys.executable, "-m", "reasonrl.cli", "train", *words, "--out", str(out), "--quiet"]
     if (out / "config.yaml").exists():
         command.append("--resume")
@@ -106,7 +105,7 @@ def run(out: Path, words: list[str]) -> dict:
     metrics = out / "metrics.jsonl"
     steps = [json.loads(s) for s in metrics.read_text().splitlines()] if metrics.exists() else []
     names = ("step", "reward", "step_time", "process/prm_accuracy", "process/prm_loss")
-    names += ("process/return_std", "filter/kept", "entropy", "time/eval")
+    names += ("process/return_std", "frac_reward_zero_std", "entropy", "time/eval")
     row = {
         "command": " ".join(words),
         "seconds": round(time.time() - began, 1),
@@ -126,76 +125,91 @@ def at(arm: dict, step: float) -> float:
 
 
 def per_step(arm: dict) -> float:
-    """Seconds of the median step, which holds no evaluation."""
-    return statistics.median(row["step_time"] for row in arm["steps"])
+    """Seconds of the median step, without its evaluation."""
+    return statistics.median(r["step_time"] - (r["time/eval"] or 0.0) for r in arm["steps"])
+
+
+def area(arm: dict, steps: int, stretch: float = 1.0) -> float:
+    """Mean accuracy over the evaluations up to `steps`, each read `stretch` times as late."""
+    when = [e["step"] for e in arm["evals"] if 0 < e["step"] <= steps]
+    return sum(at(arm, step * stretch) for step in when) / len(when)
+
+
+def reached(arm: dict) -> str:
+    found = [e["step"] for e in arm["evals"] if e["accuracy"] >= GOAL]
+    return str(found[0]) if found else "never"
 
 
 def interval(values: list[float]) -> str:
-    """Mean and 95 % t-interval in points of percent."""
+    """Mean and 95 % t-interval in points of percent, bold where it leaves out zero."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:
-        return f"{100 * mean:.1f}"
+        return f"{100 * mean:+.1f}"
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     half = T95[n] * spread / math.sqrt(n)
-    return f"{100 * mean:+.1f} ({100 * (mean - half):+.1f}..{100 * (mean + half):+.1f})"
+    text = f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
+    return f"**{text}**" if abs(mean) > half else text
 
 
 def table(whole: dict) -> str:
-    results, steps = whole["seeds"], whole["steps"]
+    seeds = whole["seeds"]
     lines = [
-        f"Held-out greedy accuracy on {whole['problems']} test problems a seed, in percent;"
-        f" {steps} steps of PRIME.",
+        "Held-out greedy accuracy, 500 test problems a seed, in percent. Mean: over the ten"
+        " evaluations of the run;",
+        f"reached: the step of the first evaluation of {100 * GOAL:.0f} % or more.",
         "",
-        "| seed | cold start | outcome, equal rollouts | outcome, equal seconds | PRIME"
-        " | median seconds a step, outcome / PRIME | peak RSS MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| seed | arm | start | mean | last | reached | median seconds a step | peak RSS, MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    rollouts, seconds = [], []
-    for row in results:
-        outcome, prime = row["outcome"], row["prime"]
-        reach = steps * per_step(prime) / per_step(outcome)
-        values = [at(prime, 0), at(outcome, steps), at(outcome, reach), at(prime, steps)]
-        rollouts.append(values[3] - values[1])
-        seconds.append(values[3] - values[2])
-        cells = " | ".join(f"{100 * v:.1f}" for v in values)
-        lines.append(
-            f"| {row['seed']} | {cells} | {per_step(outcome):.2f} / {per_step(prime):.2f}"
-            f" | {outcome['peak_rss_mib']} / {prime['peak_rss_mib']} |"
-        )
-    loads = ", ".join(str(r[arm]["load_before"]) for r in results for arm in ARMS)
+    for row in seeds:
+        for name, arm in row["arms"].items():
+            steps = STEPS[name.split(", ")[-1]]
+            shares = at(arm, 0), area(arm, steps), at(arm, steps)
+            cells = " | ".join(f"{100 * v:.1f}" for v in shares)
+            lines.append(
+                f"| {row['seed']} | {name} | {cells} | {reached(arm)}"
+                f" | {per_step(arm):.2f} | {arm['peak_rss_mib']} |"
+            )
     lines += [
         "",
-        f"PRIME minus outcome-only at equal rollouts: **{interval(rollouts)}**; at equal seconds:"
-        f" **{interval(seconds)}** (mean and 95 % t-interval of the paired difference).",
-        f"PRIME: `{whole['prime']}`.",
-        f"Measured {whole['date']}, {whole['machine']}; load before each run {loads}.",
+        "| difference of the means, paired by seed | equal steps | equal seconds |",
+        "|---|---|---|",
+    ]
+    for ours, theirs in PAIRS:
+        steps = STEPS[ours.split(", ")[-1]]
+        both = [(row["arms"][ours], row["arms"][theirs]) for row in seeds]
+        equal = [area(a, steps) - area(b, steps) for a, b in both]
+        timed = [area(a, steps) - area(b, steps, per_step(a) / per_step(b)) for a, b in both]
+        lines.append(f"| {ours} - {theirs} | {interval(equal)} | {interval(timed)} |")
+    versions = ", ".join(f"{k} {v}" for k, v in whole["versions"].items())
+    loads = [arm["load_before"] for row in seeds for arm in row["arms"].values()]
+    lines += [
+        "",
+        f"{len(seeds)} seeds, mean and 95 % t-interval in points. Measured {whole['date']},"
+        f" {whole['machine']}, {versions};",
+        f"load before a run {min(loads)} to {max(loads)}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def picture(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for i, arm in enumerate(ARMS):
-        for row in results:
-            x = [e["step"] for e in row[arm]["evals"]]
-            y = [100 * e["accuracy"] for e in row[arm]["evals"]]
-            axes.plot(x, y, color=f"C{i}", alpha=0.25)
-        x = [e["step"] for e in results[0][arm]["evals"]]
-        axes.plot(x, mean_curve(results, arm), color=f"C{i}", lw=2, label=arm)
-    axes.set(xlabel="RL step", ylabel="test problems right (%)")
-    axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-
-
-def mean_curve(results: list[dict], arm: str) -> list[float]:
-    columns = zip(*([e["accuracy"] for e in row[arm]["evals"]] for row in results), strict=True)
-    return [100 * sum(column) / len(results) for column in columns]
+    """Means over the seeds with 95 % t-intervals, a panel a learning rate."""
+    panels = []
+    for rate, last in STEPS.items():
+        lines = []
+        for name in (n for n in ARMS if n.endswith(rate)):
+            arms = [row["arms"][name] for row in results]
+            x = [e["step"] for e in arms[0]["evals"] if e["step"] <= last]
+            columns = [[100 * at(arm, step) for arm in arms] for step in x]
+            means = [statistics.mean(c) for c in columns]
+            half = [T95[len(c)] * statistics.stdev(c) / math.sqrt(len(c)) for c in columns]
+            low = [m - h for m, h in zip(means, half, strict=True)]
+            high = [m + h for m, h in zip(means, half, strict=True)]
+            label = name.rsplit(", ", 1)[0]
+            lines.append(Line(label, x, means, low, high, dashed=name.startswith("outcome")))
+        panels.append(Panel(f"RL step, learning rate {rate}", "test problems right (%)", lines))
+    draw(panels, path)
 
 
 if __name__ == "__main__":
