@@ -247,6 +247,9 @@ def main(out: Path, kind: str) -> None:
         train(small(), out / "alone", resume=True, quiet=True)  # the test ran two steps of it
         overflowing_on_rank_1(out / "overflow", accelerator.process_index)
         stopped_on_rank_1(out / "stopped", accelerator.process_index)
+    elif kind == "algorithms":
+        accelerator = Accelerator(cpu=True)
+        done = importlib.import_module("algorithm_cases").ranks(out)
     elif kind == "nan":
         accelerator = Accelerator(cpu=True)
         done = importlib.import_module("nan_cases").ranks(accelerator)
