@@ -5,9 +5,9 @@
     policy.engine = engine                         # from now on `sample` asks it
 
 Token ids go out and come back, never text; a reply whose ids, log-probabilities or weights are not
-those that were asked for is refused. What it drew is corrected where it is learned from
-(update.py): the trainer's own log-probability is the old one, w = min(p_old / p_served, cap).
-Left out: weights by NCCL or shared memory, images.
+those that were asked for is refused, and the run ends as by a server that is down. What it drew is
+corrected where it is learned from (update.py): the trainer's own log-probability is the old one,
+w = min(p_old / p_served, cap). Left out: weights by NCCL or shared memory, images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from reasonrl.chat.requests import KEY, Requests
 from reasonrl.config import Config
 from reasonrl.engine_protocols import VLLM, Served, SGLang, encoded
 from reasonrl.models import Policy
-from reasonrl.records import InputError, Score
+from reasonrl.records import InputError, Score, ScorerDown
 from reasonrl.sampling import Sampling
 
 PATIENT = Patience(deadline=3600.0, timeout=900.0)  # completions are long
@@ -67,18 +67,18 @@ class Engine:
     ) -> list[Served]:
         """A completion for every prompt, in order.
 
-        InputError: a reply that is not about this prompt, this vocabulary or these weights, with
-        its row. ScorerDown: the server stayed down.
+        ScorerDown: the server stayed down, or a reply is not about this prompt, this vocabulary or
+        these weights; with its row.
         """
         rows = zip(prompts, seeds, strict=True)
         asked = [self.protocol.request(ids, sampling, seed, eos) for ids, seed in rows]
-        found = self.asks.exchange({str(i): encoded(fields) for i, fields in enumerate(asked)})
+        found = _answers(self.asks, {str(i): encoded(fields) for i, fields in enumerate(asked)})
         out = []
         for i in range(len(asked)):
             got: Any = found[str(i)]
             failed = isinstance(got, Score)
             if fault := got.reason if failed else self._fault(got, sampling, eos, words):
-                raise InputError(f"rollout server {self.asks.address.url}: completion {i}: {fault}")
+                raise ScorerDown(f"rollout server {self.asks.address.url}: completion {i}: {fault}")
             out.append(got)
         return out
 
@@ -91,9 +91,9 @@ class Engine:
         replace(policy, model=model).save(target)
         calls = self.protocol.updates(str(target.resolve()), str(number))
         for posts, (_, fields) in zip(self.tells, calls, strict=True):
-            answer = posts.exchange({"update": encoded(fields)})["update"]
+            answer = _answers(posts, {"update": encoded(fields)})["update"]
             if isinstance(answer, Score):
-                raise InputError(f"rollout server {posts.address.url}{posts.path}: {answer.reason}")
+                raise ScorerDown(f"rollout server {posts.address.url}{posts.path}: {answer.reason}")
         for old in self.folder.glob("weights-*"):
             if old != target:
                 shutil.rmtree(old)
@@ -149,6 +149,15 @@ def of(config: Config, out: Path) -> Engine | None:
     )
     folder = Path(how.folder) if how.folder else out / "weights"
     return Engine(how.url, protocol, folder, patience=patience, parallel=how.parallel)
+
+
+def _answers(posts: _Posts, asked: Mapping[str, bytes]) -> dict[str, Any]:
+    """What the server said. A refusal is ScorerDown: the run keeps its state, as for one that is
+    down, and goes on when the server is mended."""
+    try:
+        return posts.exchange(asked)
+    except InputError as error:
+        raise ScorerDown(str(error)) from None
 
 
 class _Posts(Requests):
