@@ -116,7 +116,7 @@ def check(job: Job) -> None:
         raise InputError(f"--reserve: expected a share from 0 to below 1, got {job.reserve}")
     if job.engine == "in-process" and job.zero == 3:
         raise InputError(
-            "--zero 3: rollouts need whole weights on a rank; add --engine colocated, which keeps"
+            "--zero 3: rollouts in process gather the weights; add --engine colocated, which keeps"
             " an inference copy"
         )
     if job.engine == "in-process" and job.tensor_parallel > 1:
@@ -275,8 +275,8 @@ def _traffic(shape: Shape, prm: Shape, job: Job, batches: int, groups: int):
 def missing(job: Job) -> list[str]:
     """What of this layout `reasonrl train` does not do itself."""
     parts = {
-        "sharded weights (it refuses ZeRO-3 and FSDP)": job.zero == 3,
-        "an engine beside it (its rollouts are in process)": job.engine != "in-process",
+        "weights sharded outside the update (it gathers them to sample and score)": job.zero == 3,
+        "an engine on its own GPUs (it takes a server elsewhere)": job.engine != "in-process",
         "a LoRA policy": job.lora > 0,
         "activation checkpointing": job.checkpointing,
         "bf16 weights (it keeps fp32 ones)": job.precision == "bf16",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from reasonrl import engine, lora, models, state
+from reasonrl import engine, lora, models, sharded, state
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
 from reasonrl.canary import with_canaries
@@ -29,7 +29,7 @@ from reasonrl.log import RunLog, read_rows, unwritable
 from reasonrl.loss import LossSpec
 from reasonrl.monitors import measured
 from reasonrl.observe import completion_rows, picture_name, step_metrics
-from reasonrl.ranks import accelerator, any_rank, check_whole_weights, named_loss, whole
+from reasonrl.ranks import accelerator, any_rank, named_loss, whole
 from reasonrl.records import InputError, ScorerDown
 from reasonrl.replay import keeper
 from reasonrl.rollout import Sampling
@@ -88,7 +88,7 @@ class Run:
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
         server = engine.of(config, out)
         self.accelerator = accelerator(config.device, config.stall)
-        check_whole_weights(self.accelerator)
+        sharded.set_up(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
         policy = state.policy(config, found and found.path, self.accelerator.device)

@@ -12,18 +12,22 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from zlib import crc32
 
 import distributed_worker as worker
 import pyarrow.parquet
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from reasonrl.loss import LossSpec
 from reasonrl.models import Policy
 from reasonrl.records import Problem, Rollout
 from reasonrl.rollout import Sampling, given
+from reasonrl.sharded import Shards, local
 from reasonrl.train import train
 
 COMMON = (
@@ -74,6 +78,7 @@ CASES: dict[str, tuple[str, ...]] = {
             "loss={name: reinforce, reduce: fixed, max_length: 1}"),
     "sft": ("algorithm=sft", "group=1", "loss={name: reinforce}"),
 }  # fmt: skip
+SHARDED = ("loss grpo", "grpo filter", "grpo adapter", "prime rloo")
 DATA = {
     "judging": [
         {"question": f"{a}+{b}", "response": f"={a + b + wrong}", "label": 1 - wrong}
@@ -134,6 +139,7 @@ def scripted() -> Iterator[None]:
 
 
 def write_data(out: Path) -> None:
+    out.mkdir(exist_ok=True)
     for name, rows in DATA.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -150,10 +156,10 @@ def go(name: str, out: Path, kind: str, steps: int, resume: bool = False) -> Non
         assert train(config, out / kind / name, resume=resume, quiet=True)
 
 
-def alone(out: Path) -> None:
+def alone(out: Path, names: Sequence[str] = tuple(CASES)) -> None:
     """Every case unbroken to step 4 in out/one; as it was after step 2 in out/grown too."""
     write_data(out)
-    for name in CASES:
+    for name in names:
         go(name, out, "one", 2)
         shutil.copytree(out / "one" / name, out / "grown" / name)
         go(name, out, "one", 4, resume=True)
@@ -165,6 +171,47 @@ def ranks(out: Path) -> None:
     for name in CASES:
         go(name, out, "shrunk", 2)
         go(name, out, "grown", 4, resume=True)
+
+
+def sharded(out: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """The same of a few cases with shards, and what a step does that must not change anything; how
+    many elements of the policy this rank held, and how many there are."""
+    done: dict[str, Any] = {"held": {}, "backend": accelerator.distributed_type.value}
+    made: list[Shards] = []
+    init = Shards.__init__
+
+    def noted(self: Shards, *args) -> None:
+        init(self, *args)
+        made.append(self)
+
+    with (
+        mock.patch("reasonrl.train.accelerator", lambda *_: accelerator),
+        mock.patch.object(Shards, "__init__", noted),
+    ):
+        for name in SHARDED:
+            for kind, steps in (("shrunk", 2), ("grown", 4)):
+                go(name, out, kind, steps, resume=steps == 4)
+                accelerator.free_memory()
+            both = [list(p.model.parameters()) for p in (made[-1].trained, made[-1].policy)]
+            parts = [getattr(p, "ds_tensor", local(p)).numel() for p in both[0]]
+            done["held"][name] = sum(parts), sum(p.numel() for p in both[1])
+    done["dead"] = worker.warm_then_dead(accelerator)
+    done["nan"] = poisoned(accelerator)
+    return done
+
+
+def poisoned(accelerator: Accelerator) -> list[Any]:
+    """Weights before and after a step in which rank 1 has no finite gradient; its norm."""
+    case = worker.CASES["grpo"]
+    learner = worker.learner(case, accelerator)
+    rollout, advantage = worker.dealt(case, accelerator.process_index, accelerator.num_processes)
+    before, trained = worker.snapshot(learner), learner.shards.trained
+    if accelerator.process_index == 1:
+        plain = trained.at_head
+        trained.at_head = lambda *args: plain(*args) * torch.nan  # type: ignore[method-assign]
+    metrics = learner.step(rollout, advantage, LossSpec.named("grpo"), 1e-3)
+    accelerator.free_memory()
+    return [before, worker.snapshot(learner), metrics["grad_norm"]]
 
 
 def rows(run: Path) -> list[dict]:

@@ -3,6 +3,9 @@ on two and goes on with one, or begins on one and goes on with two."""
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +15,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # the cases are what the ranks run, too
 
 import algorithm_cases as cases
-from test_distributed import launch, results
+from test_distributed import launch, results, unchanged
 
 from reasonrl.algos import ALGOS
 from reasonrl.loss import NAMED
 
 CLOSE = 1e-5
+KINDS = ("zero1", "zero2", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,11 @@ def test_no_algorithm_and_no_loss_is_left_out():
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_two_ranks_give_the_run_of_one(name, out):
+    same(name, out)
+
+
+def same(name: str, out: Path) -> None:
+    """Go on with out/shrunk alone; it and out/grown have the losses and weights of out/one."""
     cases.go(name, out, "shrunk", 4, resume=True)
     one = cases.rows(out / "one" / name)
     first, last = (cases.weights(out / "one" / name, step) for step in (2, 4))
@@ -59,3 +68,35 @@ def test_a_rank_was_left_empty_by_the_filter(out):
     found = cases.owners(out / "shrunk" / "grpo filter")[:2]
     found += cases.owners(out / "grown" / "grpo filter")[2:]
     assert any(len(ranks) == 1 for ranks in found) and {0, 1} in found
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, require):
+    found = importlib.util.find_spec("deepspeed")
+    require("deepspeed", None if found else "pip install 'reasonrl[deepspeed]'")
+    out = tmp_path_factory.mktemp("shards")
+    cases.alone(out / KINDS[0], cases.SHARDED)
+    for kind in KINDS[1:]:
+        shutil.copytree(out / KINDS[0], out / kind)
+    extra = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    return out, results(out, "shards", launch(out, "shards", **extra))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_give_the_run_of_one(kind, shards):
+    out, ranks = shards
+    backend = "FSDP" if kind == "fsdp2" else "DEEPSPEED"  # accelerate may quietly do without it
+    assert [rank[kind]["backend"] for rank in ranks] == [backend] * 2
+    for name in cases.SHARDED:
+        same(name, out / kind)
+        (a, whole), (b, _) = (rank[kind]["held"][name] for rank in ranks)
+        cut = kind in ("zero3", "fsdp2")
+        assert (a, a + b) == ((whole // 2, whole) if cut else (whole, 2 * whole))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_stay_where_a_step_has_nothing_to_learn_from(kind, shards):
+    for rank in shards[1]:
+        before, after, norm = rank[kind]["nan"]
+        assert unchanged(before, after) and not math.isfinite(norm)
+        assert unchanged(*rank[kind]["dead"])
