@@ -80,15 +80,12 @@ def _served(policy: Policy, problems, prompt_ids, group: int, sampling, seed, im
     """The same from the policy's server; its log-probabilities are of what it drew from."""
     if any(image is not None for image in images or ()):
         raise InputError("engine: a rollout server takes no images here; sample in process")
-    if isinstance(seed, int):
-        seeds = [own_seed(seed, row, bits=31) for row in range(len(prompt_ids) * group)]
-    else:
-        seeds = [own_seed(one, row, bits=31) for one in seed for row in range(group)]
-    rows = [ids for ids in prompt_ids for _ in range(group)] if sampling.max_tokens else []
+    rows, seeds = _requests(prompt_ids, group, sampling, seed)
     words = policy.head.weight.shape[0]
-    found = policy.engine.complete(rows, sampling, seeds[: len(rows)], sorted(policy.eos), words)
-    ids = [one.tokens for one in found] or [[] for _ in seeds]
-    logp = [torch.tensor(one.logp) for one in found] or [torch.zeros(0) for _ in seeds]
+    found = policy.engine.complete(rows, sampling, seeds, sorted(policy.eos), words)
+    each = len(prompt_ids) * group
+    ids = [one.tokens for one in found] or [[]] * each
+    logp = [torch.tensor(one.logp) for one in found] or [torch.zeros(0)] * each
     return Rollout(
         problems=problems,
         prompt_ids=prompt_ids,
@@ -101,6 +98,25 @@ def _served(policy: Policy, problems, prompt_ids, group: int, sampling, seed, im
         sampling_logp=logp,
         served=True,
     )
+
+
+def begin(policy: Policy, prompt_ids, group: int, sampling: Sampling, seed: int) -> None:
+    """Let the policy's server draw, while this process goes on, what a `sample` of the same
+    arguments will ask for."""
+    rows, seeds = _requests(prompt_ids, group, sampling, seed)
+    words = policy.head.weight.shape[0]
+    policy.engine.begin(rows, sampling, seeds, sorted(policy.eos), words)
+
+
+def _requests(prompt_ids, group: int, sampling: Sampling, seed) -> tuple[list, list[int]]:
+    """Prompt and seed of every completion; none where no token is asked for."""
+    if not sampling.max_tokens:
+        return [], []
+    if isinstance(seed, int):
+        seeds = [own_seed(seed, row, bits=31) for row in range(len(prompt_ids) * group)]
+    else:
+        seeds = [own_seed(one, row, bits=31) for one in seed for row in range(group)]
+    return [ids for ids in prompt_ids for _ in range(group)], seeds
 
 
 def given(

@@ -103,6 +103,8 @@ class Run:
             raise InputError(
                 f"group: {config.algorithm} needs at least 2 completions, got {config.group}"
             )
+        if config.engine.overlap and type(self.algo).rollout is not Algorithm.rollout:
+            raise InputError(f"engine.overlap: {config.algorithm} draws no completions")
         if self.algo.needs_loss is not None and config.loss != self.algo.needs_loss:
             wanted = dict(self.algo.needs_loss)
             raise InputError(f"loss: {config.algorithm} needs {wanted}, got {config.loss}")
@@ -207,15 +209,19 @@ class Run:
     def _step(self) -> None:
         config, algo, log, began = self.config, self.algo, self.log, time.time()
         step = self.step + 1
-        self._sync(config.engine.max_lag)
         algo.clock.step, algo.clock.steps = step, config.steps
+        how = (config.prompts_per_step, config.group, self._sampling())
+        server = algo.policy.engine
+        if server is None or server.begun is None or server.kept is None:
+            self._sync(config.engine.max_lag)
         with log.phase("rollout"):
-            rollout, drawn = self.source.draw(
-                config.prompts_per_step,
-                config.group,
-                self._sampling(),
-                lambda number: self._seed(step, number),
-            )
+            rollout, drawn = self.source.draw(*how, lambda number: self._seed(step, number))
+        if server is not None and config.engine.overlap:
+            drawn |= {"sampling/lag": float(self.cold + self.step - server.drew)}
+            server.begun = None  # a resumed run that asks otherwise has drawn anew
+            if step < config.steps:
+                self._sync(config.engine.max_lag)
+                self.source.ahead(*how, self._seed(step + 1, 0))
         with log.phase("score"):
             rewards = algo.score(rollout)
             advantage = algo.advantage(rewards, rollout)
@@ -260,6 +266,9 @@ class Run:
         if server is None or (server.kept is not None and number - server.kept <= lag):
             return
         with self.log.phase("sync"):
+            if server.begun is not None:  # its weights stay until it has drawn, for every rank
+                server.begun.work.wait()
+            self.accelerator.wait_for_everyone()
             if self.main:
                 server.push(self.algo.policy, number)
             server.kept = number
@@ -267,12 +276,13 @@ class Run:
 
     def _step_or_save(self) -> None:
         """A step; where a judge or verifier stays down, a checkpoint as it was before the step."""
-        mark = self.source.mark()
+        mark, before = self.source.mark(), self.step
         try:
             self._step()
         except ScorerDown:
             if self.accelerator.num_processes == 1:  # alone: other ranks may not have failed
-                self.source.rewind(mark)
+                if self.step == before:  # else the server was gone for the evaluation behind it
+                    self.source.rewind(mark)
                 if self.saved != (self.cold, self.step):
                     self._save()
             raise
