@@ -67,6 +67,7 @@ class Engine:
         seeds: Sequence[int],
         eos: Sequence[int],
         words: int,  # the policy's vocabulary
+        seen: Callable[[int, Served], None] | None = None,  # gets a row's as soon as it is there
     ) -> list[Served]:
         """A completion for every prompt, in order.
 
@@ -79,7 +80,7 @@ class Engine:
             self.drew = begun.number
             return begun.work.result()
         self.drew = self.kept
-        return self._drawn(asked, self.kept, sampling, eos, words)
+        return self._drawn(asked, self.kept, sampling, eos, words, seen)
 
     def begin(
         self,
@@ -94,12 +95,23 @@ class Engine:
         work = Ahead(lambda: self._drawn(asked, number, sampling, eos, words))
         self.begun = Begun(asked, number, work)
 
-    def _drawn(self, asked, number: int | None, sampling, eos, words: int) -> list[Served]:
+    def _drawn(
+        self, asked, number: int | None, sampling, eos, words: int, seen=None
+    ) -> list[Served]:
         """What the weights of that number drew for every request, each of it looked at."""
+
+        def fault_of(got: Any) -> str:
+            bad = isinstance(got, Score)
+            return got.reason if bad else _fault(got, number, sampling, eos, words)
+
+        def at_once(key: str, got: Any) -> None:
+            if seen is not None and not fault_of(got):
+                seen(int(key), got)
+
+        self.asks.seen = at_once
         found = _answers(self.asks, asked)
         for key, got in found.items():
-            failed = isinstance(got, Score)
-            if fault := got.reason if failed else _fault(got, number, sampling, eos, words):
+            if fault := fault_of(got):
                 url = self.asks.address.url
                 raise ScorerDown(f"rollout server {url}: completion {key}: {fault}")
         return [found[key] for key in asked]
@@ -230,10 +242,14 @@ class _Posts(Requests):
     def __init__(self, url: str, path: str, read: Callable[[Mapping, Mapping], Any], **known: Any):
         super().__init__(url, limit=64 << 20, **known)
         self.path, self.read, self.last = path, read, b"{}"
+        self.seen: Callable[[str, Any], None] = lambda key, answer: None
 
     def exchange(self, asked: Mapping[str, bytes]) -> dict[str, Any]:
         self.last = next(iter(asked.values()), b"{}")
         return super().exchange(asked)
+
+    def _keep(self, key: str, answer: Any) -> None:
+        self.seen(key, answer)
 
     def _read(self, reply: HTTPReply, body: bytes) -> Any:
         if reply.status == 404:
