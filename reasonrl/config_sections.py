@@ -113,6 +113,7 @@ class EngineSection(Section):
     processed: bool = False  # vLLM was started with --logprobs-mode processed_logprobs
     folder: str = ""  # seen by both sides, where weights are left for it; the run's by default
     max_lag: Count = 0  # updates that its weights may be behind
+    overlap: bool = False  # the next step's completions are drawn during this one's update
     correction: Literal["token", "sequence", "off"] = "token"  # importance weights
     cap: Rate = 2.0  # of an importance weight
     parallel: Positive = 64  # requests under way

@@ -21,9 +21,10 @@ from accelerate.utils import gather_object
 from reasonrl.algos.base import Algorithm
 from reasonrl.batch import merge, take
 from reasonrl.config import Filter
+from reasonrl.engine import Begun
 from reasonrl.ranks import any_rank
 from reasonrl.records import Problem, Rollout, Score
-from reasonrl.rollout import Sampling
+from reasonrl.rollout import Sampling, begin
 from reasonrl.vision import prepare
 
 Waiting = tuple[int, Rollout]  # number of the problem in the task's train split, its group
@@ -67,26 +68,44 @@ class Source:
         self.waiting = [(n, replace(rollout, stale=True)) for n, rollout in self.waiting]
         return out, metrics
 
-    def mark(self) -> tuple[int, list[Waiting]]:
-        """Where the source stands, for `rewind`."""
-        return self.drawn, list(self.waiting)
+    def ahead(self, prompts: int, group: int, sampling: Sampling, seed: int) -> None:
+        """Let the server draw the next step's completions while this step goes on (no filter)."""
+        clock, policy = self.algo.clock, self.algo.policy
+        problems = self._mine(self.algo.task.problems("train", self.drawn, prompts))
+        clock.step += 1
+        asked = self.algo.prompt(problems)
+        clock.step -= 1
+        begin(policy, asked, group, sampling, seed)
 
-    def rewind(self, mark: tuple[int, list[Waiting]]) -> None:
+    def mark(self) -> tuple[int, list[Waiting], Any]:
+        """Where the source stands, for `rewind`."""
+        server = self.algo.policy.engine
+        return self.drawn, list(self.waiting), server and server.begun
+
+    def rewind(self, mark: tuple[int, list[Waiting], Any]) -> None:
         """As if nothing had been drawn since `mark`."""
         self.drawn, self.waiting = mark[0], list(mark[1])
+        if self.algo.policy.engine is not None:
+            self.algo.policy.engine.begun = mark[2]
 
     def state(self) -> list[dict[str, Any]]:
-        """What every rank keeps waiting, as plain values; a collective."""
-        mine = [_plain(number, rollout) for number, rollout in self.waiting]
-        if self.accelerator.num_processes == 1:
-            return [{"waiting": mine}]
-        return gather_object([{"waiting": mine}])
+        """What every rank keeps waiting, and what a server draws for it, as plain values; a
+        collective."""
+        mine: dict[str, Any] = {"waiting": [_plain(n, rollout) for n, rollout in self.waiting]}
+        server = self.algo.policy.engine
+        if server is not None and server.begun is not None:
+            mine["begun"] = server.begun.state()
+        return [mine] if self.accelerator.num_processes == 1 else gather_object([mine])
 
     def restore(self, ranks: Sequence[dict[str, Any]]) -> None:
-        """Take back `state`; for another number of ranks the groups are dealt out anew."""
+        """Take back `state`; for another number of ranks the groups are dealt out anew, and a
+        server draws again."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if len(ranks) == world:
             mine = ranks[rank]["waiting"]
+            server, begun = self.algo.policy.engine, [r.get("begun") for r in ranks]
+            if server is not None and all(begun):
+                server.begun = Begun.of(begun[rank])
         else:
             mine = [group for r in ranks for group in r["waiting"]][rank::world]
         self.waiting = [self._group(plain) for plain in mine]

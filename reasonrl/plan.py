@@ -116,7 +116,7 @@ def check(job: Job) -> None:
         raise InputError(f"--reserve: expected a share from 0 to below 1, got {job.reserve}")
     if job.engine == "in-process" and job.zero == 3:
         raise InputError(
-            "--zero 3: rollouts need whole weights on a rank; add --engine colocated, which keeps"
+            "--zero 3: rollouts in process gather the weights; add --engine colocated, which keeps"
             " an inference copy"
         )
     if job.engine == "in-process" and job.tensor_parallel > 1:
@@ -276,7 +276,7 @@ def missing(job: Job) -> list[str]:
     """What of this layout `reasonrl train` does not do itself."""
     beside = job.engine != "in-process"
     parts = {
-        "sharded weights (it refuses ZeRO-3 and FSDP)": job.zero == 3,
+        "weights sharded outside the update (it gathers them to sample and score)": job.zero == 3,
         "an engine asleep beside it (`engine.url` is one on GPUs of its own)": beside,
         "activation checkpointing": job.checkpointing,
         "bf16 weights (it keeps fp32 ones)": job.precision == "bf16",

@@ -22,7 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from reasonrl.batch import flat, merge
-from reasonrl.records import InputError, RankLost, Rewards, Rollout
+from reasonrl.records import RankLost, Rewards, Rollout
 
 GONE = re.compile(  # what gloo, NCCL and the store say of a peer that died or does not answer
     r"gloo|nccl|tcpstore|connection (closed|reset|refused)|broken pipe|socket|timed? ?out",
@@ -63,19 +63,6 @@ def gathered(accelerator: Accelerator, values: Sequence[float]) -> list[list[flo
     local = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
     every: Any = accelerator.gather(local)
     return every.tolist()
-
-
-def check_whole_weights(accelerator: Accelerator) -> None:
-    """InputError where the weights would be sharded: a loop that samples needs them whole, though
-    an optimiser step alone would not (heads.py)."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    kind = accelerator.distributed_type.value
-    if kind == "FSDP" or (kind == "DEEPSPEED" and plugin is not None and plugin.zero_stage == 3):
-        what = "FSDP" if kind == "FSDP" else "DeepSpeed with zero_stage 3"
-        raise InputError(
-            f"{what} shards the weights, and rollouts need them whole on every rank; use plain data"
-            " parallelism or zero_stage 2"
-        )
 
 
 def summed(accelerator: Accelerator, tensors: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ server. Legend: P prompts, B rows (completions).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ def sample(
     seed: int | Sequence[int],
     rows: int = 256,
     seen: Sequence[Any] | None = None,  # P, where the prompts are prepared (vision.prepare)
+    done: Callable[[Rollout], None] | None = None,  # gets a group that a server has drawn at once
 ) -> Rollout:
     """`group` completions of each prompt, at most `rows` of them decoded at a time (whole groups).
 
@@ -50,7 +51,7 @@ def sample(
                 f" {sampling.max_tokens} exceeds the model's context of {policy.context}"
             )
     if policy.engine is not None:
-        return _served(policy, problems, prompt_ids, group, sampling, seed, images)
+        return _served(policy, problems, prompt_ids, group, sampling, seed, images, done)
     if isinstance(seed, int):
         uniform = streams(seed, 0, len(prompt_ids) * group, sampling.max_tokens)
     else:
@@ -76,19 +77,33 @@ def sample(
     )
 
 
-def _served(policy: Policy, problems, prompt_ids, group: int, sampling, seed, images) -> Rollout:
+def _served(
+    policy: Policy, problems, prompt_ids, group: int, sampling, seed, images, done
+) -> Rollout:
     """The same from the policy's server; its log-probabilities are of what it drew from."""
     if any(image is not None for image in images or ()):
         raise InputError("engine: a rollout server takes no images here; sample in process")
-    if isinstance(seed, int):
-        seeds = [own_seed(seed, row, bits=31) for row in range(len(prompt_ids) * group)]
-    else:
-        seeds = [own_seed(one, row, bits=31) for one in seed for row in range(group)]
-    rows = [ids for ids in prompt_ids for _ in range(group)] if sampling.max_tokens else []
+    rows, seeds = _requests(prompt_ids, group, sampling, seed)
     words = policy.head.weight.shape[0]
-    found = policy.engine.complete(rows, sampling, seeds[: len(rows)], sorted(policy.eos), words)
-    ids = [one.tokens for one in found] or [[] for _ in seeds]
-    logp = [torch.tensor(one.logp) for one in found] or [torch.zeros(0) for _ in seeds]
+    there: dict[int, Any] = {}
+
+    def seen(row: int, one: Any) -> None:
+        there[row] = one
+        g = row // group
+        mine = [there[b] for b in range(g * group, (g + 1) * group) if b in there]
+        if len(mine) == group:
+            done(_drawn(policy, [problems[g]], [prompt_ids[g]], group, mine))
+
+    how = (sampling, seeds, sorted(policy.eos), words)
+    found = policy.engine.complete(rows, *how, seen=done and seen)
+    return _drawn(policy, problems, prompt_ids, group, found)
+
+
+def _drawn(policy: Policy, problems, prompt_ids, group: int, found: Sequence[Any]) -> Rollout:
+    """What a server drew, `group` completions of each problem, as a rollout."""
+    each = len(prompt_ids) * group
+    ids = [one.tokens for one in found] or [[]] * each
+    logp = [torch.tensor(one.logp) for one in found] or [torch.zeros(0)] * each
     return Rollout(
         problems=problems,
         prompt_ids=prompt_ids,
@@ -101,6 +116,25 @@ def _served(policy: Policy, problems, prompt_ids, group: int, sampling, seed, im
         sampling_logp=logp,
         served=True,
     )
+
+
+def begin(policy: Policy, prompt_ids, group: int, sampling: Sampling, seed: int) -> None:
+    """Let the policy's server draw, while this process goes on, what a `sample` of the same
+    arguments will ask for."""
+    rows, seeds = _requests(prompt_ids, group, sampling, seed)
+    words = policy.head.weight.shape[0]
+    policy.engine.begin(rows, sampling, seeds, sorted(policy.eos), words)
+
+
+def _requests(prompt_ids, group: int, sampling: Sampling, seed) -> tuple[list, list[int]]:
+    """Prompt and seed of every completion; none where no token is asked for."""
+    if not sampling.max_tokens:
+        return [], []
+    if isinstance(seed, int):
+        seeds = [own_seed(seed, row, bits=31) for row in range(len(prompt_ids) * group)]
+    else:
+        seeds = [own_seed(one, row, bits=31) for one in seed for row in range(group)]
+    return [ids for ids in prompt_ids for _ in range(group)], seeds
 
 
 def given(

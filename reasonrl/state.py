@@ -4,7 +4,7 @@
                          rng.*, waiting.* (groups drawn and not yet used), what the algorithm
                          has learned, manifest.json with the position and the config
 
-Left out: sharded optimisers (DeepSpeed): their checkpoints hold the model alone and say so.
+However weights and moments were sharded, a checkpoint holds them as one process has them.
 """
 
 from __future__ import annotations
@@ -95,13 +95,11 @@ def save(
         last = checkpoint.checkpoints(out)
         kept = f"the last checkpoint is {last[0][1].name}" if last else "there is no checkpoint"
         raise NonFiniteStop(f"{out}: weights or moments are not finite, nothing is saved; {kept}")
-    waiting = source.state()
-    sharded = accelerator.distributed_type.value == "DEEPSPEED"
+    waiting, moments = source.state(), learner.optimizer_state()
 
     def write(folder: Path) -> None:
         lora.save(policy, folder, folder / "adapter")
-        if not sharded:
-            save_state(folder / "optimizer", learner.optimizer.state_dict())
+        save_state(folder / "optimizer", moments)
         save_state(folder / "rng", rng_state())
         save_state(folder / "waiting", waiting)
         if algo is not None:
@@ -112,7 +110,7 @@ def save(
         meta = {
             "position": position | {"skipped": learner.skipped, "drawn": source.drawn},
             "config": config.digest(),
-            "resumable": not sharded,
+            "resumable": True,
         }
         checkpoint.save(out, position["step"], write, meta, keep=config.save.keep)
     accelerator.wait_for_everyone()
@@ -127,7 +125,7 @@ def _give_back() -> None:
 def restore(found: Found, learner: Learner, source: Source) -> dict[str, Any]:
     """Put the optimizer, the waiting groups and the random states back; the position {cold, step,
     tokens, ...}."""
-    learner.optimizer.load_state_dict(load_state(found.path / "optimizer"))
+    learner.load_optimizer_state(load_state(found.path / "optimizer"))
     set_rng_state(load_state(found.path / "rng"))
     learner.skipped = found.meta["position"]["skipped"]
     source.drawn = found.meta["position"]["drawn"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from reasonrl import engine, lora, models, state
+from reasonrl import engine, lora, models, sharded, state
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
 from reasonrl.canary import with_canaries
@@ -29,7 +29,7 @@ from reasonrl.log import RunLog, read_rows, unwritable
 from reasonrl.loss import LossSpec
 from reasonrl.monitors import measured
 from reasonrl.observe import completion_rows, picture_name, step_metrics
-from reasonrl.ranks import accelerator, any_rank, check_whole_weights, named_loss, whole
+from reasonrl.ranks import accelerator, any_rank, named_loss, whole
 from reasonrl.records import InputError, ScorerDown
 from reasonrl.replay import keeper
 from reasonrl.rollout import Sampling
@@ -88,7 +88,7 @@ class Run:
             raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
         server = engine.of(config, out)
         self.accelerator = accelerator(config.device, config.stall)
-        check_whole_weights(self.accelerator)
+        sharded.set_up(self.accelerator)
         found = state.find(out, resume, config)
         self.accelerator.wait_for_everyone()  # rank 0 tidies the folder while it looks
         policy = state.policy(config, found and found.path, self.accelerator.device)
@@ -103,6 +103,8 @@ class Run:
             raise InputError(
                 f"group: {config.algorithm} needs at least 2 completions, got {config.group}"
             )
+        if config.engine.overlap and type(self.algo).rollout is not Algorithm.rollout:
+            raise InputError(f"engine.overlap: {config.algorithm} draws no completions")
         if self.algo.needs_loss is not None and config.loss != self.algo.needs_loss:
             wanted = dict(self.algo.needs_loss)
             raise InputError(f"loss: {config.algorithm} needs {wanted}, got {config.loss}")
@@ -207,15 +209,19 @@ class Run:
     def _step(self) -> None:
         config, algo, log, began = self.config, self.algo, self.log, time.time()
         step = self.step + 1
-        self._sync(config.engine.max_lag)
         algo.clock.step, algo.clock.steps = step, config.steps
+        how = (config.prompts_per_step, config.group, self._sampling())
+        server = algo.policy.engine
+        if server is None or server.begun is None or server.kept is None:
+            self._sync(config.engine.max_lag)
         with log.phase("rollout"):
-            rollout, drawn = self.source.draw(
-                config.prompts_per_step,
-                config.group,
-                self._sampling(),
-                lambda number: self._seed(step, number),
-            )
+            rollout, drawn = self.source.draw(*how, lambda number: self._seed(step, number))
+        if server is not None and config.engine.overlap:
+            drawn |= {"sampling/lag": float(self.cold + self.step - server.drew)}
+            server.begun = None  # a resumed run that asks otherwise has drawn anew
+            if step < config.steps:
+                self._sync(config.engine.max_lag)
+                self.source.ahead(*how, self._seed(step + 1, 0))
         with log.phase("score"):
             rewards = algo.score(rollout)
             advantage = algo.advantage(rewards, rollout)
@@ -260,6 +266,9 @@ class Run:
         if server is None or (server.kept is not None and number - server.kept <= lag):
             return
         with self.log.phase("sync"):
+            if server.begun is not None:  # its weights stay until it has drawn, for every rank
+                server.begun.work.wait()
+            self.accelerator.wait_for_everyone()
             if self.main:
                 server.push(self.algo.policy, number)
             server.kept = number
@@ -267,12 +276,13 @@ class Run:
 
     def _step_or_save(self) -> None:
         """A step; where a judge or verifier stays down, a checkpoint as it was before the step."""
-        mark = self.source.mark()
+        mark, before = self.source.mark(), self.step
         try:
             self._step()
         except ScorerDown:
             if self.accelerator.num_processes == 1:  # alone: other ranks may not have failed
-                self.source.rewind(mark)
+                if self.step == before:  # else the server was gone for the evaluation behind it
+                    self.source.rewind(mark)
                 if self.saved != (self.cold, self.step):
                     self._save()
             raise

@@ -9,8 +9,8 @@ the policy itself (ratio 1); with more updates they are recomputed first, withou
 Across ranks: every rank makes the same decisions from the same gathered numbers, and joins every
 collective. One without a live row computes a masked token; where gradients are reduced micro-batch
 by micro-batch (DeepSpeed, FSDP) such fillers also level the numbers of micro-batches.
-A sharded head (ZeRO-3, FSDP2) is gathered inside its own module (heads.py). Left out: pipeline
-parallelism.
+Sharded weights (ZeRO-3, FSDP2) are a twin's, which an update alone computes with (sharded.py); a
+sharded head is gathered inside its own module (heads.py). Left out: pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from reasonrl.models import Policy
 from reasonrl.ranks import gathered
 from reasonrl.records import Batch, InputError, NonFiniteStop, Rollout
 from reasonrl.seen import ratios
+from reasonrl.sharded import Shards, load_optimizer_state, moments, optimizer_state
 from reasonrl.vision import idle
 
 METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
@@ -47,6 +48,7 @@ class Trainable(nn.Module):
         super().__init__()
         self.model = policy.model
         self.policy, self.temperature = policy, temperature
+        self._no_split_modules = policy.model._no_split_modules  # what FSDP shards by
 
     def forward(self, batch: Batch, spec: LossSpec, denominator: float):
         metrics: dict[str, Tensor] = {}
@@ -96,7 +98,8 @@ class Learner:
     def __init__(self, policy: Policy, config: Config, accelerator: Accelerator):
         self.config, self.accelerator, self.policy = config, accelerator, policy
         _set_up_deepspeed(accelerator, config)
-        module = Trainable(policy, config.sample.temperature)
+        self.shards = Shards(policy, accelerator)
+        module = Trainable(self.shards.trained, config.sample.temperature)
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters,
@@ -191,11 +194,12 @@ class Learner:
         lockstep = self.accelerator.distributed_type.value in ("DEEPSPEED", "FSDP")
         wanted = int(max(rank[3] for rank in ranks)) if lockstep else 1
         batches += [filler] * (wanted - len(batches))
-        out = self._backward(batches, spec, divisor)
-        names = sorted(out)  # the same on every rank
-        every = gathered(self.accelerator, [out[name] for name in names])
-        out = _merged([dict(zip(names, v, strict=True)) for v in every], total=("loss",))
-        norm = self._apply(math.isfinite(out["loss"]))
+        with self.shards.update():
+            out = self._backward(batches, spec, divisor)
+            names = sorted(out)  # the same on every rank
+            every = gathered(self.accelerator, [out[name] for name in names])
+            out = _merged([dict(zip(names, v, strict=True)) for v in every], total=("loss",))
+            norm = self._apply(math.isfinite(out["loss"]))
         if self.skipped == 1 and self.keep is not None:
             self.keep(share)
         if self.skipped >= self.config.nan_patience:
@@ -224,6 +228,7 @@ class Learner:
         every rank. usable: whether the loss is finite."""
         limit = self.config.optim.grad_clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+        norm = getattr(norm, "full_tensor", lambda: norm)()
         value = float(norm) if norm is not None else math.nan
         # DeepSpeed has stepped, or refused to, inside its backward
         if usable and math.isfinite(value):
@@ -236,11 +241,19 @@ class Learner:
 
     def finite(self) -> bool:
         """Whether every weight and every moment is."""
-        sharded = self.accelerator.distributed_type.value == "DEEPSPEED"
-        state = {} if sharded else self.optimizer.state
-        moments = [m for of in state.values() for m in of.values()]
-        tensors = [*self.policy.model.parameters(), *moments]
-        return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor))
+        tensors = [*self.policy.model.parameters(), *moments(self.optimizer)]
+        return all(bool(t.isfinite().all()) for t in tensors)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """AdamW's, as one process has it, on the main rank; a collective."""
+        main = self.accelerator.is_main_process
+        return optimizer_state(self.optimizer, self._learning(), main)
+
+    def load_optimizer_state(self, saved: dict[str, Any]) -> None:
+        load_optimizer_state(self.optimizer, self._learning(), saved)
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
 
 
 def rate_at(step: int, steps: int, peak: float, warmup: int, schedule: str, final: float) -> float:

@@ -8,16 +8,18 @@ rank writes what it measured to OUT/<kind>-<rank>.pt; the test compares with one
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import importlib
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from reasonrl import cli, models
@@ -200,17 +202,7 @@ def overflowing_on_rank_1(out: Path, rank: int) -> None:
 
 
 def snapshot(made: Learner) -> dict[str, Tensor]:
-    """Whole weights, wherever their shards lie; a collective there."""
-    parameters = list(made.policy.model.parameters())
-    with contextlib.ExitStack() as stack:
-        if hasattr(parameters[0], "ds_id"):
-            import deepspeed
-
-            stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
-        state = made.policy.model.state_dict()
-        return {
-            k: getattr(v, "full_tensor", lambda v=v: v)().detach().clone() for k, v in state.items()
-        }
+    return {k: v.detach().clone() for k, v in made.policy.model.state_dict().items()}
 
 
 def no_compiled_reduction() -> None:
@@ -232,6 +224,23 @@ def plugged(kind: str) -> Accelerator:
     return Accelerator(deepspeed_plugin=plugin)
 
 
+def sharded(kind: str) -> Accelerator:
+    """An accelerator with DeepSpeed or FSDP2, which accelerate gives to GPUs alone."""
+    if kind.startswith("zero"):
+        return plugged(kind)
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_DEEPSPEED": "false"}):
+        made = Accelerator(cpu=True)
+    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+    )
+    for state in (PartialState(), made.state):
+        state.distributed_type = DistributedType.FSDP
+    return made
+
+
 def main(out: Path, kind: str) -> None:
     torch.set_num_threads(1)
     if kind == "long":  # until somebody kills a rank
@@ -247,14 +256,20 @@ def main(out: Path, kind: str) -> None:
         train(small(), out / "alone", resume=True, quiet=True)  # the test ran two steps of it
         overflowing_on_rank_1(out / "overflow", accelerator.process_index)
         stopped_on_rank_1(out / "stopped", accelerator.process_index)
-    elif kind == "nan":
+    elif kind == "algorithms":
+        accelerator = Accelerator(cpu=True)
+        done = importlib.import_module("algorithm_cases").ranks(out)
+    elif kind == "shards":
+        done, cases = {}, importlib.import_module("algorithm_cases")
+        gc.freeze()  # DeepSpeed and accelerate collect around every run, a second each
+        for how in ("fsdp2", "zero1", "zero2", "zero3"):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerator = sharded(how)
+            done[how] = cases.sharded(out / how, accelerator)
+    else:
+        assert kind == "nan"
         accelerator = Accelerator(cpu=True)
         done = importlib.import_module("nan_cases").ranks(accelerator)
-    else:
-        accelerator = plugged(kind)
-        names = ("grpo", "no group on rank 1", "nan on rank 1", "all dead")
-        done = {name: run(CASES[name], accelerator) for name in names}
-        done["backend"] = accelerator.distributed_type.value
     torch.save(done, out / f"{kind}-{accelerator.process_index}.pt")
     accelerator.end_training()
 

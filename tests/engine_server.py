@@ -39,6 +39,7 @@ class EngineServer:
         self.policy = models.load("tiny", dtype="fp32", seed=99, **size)
         self.version = "default"
         self.lock = threading.Lock()
+        self.ready = threading.Condition(self.lock)  # told of every reply
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -78,6 +79,7 @@ class EngineServer:
             if fault == "hang":
                 time.sleep(1.0)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+            self.ready.notify_all()
         to.send_response(404 if reply is None else status)
         to.send_header("Content-Type", "application/json")
         to.send_header("Content-Length", str(len(data)))

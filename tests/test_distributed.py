@@ -1,11 +1,10 @@
 """Two gloo ranks on a CPU give the numbers of one process, agree on every decision, and never hang.
 
-The ranks run tests/distributed_worker.py, once for plain data parallelism and once for DeepSpeed.
+The ranks run tests/distributed_worker.py. Sharded weights: test_algorithm_ranks.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -26,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the worker is a script that we
 
 import distributed_worker as worker
 
-from reasonrl.ranks import check_whole_weights, joined
+from reasonrl import sharded
+from reasonrl.ranks import joined
 from reasonrl.records import InputError, Rewards, scored
 from reasonrl.replay import again
 from reasonrl.train import train
@@ -82,14 +82,6 @@ def ddp(out):
 
 
 @pytest.fixture(scope="module")
-def zero2(out, require):
-    found = importlib.util.find_spec("deepspeed")
-    require("deepspeed", None if found else "pip install 'reasonrl[deepspeed]'")
-    extra = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
-    return results(out, "zero2", launch(out, "zero2", **extra))
-
-
-@pytest.fixture(scope="module")
 def alone():
     return {name: worker.run(case, Accelerator(cpu=True)) for name, case in CASES.items()}
 
@@ -134,29 +126,12 @@ def test_momentum_does_not_move_a_step_without_a_live_row(ddp):
         assert unchanged(*rank["warm, then dead"])
 
 
-def skips_nan(ranks: list[dict]) -> None:
-    for rank in ranks:
+def test_all_ranks_skip_the_nan_of_one(ddp):
+    for rank in ddp:
         made = rank["nan on rank 1"]
         assert unchanged(made["weights"][0], made["weights"][-1])
         assert made["stopped"] and len(made["steps"]) == 1  # nan_patience is 2
         assert not torch.tensor(made["steps"][0]["grad_norm"]).isfinite()
-
-
-def test_all_ranks_skip_the_nan_of_one(ddp):
-    skips_nan(ddp)
-
-
-@pytest.mark.parametrize("name", ["grpo", "no group on rank 1"])
-def test_zero2_gives_the_step_of_one_process(name, zero2, alone):
-    for rank in zero2:
-        assert rank["backend"] == "DEEPSPEED"  # accelerate may quietly do without it
-        compare(rank[name], alone[name], 1e-5)
-
-
-def test_zero2_skips_nan_and_steps_without_a_live_row(zero2):
-    skips_nan(zero2)
-    for rank in zero2:
-        assert unchanged(*(rank["all dead"]["weights"][i] for i in (0, -1)))
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -203,19 +178,11 @@ def test_all_ranks_stop_after_the_same_step(ddp, out):
     assert (out / "stopped" / "checkpoint-2" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage", "named"),
-    [("FSDP", 0, "FSDP shards"), ("DEEPSPEED", 3, "zero_stage 3 shards"), ("DEEPSPEED", 2, "")],
-)
-def test_a_run_with_sharded_weights_is_refused(kind, stage, named):
-    plugin = SimpleNamespace(zero_stage=stage)
-    accelerator = SimpleNamespace(
-        distributed_type=SimpleNamespace(value=kind), state=SimpleNamespace(deepspeed_plugin=plugin)
-    )
-    if not named:
-        return check_whole_weights(accelerator)
-    with pytest.raises(InputError, match=named):
-        check_whole_weights(accelerator)
+def test_the_first_fsdp_is_refused():
+    kind, plugin = SimpleNamespace(value="FSDP"), SimpleNamespace(fsdp_version=1)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    with pytest.raises(InputError, match="use fsdp_version: 2"):
+        sharded.set_up(SimpleNamespace(distributed_type=kind, state=state))
 
 
 def test_joined_rollouts_keep_their_groups():

@@ -1,6 +1,7 @@
 """Groups kept or dropped by accuracy: limits, surplus, staleness, state; nothing drawn twice."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ class Dealt:
 
     def __init__(self, right, unfinished=(), unknown=()):
         self.right, self.unfinished, self.unknown = right, unfinished, unknown
-        self.task, self.policy = self, None
+        self.task, self.policy = self, SimpleNamespace(engine=None)
         self.seeds = []
 
     def problem(self, split, index):

@@ -109,7 +109,7 @@ def test_a_reply_that_is_not_about_this_is_refused(server, fault, tmp_path, monk
     assert len(plain.completion_ids[0]) == 8  # so that a cut one is shorter
     server.faults = [fault, fault]
     with pytest.raises(
-        InputError, match=rf"rollout server http.*: completion 0: .*{REFUSED[fault]}"
+        ScorerDown, match=rf"rollout server http.*: completion 0: .*{REFUSED[fault]}"
     ):
         sample(served, problems(1), PROMPTS[:1], 1, Sampling(8), seed=1)
     assert set(BROKEN) <= {*REFUSED, "more-logps"}
@@ -137,7 +137,7 @@ def test_other_tokens_or_weights_are_refused(tmp_path):
             served.engine.push(served, 0)
             for fault, words in faults.items():
                 server.faults = [fault, fault]
-                with pytest.raises(InputError, match=f"rollout server http.*{words}"):
+                with pytest.raises(ScorerDown, match=f"rollout server http.*{words}"):
                     sample(served, problems(1), PROMPTS[:1], 1, Sampling(8), seed=1)
                 server.faults = []
 
@@ -147,7 +147,7 @@ def test_refused_weights_and_a_dead_server_are_named(tmp_path):
         served = policy()
         served.engine = engine(server, tmp_path)
         server.faults = ["refuse"]
-        with pytest.raises(InputError, match="it refused the weights: another architecture"):
+        with pytest.raises(ScorerDown, match="it refused the weights: another architecture"):
             served.engine.push(served, 0)
         served.engine.push(served, 0)
     with pytest.raises(
@@ -249,6 +249,24 @@ def test_a_server_that_dies_ends_the_run_with_status_4_and_it_goes_on(tmp_path):
     assert all(row["grad_norm"] > 0 for row in rows(whole))
     for a, b in zip(rows(whole), rows(out), strict=True):
         assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
+
+
+def test_a_server_that_says_something_wrong_ends_the_run_as_a_dead_one(tmp_path, capsys):
+    whole, more = tmp_path / "whole", {"eval_problems": 0, "cold_start_steps": 0, "steps": 2}
+    with EngineServer("sglang", **SIZE) as server:
+        assert main(words(server, whole, **more)) == 0
+    for fault in ("outside", "version", "status-401", "refuse"):
+        with EngineServer("sglang", **SIZE) as server:
+            out = tmp_path / fault
+            first = [""] * (1 + 6)  # the weights and the completions of a step
+            server.faults = [*first, *[""] * (fault != "refuse"), fault]
+            assert main(words(server, out, **more)) == 4
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert said.startswith("reasonrl: rollout server http") and len(rows(out)) == 1
+            assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-1"]
+            assert main([*words(server, out, **more), "--resume"]) == 0
+        for a, b in zip(rows(whole), rows(out), strict=True):
+            assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"] > 0
 
 
 def test_vllm_needs_a_name_and_says_what_its_log_probabilities_are(server, tmp_path, capsys):

@@ -74,7 +74,14 @@ class Algorithm:
     def rollout(
         self, problems: Sequence[Problem], group: int, sampling: Sampling, seed: int
     ) -> Rollout:
-        return sample(self.policy, problems, self.prompt(problems), group, sampling, seed)
+        asked = (self.policy, problems, self.prompt(problems), group, sampling, seed)
+        if self.policy.engine is None or type(self).ahead is Algorithm.ahead:
+            return sample(*asked)
+        return sample(*asked, done=self.ahead)
+
+    def ahead(self, group: Rollout) -> None:
+        """Called with a group as soon as a server has drawn it, while it draws others: a scorer at
+        a server may be asked from here on; `score` comes when all are there."""
 
     def score(self, rollout: Rollout) -> Rewards:
         """The task's own verdict on every completion, and its steps where a rule can check them."""

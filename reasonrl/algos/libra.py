@@ -111,6 +111,10 @@ class Libra(GRPO):
         if not self.judge:
             self._hold(models.load(str(folder / "judge"), device=str(self.policy.device)))
 
+    def ahead(self, group: Rollout) -> None:
+        assert self.held.judge is not None
+        self.held.judge.begin(group)
+
     def outcomes(self, rollout: Rollout) -> Sequence[Score]:
         """The judge's mean verdicts; a filter sees them too."""
         return self._judged(rollout).outcome

@@ -187,6 +187,12 @@ class Sophia(Trust, GRPO):
         )
         object.__setattr__(self, "held", Held(found))
 
+    def ahead(self, group: Rollout) -> None:
+        """All are asked about, also one whose outcome will be unknown; not where wrong ones are
+        left out, which nobody knows yet."""
+        if self.score_wrong and isinstance(self.held.scorer, ThinkingScorer):
+            self.held.scorer.begin(group)
+
     def score(self, rollout: Rollout) -> Rewards:
         """Outcomes with the thinking reward on top; GRPO's own advantage takes it from there."""
         plain = super().score(rollout)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reasonrl.chat.ahead import Ahead
 from reasonrl.chat.cache import Cache, key_of
 from reasonrl.chat.exchange import HTTPReply
 from reasonrl.chat.outage import Patience
@@ -49,6 +50,7 @@ class ChatClient(Requests):
         super().__init__(url, key_env=key_env, parallel=parallel, patience=patience, limit=limit)
         self.model, self.extra = model, dict(extra or {})
         self.cache = None if cache is None else Cache(cache)
+        self.begun: list[Ahead[dict[str, Any]]] = []
 
     def __repr__(self) -> str:
         return f"ChatClient({self.address.url!r}, {self.model!r})"
@@ -65,19 +67,50 @@ class ChatClient(Requests):
 
         InputError: the server refuses key, model or arguments. ScorerDown: by the policy.
         """
+        hashes, wanted = self._hashed(prompts, max_tokens, temperature, seeds)
+        self.counts["questions"] += len(hashes)
+        begun, self.begun = self.begun, []
+        found = {key: answer for work in begun for key, answer in work.result().items()}
+        found |= self._answers({key: body for key, body in wanted.items() if key not in found})
+        return [found[key] for key in hashes]
+
+    def begin(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> None:
+        """Ask in another thread, one batch after the other; the next `ask` has the answers, and
+        raises what went wrong."""
+        _, wanted = self._hashed(prompts, max_tokens, temperature, seeds)
+        former = self.begun[-1:]
+
+        def work() -> dict[str, Any]:
+            for one in former:
+                one.wait()
+            return self._answers(wanted)
+
+        self.begun.append(Ahead(work))
+
+    def _hashed(self, prompts, max_tokens: int, temperature: float, seeds):
+        """The key of every question, and every key's request."""
         hashes, wanted = [], {}
         for prompt, seed in zip(prompts, seeds, strict=True):
             body = self._body(prompt, max_tokens, temperature, seed)
             hashes.append(key_of(self.address.url, body))
             wanted[hashes[-1]] = body
-        self.counts["questions"] += len(hashes)
+        return hashes, wanted
+
+    def _answers(self, wanted: Mapping[str, bytes]) -> dict[str, Any]:
+        """Of every request, from the cache or the server."""
         found: dict[str, Any] = {}
         for key in wanted:
             if self.cache is not None and (text := self.cache.get(key)) is not None:
                 found[key] = text
         self.counts["cached"] += len(found)
-        found |= self.exchange({key: body for key, body in wanted.items() if key not in found})
-        return [found[key] for key in hashes]
+        return found | self.exchange({k: body for k, body in wanted.items() if k not in found})
 
     def _read(self, reply: HTTPReply, body: bytes) -> str:
         return text_of(reply, self.model)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from reasonrl.chat import ChatClient
 from reasonrl.judging import Call, Style, ask, read
@@ -66,15 +67,38 @@ class Judge:
             metrics["judge/infra"] = down / total
         return Rewards(outcome=[_score(row) for row in verdicts], metrics=metrics)
 
+    def begin(self, rollout: Rollout) -> None:
+        """Ask a server about these completions in another thread; a call that has them among its
+        own finds the answers. For a judge in this process there is nothing to begin."""
+        if isinstance(self.policy, ChatClient):
+            prompts = [rollout.problems[g].prompt for g in rollout.group.tolist()]
+            prompts, options = self._questions(
+                self._calls([plain(p) for p in prompts], rollout.text)
+            )
+            self.policy.begin(prompts, **options)
+
     def verdicts(self, questions: Sequence[str], responses: Sequence[str]) -> list[list[int | str]]:
         """`votes` verdicts for every response: 0, 1 or the reason why there is none."""
-        own = [r if self.with_cot else without_thinking(r) for r in responses]
-        how = {"think": self.think, "checklist": self.checklist, "style": self.style}
-        pairs = zip(questions, own, strict=True)
-        calls = [ask(q, r, seed=self.seed, **how) for q, r in pairs]
+        calls = self._calls(questions, responses)
         if isinstance(self.policy, ChatClient):
             return self._behind(self.policy, calls)
         return self._here(self.policy, calls)
+
+    def _calls(self, questions: Sequence[str], responses: Sequence[str]) -> list[Call]:
+        own = [r if self.with_cot else without_thinking(r) for r in responses]
+        how = {"think": self.think, "checklist": self.checklist, "style": self.style}
+        pairs = zip(questions, own, strict=True)
+        return [ask(q, r, seed=self.seed, **how) for q, r in pairs]
+
+    def _questions(self, calls: Sequence[Call]) -> tuple[list[str], dict[str, Any]]:
+        """What a server is asked: every call once a vote, each with a seed of its own."""
+        votes = range(self.votes)
+        options = {
+            "max_tokens": self.sampling.max_tokens,
+            "temperature": self.sampling.temperature,
+            "seeds": [(self.seed * 1_000_003 + vote) % 2**31 for _ in calls for vote in votes],
+        }
+        return [call.prompt for call in calls for _ in votes], options
 
     def _here(self, policy: Policy, calls: Sequence[Call]) -> list[list[int | str]]:
         prompts = [render(policy.tokenizer, call.prompt) for call in calls]
@@ -90,15 +114,10 @@ class Judge:
         return out
 
     def _behind(self, client: ChatClient, calls: Sequence[Call]) -> list[list[int | str]]:
-        every = [(call, vote) for call in calls for vote in range(self.votes)]
-        replies = client.ask(
-            [call.prompt for call, _ in every],
-            max_tokens=self.sampling.max_tokens,
-            temperature=self.sampling.temperature,
-            seeds=[(self.seed * 1_000_003 + vote) % 2**31 for _, vote in every],
-        )
-        pairs = zip(replies, every, strict=True)
-        votes = [_verdict(reply, call.nonce, self.style) for reply, (call, _) in pairs]
+        prompts, options = self._questions(calls)
+        replies = client.ask(prompts, **options)
+        pairs = zip(replies, [call for call in calls for _ in range(self.votes)], strict=True)
+        votes = [_verdict(reply, call.nonce, self.style) for reply, call in pairs]
         return [votes[i : i + self.votes] for i in range(0, len(votes), self.votes)]
 
 

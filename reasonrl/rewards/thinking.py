@@ -70,14 +70,20 @@ class ThinkingScorer:
     def __call__(self, rollout: Rollout) -> list[Score]:
         groups = rollout.group.tolist()
         thoughts = [self._thought(rollout, b) for b in range(len(groups))]
-        asked: dict[tuple[int, str], int] = {}
-        for key in zip(groups, thoughts, strict=True):
-            if key[1].strip():
-                asked.setdefault(key, len(asked))
+        asked = _distinct(groups, thoughts)
         found = self._ask(rollout, list(asked)) if asked else []
         nothing = unscorable("the completion has no thinking")
         keys = zip(groups, thoughts, strict=True)
         return [found[asked[key]] if key in asked else nothing for key in keys]
+
+    def begin(self, rollout: Rollout) -> None:
+        """Ask a server about these completions in another thread; a call that has them among its
+        own finds the answers. For a model in this process there is nothing to begin."""
+        groups = rollout.group.tolist()
+        if isinstance(self.backend, ChatClient):
+            thoughts = [self._thought(rollout, b) for b in range(len(groups))]
+            prompts, options = self._questions(rollout, list(_distinct(groups, thoughts)))
+            self.backend.begin(prompts, **options)
 
     def _thought(self, rollout: Rollout, b: int) -> str:
         problem = rollout.problems[int(rollout.group[b])]
@@ -125,6 +131,12 @@ class ThinkingScorer:
         return out
 
     def _behind(self, client: ChatClient, rollout: Rollout, asked) -> list[Score]:
+        prompts, options = self._questions(rollout, asked)
+        replies = client.ask(prompts, **options)
+        return [parse_score(r) if isinstance(r, str) else r for r in replies]
+
+    def _questions(self, rollout: Rollout, asked) -> tuple[list[Any], dict[str, Any]]:
+        """What a server is asked."""
         seen = {g: _parts(rollout.problems[g]) for g, _ in asked}  # encoded once a prompt
         prompts = []
         for g, text in asked:
@@ -132,8 +144,16 @@ class ThinkingScorer:
             content = [*seen[g], words] if seen[g] else words["text"]
             prompts.append([{"role": "user", "content": content}])
         limits = {"max_tokens": REPLY, "temperature": 0.0, "seeds": [self.seed] * len(prompts)}
-        replies = client.ask(prompts, **limits)
-        return [parse_score(r) if isinstance(r, str) else r for r in replies]
+        return prompts, limits
+
+
+def _distinct(groups: Sequence[int], thoughts: Sequence[str]) -> dict[tuple[int, str], int]:
+    """Every different thinking of a group once, and its place among them."""
+    asked: dict[tuple[int, str], int] = {}
+    for key in zip(groups, thoughts, strict=True):
+        if key[1].strip():
+            asked.setdefault(key, len(asked))
+    return asked
 
 
 def parse_score(reply: str) -> Score:
