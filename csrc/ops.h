@@ -96,21 +96,21 @@ struct Run {
 };
 enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
 
-#define REASONRL_DECLARE(isa)                                                                    \
-    namespace isa {                                                                              \
-    void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy,         \
-                      RowStats* stats, int threads);                                             \
-    void logp_backward(const Logits&, const RowStats*, const LogpGrad&, int threads);            \
-    void policy_loss(const Loss&, const PolicyInput&, const PolicyOutput&, int threads);         \
-    void add_bf16(float* sum, const uint16_t* part, int64_t n, int threads);                     \
-    void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_t batch,     \
-                 double gamma, bool forward, float* out, int threads);                           \
-    void walk_credit(const Credit&, float* out, int threads);                                    \
-    double token_mean(const float* x, const uint8_t* mask, int64_t n);                           \
-    int64_t list_runs(const float* value, const int64_t* step, int64_t start, int64_t stop,      \
-                      int what, Run* out, bool* ascending);                                      \
-    void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out, \
-                int threads);                                                                    \
+#define REASONRL_DECLARE(isa)                                                                      \
+    namespace isa {                                                                                \
+    void logp_forward(const Logits&, const int64_t* target, float* logp, float* entropy,           \
+                      RowStats* stats, int threads);                                               \
+    void logp_backward(const Logits&, const RowStats*, const LogpGrad&, int threads);              \
+    void policy_loss(const Loss&, const PolicyInput&, const PolicyOutput&, int threads);           \
+    void add_bf16(float* sum, const uint16_t* part, int64_t n, int threads);                       \
+    void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_t batch,       \
+                 double gamma, bool forward, float* out, int threads);                             \
+    void walk_credit(const Credit&, const int64_t* which, int64_t count, float* out, int threads); \
+    double token_mean(const float* x, const uint8_t* mask, int64_t n);                             \
+    int64_t list_runs(const float* value, const int64_t* step, int64_t start, int64_t stop,        \
+                      int what, Run* out, bool* ascending);                                        \
+    void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out,   \
+                int threads);                                                                      \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)

@@ -2,8 +2,9 @@
 
 A credit holds outcomes and groups beside step or token rewards (`reasonrl.credit`). Its group
 statistics are made first, (B,) and (S,) numbers; then a completion is walked from its end, a block
-of advantages at a time: into memory here, into the loss in `native.policy_loss`, which so needs one
-call from rewards to loss and gradient. Legend: B completions, N packed tokens, S steps.
+of advantages at a time: into memory here (token rewards a group at a time, so that they come from
+memory once), into the loss in `native.policy_loss`, which so needs one call from rewards to loss
+and gradient. Legend: B completions, N packed tokens, S steps.
 """
 
 from __future__ import annotations

@@ -58,6 +58,8 @@ CPU = [
     ("ties go last", SEGMENTS, "smallest ? x < best : x > best", "smallest ? x <= best : x >= best", "step"),
     ("process baseline of all", CREDIT, "a = {1.0, -(sum - own) / others}", "a = {1.0, -sum / others}", "tokens or prime"),
     ("verl term missed", CREDIT, "a.scale += 1.0 / others;", "a.scale += 0.0;", "tokens or prime"),
+    ("unknown completions left as they were", CREDIT, "if (!out.relative[b].known) ops()", "if (false) ops()", "tokens or prime"),
+    ("a group's first alone is walked", CREDIT, "ops().walk_credit(credit, member, n, advantage, inside);", "ops().walk_credit(credit, member, 1, advantage, inside);", "tokens or prime"),
     ("places of all groups together", CREDIT, "id[b] * places + (s - in.step_cu[b])", "(s - in.step_cu[b])", "steps"),
     ("steps not shared out", CREDIT, "out.value[s] = in.process_weight * worth[s] / share;", "out.value[s] = in.process_weight * worth[s];", "steps"),
     ("outcome weight missed", CREDIT, "{in.outcome_weight * outcome[b], 0.0, 0.0, true}", "{outcome[b], 0.0, 0.0, true}", "steps"),

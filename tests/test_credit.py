@@ -274,6 +274,31 @@ def test_same_bits_for_any_number_of_threads():
     assert len(found) == 1
 
 
+@pytest.mark.parametrize("form", ["rloo", "grpo", "reinforce"])
+def test_a_group_among_many_has_the_bits_it_has_alone(form):
+    """Many groups are gone through side by side, few completion by completion."""
+    groups, size = 12, 3
+    gen = torch.Generator().manual_seed(5)
+    lengths = torch.randint(0, 700, (groups * size,), generator=gen)
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    token, n = torch.randn(int(cu[-1]), generator=gen), groups * size
+    outcome = torch.randint(0, 2, (n,), generator=gen).float()
+    group = torch.arange(n) % groups  # its completions lie far apart
+    scored = torch.rand(n, generator=gen) < 0.8
+    pieces = list(token.split(lengths.tolist()))
+    whole = ops.prime_advantage(
+        token, outcome, group, cu_seqlens=cu, form=form, scored=scored, impl="native"
+    ).split(lengths.tolist())
+    for g in range(groups):
+        rows = [b for b in range(n) if b % groups == g]
+        own = torch.cat([torch.zeros(1, dtype=torch.long), lengths[rows].cumsum(0)])
+        alone = ops.prime_advantage(
+            torch.cat([pieces[b] for b in rows]), outcome[rows], group[rows], cu_seqlens=own,
+            form=form, scored=scored[rows], impl="native",
+        )  # fmt: skip
+        assert torch.equal(alone, torch.cat([whole[b] for b in rows]))
+
+
 def test_groups_of_one_and_equal_rewards_are_worth_nothing():
     step = torch.tensor([0, 0, 1, -1, 2, 2])
     cu, step_cu = torch.tensor([0, 4, 6]), torch.tensor([0, 2, 3])

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "groups.h"
 
 namespace reasonrl {
 namespace {
@@ -51,34 +52,52 @@ void prime_group(const std::vector<double>& x, const int64_t* member, int64_t n,
     }
 }
 
-void prepare_tokens(const CreditInput& in, int threads, Prepared& out) {
+// The known completions of each group, one group behind the other.
+struct Groups {
+    std::vector<int64_t> member, first;  // first: where a group begins in member, and the end
+
+    explicit Groups(const CreditInput& in) {
+        each_group(in.group, in.scored, in.batch, [&](const int64_t* own, int64_t n) {
+            first.push_back((int64_t)member.size());
+            member.insert(member.end(), own, own + n);
+        });
+        first.push_back((int64_t)member.size());
+    }
+};
+
+// Of every completion what its group makes of it; with `advantage` also its tokens' advantages, a
+// group at a time, so that its rewards are read from memory once. Unknown ones get 0.
+void relate_tokens(const CreditInput& in, int threads, Prepared& out, float* advantage) {
+    const Groups groups(in);
+    const int64_t count = (int64_t)groups.first.size() - 1;
+    const int inside = count >= 2 * threads ? 1 : threads;  // few groups: their own completions
     std::vector<double> process(in.batch, 0.0), outcome(in.batch, 0.0);
-    std::vector<int64_t> member;
-    for (int64_t b = 0; b < in.batch; b++) {
-        if (out.relative[b].known) member.push_back(b);
-    }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (int64_t k = 0; k < (int64_t)member.size(); k++) {
-        const int64_t b = member[k];
-        const uint8_t* mask = in.mask ? in.mask + in.cu[b] : nullptr;
-        process[b] = ops().token_mean(in.token_reward + in.cu[b], mask, in.cu[b + 1] - in.cu[b]);
-        outcome[b] = in.outcome[b];
-    }
     std::vector<Against> part(in.batch), whole(in.batch);
-    std::stable_sort(member.begin(), member.end(),
-                     [&](int64_t a, int64_t b) { return in.group[a] < in.group[b]; });
-    const int64_t n = (int64_t)member.size();
-    for (int64_t at = 0, end; at < n; at = end) {
-        for (end = at + 1; end < n && in.group[member[end]] == in.group[member[at]]; end++) {
+    const Credit credit = {&in, out.relative.data(), nullptr};
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (inside == 1)
+    for (int64_t g = 0; g < count; g++) {
+        const int64_t* member = groups.member.data() + groups.first[g];
+        const int64_t n = groups.first[g + 1] - groups.first[g];
+#pragma omp parallel for num_threads(inside) schedule(dynamic, 1) if (inside > 1)
+        for (int64_t k = 0; k < n; k++) {
+            const int64_t b = member[k], at = in.cu[b];
+            const uint8_t* mask = in.mask ? in.mask + at : nullptr;
+            process[b] = ops().token_mean(in.token_reward + at, mask, in.cu[b + 1] - at);
+            outcome[b] = in.outcome[b];
         }
-        prime_group(process, member.data() + at, end - at, in, true, part.data());
-        prime_group(outcome, member.data() + at, end - at, in, false, whole.data());
+        prime_group(process, member, n, in, true, part.data());
+        prime_group(outcome, member, n, in, false, whole.data());
+        for (int64_t k = 0; k < n; k++) {
+            const int64_t b = member[k];
+            Relative& r = out.relative[b];
+            r.outcome = in.outcome_weight * (whole[b].scale * outcome[b] + whole[b].shift);
+            r.scale = in.process_weight * part[b].scale;
+            r.shift = in.process_weight * part[b].shift;
+        }
+        if (advantage) ops().walk_credit(credit, member, n, advantage, inside);
     }
-    for (const int64_t b : member) {
-        Relative& r = out.relative[b];
-        r.outcome = in.outcome_weight * (whole[b].scale * outcome[b] + whole[b].shift);
-        r.scale = in.process_weight * part[b].scale;
-        r.shift = in.process_weight * part[b].shift;
+    for (int64_t b = 0; b < in.batch && advantage; b++) {
+        if (!out.relative[b].known) ops().walk_credit(credit, &b, 1, advantage, 1);
     }
 }
 
@@ -158,28 +177,35 @@ void check_steps(const CreditInput& in, int threads) {
                                 std::to_string(step) + " again at " + std::to_string(at));
 }
 
-Prepared prepare(const CreditInput& in, int threads) {
+Prepared prepare(const CreditInput& in, int threads, float* advantage) {
     if (!in.token_reward) check_steps(in, threads);
     Prepared out;
     out.relative.resize(in.batch);
     for (int64_t b = 0; b < in.batch; b++) {
         out.relative[b] = {0.0, 0.0, 0.0, !in.scored || in.scored[b] != 0};
     }
-    in.token_reward ? prepare_tokens(in, threads, out) : prepare_steps(in, out);
+    if (in.token_reward) {
+        relate_tokens(in, threads, out, advantage);
+    } else {
+        prepare_steps(in, out);
+    }
     return out;
 }
 
 }  // namespace
 
 void credit_advantage(const CreditInput& in, float* out, int threads) {
-    const Prepared ready = prepare(in, threads);
+    const Prepared ready = prepare(in, threads, out);
+    if (in.token_reward) return;  // written on the way
     const Credit credit = {&in, ready.relative.data(), ready.value.data()};
-    ops().walk_credit(credit, out, threads);
+    std::vector<int64_t> every(in.batch);
+    for (int64_t b = 0; b < in.batch; b++) every[b] = b;
+    ops().walk_credit(credit, every.data(), in.batch, out, threads);
 }
 
 void credit_loss(const Loss& loss, PolicyInput policy, const CreditInput& in,
                  const PolicyOutput& out, int threads) {
-    const Prepared ready = prepare(in, threads);
+    const Prepared ready = prepare(in, threads, nullptr);
     const Credit credit = {&in, ready.relative.data(), ready.value.data()};
     policy.credit = &credit;
     ops().policy_loss(loss, policy, out, threads);

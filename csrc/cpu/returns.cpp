@@ -20,10 +20,13 @@ void returns(const float* reward, const int64_t* cu, const uint8_t* mask, int64_
     }
 }
 
-void walk_credit(const Credit& credit, float* out, int threads) {
+// Of the `count` completions that are named, the last one first: its rewards were read last.
+void walk_credit(const Credit& credit, const int64_t* which, int64_t count, float* out,
+                 int threads) {
     const CreditInput& in = *credit.in;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (int64_t b = 0; b < in.batch; b++) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
+    for (int64_t k = count - 1; k >= 0; k--) {
+        const int64_t b = which[k];
         CreditWalk(credit, b).back(in.cu[b], in.cu[b + 1] - in.cu[b], out + in.cu[b]);
     }
 }
