@@ -81,7 +81,7 @@ SETTINGS = {
         ("knights.json", "knights.md", "knights.svg"),
         Path("runs/merf-knights"),
         100,
-        0.5,
+        0.4,
     ),
 }
 
