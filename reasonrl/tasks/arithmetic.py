@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 from reasonrl.records import InputError, Problem, Score, Step, scored
 from reasonrl.reward_spec import Case, Part, RewardSpec
 from reasonrl.segment import split_steps
-from reasonrl.tasks.base import Draws, GeneratedTask, leading_share
+from reasonrl.tasks.base import Draws, GeneratedTask, leading_share, parts_of
 
 NUMBER = r"(?:0|-?[1-9][0-9]*)"
 STEP = re.compile(rf"({NUMBER})([+*-])({NUMBER})=({NUMBER})")
@@ -166,9 +166,4 @@ class Arithmetic(GeneratedTask):
         return int(match[1]) if match and len(match[1]) <= DIGITS else None
 
     def _pieces(self, text: str) -> Sequence[Step]:
-        if self.style == "chat":
-            return split_steps(text, "\n")
-        cuts = {0, len(text), *(m.end() for m in re.finditer(";+", text))}
-        cuts |= {m.start() for m in re.finditer("#", text)}
-        edges = sorted(cuts)
-        return [Step(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return split_steps(text, "\n") if self.style == "chat" else parts_of(text)

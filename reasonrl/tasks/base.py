@@ -10,6 +10,7 @@ same on every machine and every Python.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -153,6 +154,14 @@ class Task:
     def prefix_correct(self, problem: Problem, completion: str) -> float | None:
         """Share of the expected steps before the first wrong one; None without rules."""
         return None
+
+
+def parts_of(text: str) -> list[Step]:
+    """The parts of a completion of single characters: behind every `;`, and from a `#` on."""
+    cuts = {0, len(text), *(m.end() for m in re.finditer(";+", text))}
+    cuts |= {m.start() for m in re.finditer("#", text)}
+    edges = sorted(cuts)
+    return [Step(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def leading_share(steps: Sequence[Step], expected: int) -> float:

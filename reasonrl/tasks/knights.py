@@ -28,6 +28,7 @@ from reasonrl.tasks.knights_words import NAMES, OTHER_NAMES, prompt_text
 
 How = Literal["gated", "sum"]
 TRIES = 2000  # draws before a perturbation is given up
+KEPT = ("names", "solution", "statements", "flipped")  # of a puzzle in its problem's `extra`
 ROLE = re.compile(r"\b(?:knight|knave)s?\b", re.IGNORECASE)
 
 
@@ -186,7 +187,7 @@ def puzzle_of(problem: Puzzle | Problem) -> Puzzle:
     """The puzzle behind a problem of the `knights` task."""
     if isinstance(problem, Puzzle):
         return problem
-    return Puzzle(prompt="", **problem.extra)
+    return Puzzle(prompt="", **{name: problem.extra[name] for name in KEPT})
 
 
 def _roles_right(completion: str, problem: Puzzle | Problem) -> bool:
@@ -246,17 +247,12 @@ class Knights(GeneratedTask):
 
     def __post_init__(self) -> None:
         if not 2 <= self.people <= 8:
-            raise InputError(f"task knights: people: expected 2 to 8, got {self.people}")
+            raise InputError(f"task {self.name}: people: expected 2 to 8, got {self.people}")
         _check_shape(self.depth, self.width)
 
     def candidate(self, draws: Draws, id: str) -> tuple[str, Problem]:
         puzzle = draw_puzzle(draws, self.people, self.depth, self.width)
-        extra = {
-            "names": puzzle.names,
-            "solution": puzzle.solution,
-            "statements": puzzle.statements,
-            "flipped": puzzle.flipped,
-        }
+        extra = {name: getattr(puzzle, name) for name in KEPT}
         message = {"role": "user", "content": puzzle.prompt}
         answer = trace.answer_text(puzzle.names, puzzle.solution)
         problem = Problem(id, [message], answer, "text", self.name, extra=extra)

@@ -18,17 +18,20 @@ from reasonrl.tasks.gym import Gym
 from reasonrl.tasks.jsonl import Jsonl, is_data_file
 from reasonrl.tasks.judging import Judging
 from reasonrl.tasks.knights import Knights
-from reasonrl.tasks.marks import Marks
+from reasonrl.tasks.knights_compact import KnightsCompact
+from reasonrl.tasks.marks import KnightsMarks, Marks
 
 TASKS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
     "knights": Knights,
+    "knights_compact": KnightsCompact,
     "charts": Charts,
     "code": Code,
     "gym": Gym,
     "judging": Judging,
     "marks": Marks,
     "guesses": Guesses,
+    "knights_marks": KnightsMarks,
 }
 
 

@@ -1,12 +1,14 @@
 """GRPO with and without the motivation, and with wrong ones, over seeds.
 
-    python recipes/merf/measure.py --seeds 0 1 2 3 4
+    python recipes/merf/measure.py --seeds 0 1 2 3 4            # arithmetic behind a letter
+    python recipes/merf/measure.py --task knights               # Knights and Knaves behind a letter
 
 A seed: one cold-started policy that was taught to read motivations, then all arms from it, alike in
 all but the text: nothing; the whole truth; numbers without conditions; the suboptimal half; the
 adverse text. At the end every arm is asked with the plain prompt and with the full text. Finished
 runs are not run again, interrupted ones go on. Writes results.json (every seed), results.md (means,
-95 % t-intervals of paired differences) and curve.svg. --jobs 2 runs two at a time.
+95 % t-intervals of paired differences) and curve.svg, or knights.json, knights.md and knights.svg.
+--jobs 2 runs two at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
 STEPS, HALF = 50, 25
-MORE, ENOUGH = 40, 0.5
 LOADING = threading.Lock()  # transformers loads one model at a time in a process
 SHARED = ["threads=1", "log.completions_every=0"]
 RL = ["cold_start_steps=0", f"steps={STEPS}", "eval.at_start=false", f"eval.every={HALF}"]
@@ -57,17 +59,48 @@ MEASURES = {
 }
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A recipe, where its results go, and its cold start: `more` steps at a time until `enough` of
+    the development problems are right with the plain prompt. From too weak a start outcome rewards
+    teach no arm anything."""
+
+    recipe: str
+    files: tuple[str, str, str]
+    runs: Path
+    more: int
+    enough: float
+
+
+SETTINGS = {
+    "marks": Setting(
+        "merf_tiny", ("results.json", "results.md", "curve.svg"), Path("runs/merf-measure"), 40, 0.5
+    ),
+    "knights": Setting(
+        "merf_knights_tiny",
+        ("knights.json", "knights.md", "knights.svg"),
+        Path("runs/merf-knights"),
+        100,
+        0.4,
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=Path("runs/merf-measure"))
+    parser.add_argument("--task", default="marks", choices=list(SETTINGS))
+    parser.add_argument("--runs", type=Path, help="where the runs lie")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     options = parser.parse_args()
+    setting = SETTINGS[options.task]
+    if options.runs:
+        setting = replace(setting, runs=options.runs)
     jobs = [(seed, arm) for arm in options.arms for seed in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
-        bases = list(pool.map(lambda seed: base(options.runs, seed), options.seeds))
-        done = list(pool.map(lambda job: run_arm(options.runs, *job), jobs))
+        bases = list(pool.map(lambda seed: base(setting, seed), options.seeds))
+        done = list(pool.map(lambda job: run_arm(setting, *job), jobs))
     found: dict[int, dict] = {seed: {} for seed in options.seeds}
     for (seed, arm), row in zip(jobs, done, strict=True):
         found[seed][arm] = row
@@ -81,9 +114,10 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
         "versions": {n: version(n) for n in ("reasonrl", "torch", "transformers")},
     }
-    (HERE / "results.json").write_text(json.dumps(rounded(whole)) + "\n")
-    (HERE / "results.md").write_text(table(whole))
-    picture(whole, HERE / "curve.svg")
+    data, text, curve = (HERE / name for name in setting.files)
+    data.write_text(json.dumps(rounded(whole)) + "\n")
+    text.write_text(table(whole))
+    picture(whole, curve)
     print(table(whole))
 
 
@@ -96,36 +130,37 @@ def rounded(value):
     return round(value, 4) if isinstance(value, float) else value
 
 
-def base(runs: Path, seed: int) -> dict:
-    """A seed's cold-started policy, judged like the arms: the recipe's cold start, and MORE steps
-    until ENOUGH of the development problems are right with the plain prompt. From too weak a start
-    outcome rewards teach no arm anything."""
-    out = runs / f"base-{seed}"
-    found = run(out, [f"seed={seed}", "steps=0", "eval_problems=300", "eval.split=dev", *SHARED])
+def base(setting: Setting, seed: int) -> dict:
+    """A seed's cold-started policy, judged like the arms: the recipe's cold start, and as many more
+    steps as the setting's rule asks for."""
+    out = setting.runs / f"base-{seed}"
+    dev = ["steps=0", "eval_problems=300", "eval.split=dev", *SHARED]
+    found = run(setting, out, [f"seed={seed}", *dev])
     count = 0
-    while found["evals"][-1]["accuracy"] < ENOUGH and count < 10:
+    while found["evals"][-1]["accuracy"] < setting.enough and count < 10:
         count += 1
         words = [f"model={out}/checkpoint-0", "model_options={}", f"seed={seed + 1000 * count}"]
-        words += ["steps=0", f"cold_start_steps={MORE}", "task_options={reading: 0}"]
-        out = runs / f"base-{seed}-{count}"
-        found = run(out, [*words, "eval_problems=300", "eval.split=dev", *SHARED])
+        words += [f"cold_start_steps={setting.more}", "task_options.reading=0"]
+        out = setting.runs / f"base-{seed}-{count}"
+        found = run(setting, out, [*words, *dev])
     judged = [f"model={out}/checkpoint-0", "model_options={}", f"seed={seed}"]
     words = [*judged, "cold_start_steps=0", "steps=0", *SHARED]
-    return run(runs / f"start-{seed}", words) | {"more": MORE * count}
+    return run(setting, setting.runs / f"start-{seed}", words) | {"more": setting.more * count}
 
 
-def run_arm(runs: Path, seed: int, arm: str) -> dict:
-    model = [f"model={runs}/start-{seed}/checkpoint-0", "model_options={}", f"seed={seed}"]
-    out = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-    return run(out, [*model, *RL, *SHARED, *ARMS[arm]])
+def run_arm(setting: Setting, seed: int, arm: str) -> dict:
+    start = setting.runs / f"start-{seed}" / "checkpoint-0"
+    model = [f"model={start}", "model_options={}", f"seed={seed}"]
+    out = setting.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+    return run(setting, out, [*model, *RL, *SHARED, *ARMS[arm]])
 
 
-def run(out: Path, words: list[str]) -> dict:
+def run(setting: Setting, out: Path, words: list[str]) -> dict:
     """One training run, unless it is finished: evaluations and steps."""
     done = out / "measured.json"
     if done.exists():
         return json.loads(done.read_text())
-    command = [sys.executable, "-m", "reasonrl.cli", "train", "merf_tiny", *words]
+    command = [sys.executable, "-m", "reasonrl.cli", "train", setting.recipe, *words]
     command += ["--out", str(out), "--quiet"]
     if (out / "config.yaml").exists():
         command.append("--resume")
@@ -135,7 +170,7 @@ def run(out: Path, words: list[str]) -> dict:
         raise SystemExit(f"failed: {' '.join(command)}")
     names = ("step", "reward", "entropy", "step_time", "completions/mean_length")
     row = {
-        "command": f"reasonrl train merf_tiny {' '.join(words)}",
+        "command": f"reasonrl train {setting.recipe} {' '.join(words)}",
         "seconds": round(time.time() - began, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "load_before": round(load, 2),
