@@ -49,14 +49,15 @@ def own_seed(seed: int, row: int, bits: int = 63) -> int:
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """One token a row: logits (B, V), uniform (B,) -> token, logp, logp as sampled, all (B,)."""
     scores = logits.float()
-    if sampling.temperature > 0:
+    if sampling.temperature not in (0.0, 1.0):
         scores = scores / sampling.temperature
     top = scores.amax(-1, keepdim=True)
     if sampling.temperature == 0:
         token = scores.argmax(-1)
         logp = (scores.gather(-1, token[:, None]) - scores.logsumexp(-1, keepdim=True))[:, 0]
         return token, logp, torch.zeros_like(logp)
-    weight = (scores - top).exp_()
+    mine = scores is not logits  # and may be written into
+    weight = (scores.sub_(top) if mine else scores - top).exp_()
     total = weight.sum(-1)
     kept = _truncate(weight, total, sampling)
     token, mass = _inverse(kept, uniform)
@@ -83,7 +84,8 @@ def _truncate(weight: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
 def _inverse(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse transform in two levels: the block by its mass, then the entry inside it."""
     rows, vocabulary = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -vocabulary % BLOCK))
+    odd = vocabulary % BLOCK  # a padding of nothing would still copy
+    padded = torch.nn.functional.pad(weight, (0, BLOCK - odd)) if odd else weight
     blocks = padded.view(rows, -1, BLOCK)
     ends = blocks.sum(-1).double().cumsum(-1)
     aim = uniform[:, None] * ends[:, -1:]

@@ -1,10 +1,10 @@
 """The keys and values of the rows that are being decoded, each in a slot of one static cache.
 
 The plan (attention.py) of one new token a row: row b holds `length[b]` keys, then its new one. The
-prompt's keys come from a `Packed` prefill and are copied once a row. On a CPU attention reads as
-many columns as the longest row has; on a GPU nothing depends on a number that Python knows, so
-that a step can be recorded once and replayed. Shapes: B rows, H query heads, K key/value heads, W
-tokens a slot, d head width.
+prompt's keys come from a `Packed` prefill and are copied once a row. On a CPU a slot grows with the
+longest row, `GROW` tokens at a time, and attention reads it whole: its products would copy a part
+of a slot. On a GPU nothing depends on a number that Python knows, so that a step can be recorded
+once and replayed. Shapes: B rows, H query heads, K key/value heads, W tokens a slot, d head width.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from torch import Tensor
 from reasonrl import flash
 from reasonrl.attention import Packed, attend
 
+GROW = 32  # tokens
+
 
 class Slots:
     """`rows` empty slots of `width` tokens; attn as in `Packed`."""
 
     def __init__(self, rows: int, width: int, device: torch.device, attn: str = "auto"):
-        self.width, self.attn = width, attn
+        self.most, self.attn = width, attn
         self.fixed = device.type == "cuda"
+        self.width = width if self.fixed else 0  # tokens that a slot has room for
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.ahead = torch.zeros_like(self.length)  # how far positions run before lengths
         self.longest = 0  # an upper bound of the lengths
@@ -35,6 +38,8 @@ class Slots:
     def put(self, at: Tensor, prefill: Packed, owner: Tensor, length: Tensor, first: Tensor):
         """Slots `at` (n,) become copies of the prompts `owner` (n,) of a prefill whose prompts
         have `length` (P,) tokens and position `first` (P,) for the first new one."""
+        self.longest = max(self.longest, int(length.max()))
+        self._widen()
         for layer, pair in (prefill.cache or {}).items():
             if layer not in self.cache:
                 self.cache[layer] = [self._room(x) for x in pair]
@@ -50,15 +55,25 @@ class Slots:
         size = (len(self.length), *(reversed(heads) if self.fixed else heads), like.shape[3])
         return like.new_zeros(size)
 
+    def _widen(self) -> None:
+        """Room for the longest row and its next token."""
+        if self.longest < self.width or self.width == self.most:
+            return
+        before, self.width = self.width, min(self.most, self.longest + GROW)
+        for layer, pair in self.cache.items():
+            self.cache[layer] = [self._room(x) for x in pair]
+            for wide, narrow in zip(self.cache[layer], pair, strict=True):
+                wide[:, :, :before] = narrow
+
     def _heads_first(self, layer: int) -> list[Tensor]:
         return [x.transpose(1, 2) if self.fixed else x for x in self.cache[layer]]
 
     def place(self) -> None:
         """Before a step: where its keys go and what its queries see."""
-        self.slot = self.length[:, None, None, None]
-        self.read = self.width if self.fixed else min(self.width, self.longest + 1)
-        columns = torch.arange(self.read, device=self.length.device)
+        self._widen()
+        columns = torch.arange(self.width, device=self.length.device)
         self.sees = (columns <= self.length[:, None])[:, None, None, :]
+        self.rows = torch.arange(len(self.length), device=self.length.device)
         if self.fixed:
             self.used = (self.length + 1).int()
 
@@ -66,14 +81,18 @@ class Slots:
         """q (H, B, d), k and v (K, B, d) -> (B, H, d)."""
         keys, values = self._heads_first(layer)
         for cache, new in ((keys, k), (values, v)):
-            slot = self.slot.expand(-1, cache.shape[1], 1, cache.shape[3])
-            cache.scatter_(2, slot, new.transpose(0, 1)[:, :, None].to(cache.dtype))
+            new = new.transpose(0, 1).to(cache.dtype)
+            if self.fixed:
+                slot = self.length[:, None, None, None]
+                slot = slot.expand(-1, cache.shape[1], 1, cache.shape[3])
+                cache.scatter_(2, slot, new[:, :, None])
+            else:  # on a CPU the indices of a scatter cost more than what it moves
+                cache[self.rows, :, self.length] = new
         q = q.transpose(0, 1).to(keys.dtype)
         if self.attn != "sdpa" and flash.missing(q) is None:
             by_token = (x.transpose(1, 2) for x in (keys, values))
             return flash.attend_slots(q, *by_token, used=self.used, scaling=scaling)
-        seen = keys[:, :, : self.read], values[:, :, : self.read]
-        return attend(q[:, :, None], *seen, self.sees, scaling)[:, :, 0]
+        return attend(q[:, :, None], keys, values, self.sees, scaling)[:, :, 0]
 
     def step(self, going: Tensor) -> None:
         """The rows that go on (B,) hold one token more."""

@@ -165,7 +165,7 @@ def test_a_row_that_ended_writes_nothing_more(policy, monkeypatch):
 
     def fixed(self, *args):
         init(self, *args)
-        self.fixed = True
+        self.fixed, self.width = True, self.most
 
     monkeypatch.setattr(Slots, "__init__", fixed)
     monkeypatch.setattr(decoding, "LOOK", {"cpu": 8})
