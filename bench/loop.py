@@ -8,8 +8,9 @@ decode   one token of all rows, over the bare products of its linear layers (wei
          rollout packs them). A token's time is that of twice as many tokens less that of as many.
 update   one optimiser step, over the bare products of the same tokens (forward, dX, dW; the head's
          for completion tokens alone; nothing for attention, norms, loss and AdamW).
-growth   step time as completions and as tokens double: the time a token takes, over the smallest's.
-memory   peak of a process as the micro-batches of a step grow in number, their size kept.
+growth   step time of one prompt as completions and as tokens double: the time that one takes, over
+         that of the smallest.
+memory   peak of a process that does an update, as its micro-batches (1024 tokens) grow in number.
 
 Sides alternate; medians over `--repeats` rounds with their range; products are a *floor*. Exit
 status 1 where the gate is red.
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 from bench.machine import high_water, machine
 from bench.step_ours import Ours, Settings, now
+from reasonrl.config import BatchLimit
+from reasonrl.records import Rollout
 from reasonrl.rollout import Sampling
 
 PARTS = ("rollout", "decode", "update", "growth", "memory")
@@ -47,6 +50,7 @@ GOALS = {
 }
 GREEDY = 16  # tokens of the gate
 DOUBLINGS = (1, 2, 4)
+MICRO = 1024  # tokens of a micro-batch whose number grows
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,8 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         options.model, options.prompts, options.group, options.tokens, options.prompt_tokens
     )
     if options.alone:  # a process that only shows how much memory so many micro-batches take
-        Ours(replace(settings, repeats=0), options.dtype).step(0)
-        print(high_water())
+        print(peak_of_update(Ours(replace(settings, repeats=0), options.dtype), settings))
         return 0
     facts = machine()
     ours = Ours(replace(settings, repeats=0), options.dtype)
@@ -223,7 +226,7 @@ def growth(ours: Ours, settings: Settings, options: argparse.Namespace) -> dict[
         sides = {}
         for times in DOUBLINGS:
             value = getattr(settings, field) * times
-            sides[str(value)] = _step(ours, replace(settings, **{field: value}))
+            sides[str(value)] = _step(ours, replace(settings, prompts=1, **{field: value}))
         seconds = timed(sides, options.repeats)
         a_unit = [statistics.median(seconds[k]) / int(k) for k in sides]
         found[name] = {k: u / a_unit[0] for k, u in zip(sides, a_unit, strict=True)}
@@ -239,15 +242,37 @@ def _step(ours: Ours, settings: Settings) -> Callable[[], Any]:
 
 
 def memory(ours: Ours, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    peaks = {}
+    peaks, prompts = {}, max(1, settings.prompts // 4)
     for times in DOUBLINGS:
         command = [sys.executable, "-m", "bench", "loop", "--alone", "--dtype", options.dtype]
-        command += ["--model", settings.model, "--prompts", str(settings.prompts * times)]
+        command += ["--model", settings.model, "--prompts", str(prompts * times)]
         command += ["--group", str(settings.group), "--tokens", str(settings.tokens)]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        peaks[str(settings.prompts * times)] = int(done.stdout.splitlines()[-1])
+        peaks[str(prompts * times)] = int(done.stdout.splitlines()[-1])
     return {"prompts": peaks}
+
+
+def peak_of_update(ours: Ours, settings: Settings) -> int:
+    """MiB, of a process that samples nothing: the completions are made up."""
+    limit = {"batch": BatchLimit(tokens=MICRO)}
+    ours.learner.config = ours.learner.config.model_copy(update=limit)
+    problems = ours.problems[: settings.prompts]
+    rows = settings.prompts * settings.group
+    ids = torch.randint(4, 90, (rows, settings.tokens)).tolist()
+    rollout = Rollout(
+        problems=problems,
+        prompt_ids=ours.algo.plain_prompt(problems),
+        group=torch.arange(settings.prompts).repeat_interleave(settings.group),
+        completion_ids=ids,
+        text=[""] * rows,
+        finished=[True] * rows,
+        logp=[torch.zeros(settings.tokens)] * rows,
+        pieces=[[0] * (settings.tokens + 1)] * rows,
+    )
+    advantage = ours.algo.advantage(ours.algo.score(rollout), rollout)
+    ours.learner.step(rollout, advantage, ours.spec, 1e-6)
+    return high_water()
 
 
 PART = {"rollout": rollout, "decode": decode, "update": update, "growth": growth, "memory": memory}

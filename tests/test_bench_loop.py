@@ -41,6 +41,11 @@ def test_the_bare_products_are_those_of_all_linear_layers():
     assert len(layers) == 7 * ours.policy.model.config.num_hidden_layers + 1
 
 
+def test_the_memory_of_an_update_is_that_of_a_process(capsys):
+    assert main(["loop", *SMALL.split(), "--alone"]) == 0
+    assert int(capsys.readouterr().out) > 100  # MiB
+
+
 def test_ratios_are_paired_by_round():
     found = loop.ratio([2.0, 3.0, 8.0], [1.0, 3.0, 2.0])
     assert found == {"ratio": 2.0, "range": [1.0, 4.0], "seconds": [3.0, 2.0]}
