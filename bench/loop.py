@@ -90,7 +90,7 @@ def gate(ours: Ours) -> str:
     policy = replace(ours.policy, compute=torch.float32)
     ids = ours.algo.plain_prompt(ours.problems[:2])
     sampling = Sampling(GREEDY, temperature=0.0)
-    mine = ours.algo.__class__(task=None, policy=policy).rollout(ours.problems[:2], 1, sampling, 0)  # type: ignore[arg-type]
+    mine = replace(ours.algo, policy=policy).rollout(ours.problems[:2], 1, sampling, 0)
     rival = stock(policy.model, torch.float32)
     for row, prompt in enumerate(ids):
         theirs = generate(rival, torch.tensor([prompt]), GREEDY, greedy=True)[0].tolist()
