@@ -2,7 +2,7 @@
 // credit.cpp.
 //
 // A block has a group: the one of its first completion; blocks of later members have nothing to do.
-// It makes the group's statistics, then walks each member from its end in tiles of 256 tokens.
+// It makes the group's statistics, then walks each member from its end in tiles.
 #pragma once
 
 #include "../ops.h"
@@ -172,28 +172,41 @@ __device__ void measure(const CreditTask& c, const int64_t* cu, const uint8_t* m
     __syncthreads();  // relative and value are everybody's
 }
 
-// Calls visit(i, advantage) for the tokens of completion j, tile by tile from its end.
-template <typename Visit>
+// Calls visit(i, advantage) for the tokens of completion j, tile by tile from its end; a thread has
+// RUN neighbours of a tile.
+template <int RUN, typename Visit>
 __device__ void walk(const CreditTask& c, const uint8_t* mask, int64_t j, int64_t start,
                      int64_t end, Affine* totals, Visit visit) {
     const double* own = c.relative + 3 * j;  // read again for every tile: registers are dear here
     const bool returned = c.tokens_paid || c.pay == PAY_RETURN;
     const bool known = !c.tokens_paid || is_known(c.scored, j);
     double carry = 0.0;
-    for (int64_t tile = 0; tile < end - start; tile += THREADS) {
-        const int64_t i = end - 1 - tile - threadIdx.x;
-        const bool inside = i >= start, on = inside && known && (mask == nullptr || mask[i] != 0);
-        double worth = 0.0;
-        if (on && c.tokens_paid) worth = own[1] * c.token_reward[i] + own[2];
-        if (on && !c.tokens_paid) {
-            const int64_t step = c.step[i];
-            const bool ends = i + 1 == end || c.step[i + 1] != step;
-            if (step >= 0 && (ends || !returned)) worth = c.value[step];
-        }
+    for (int64_t tile = 0; tile < end - start; tile += RUN * THREADS) {
+        const int64_t first = end - 1 - tile - RUN * (int64_t)threadIdx.x;
+        Affine upto[RUN];  // this thread's tokens up to each of its own
+        bool on[RUN];
         Affine run = {1.0, 0.0};
-        if (on) run = {c.gamma, worth};
-        if (returned) worth = scan_tile(run, &carry, totals);
-        if (inside) visit(i, on ? (float)(worth + own[0]) : 0.0f);
+        UNROLLED
+        for (int k = 0; k < RUN; k++) {
+            const int64_t i = first - k;
+            double worth = 0.0;
+            on[k] = i >= start && known && (mask == nullptr || mask[i] != 0);
+            if (on[k] && c.tokens_paid) worth = own[1] * c.token_reward[i] + own[2];
+            if (on[k] && !c.tokens_paid) {
+                const int64_t step = c.step[i];
+                const bool ends = i + 1 == end || c.step[i + 1] != step;
+                if (step >= 0 && (ends || !returned)) worth = c.value[step];
+            }
+            if (!returned) run = {0.0, worth};
+            if (on[k] && returned) run = after(run, {c.gamma, worth});
+            upto[k] = run;
+        }
+        const double entering = returned ? scan_before(run, &carry, totals) : 0.0;
+        UNROLLED
+        for (int k = 0; k < RUN; k++) {
+            const double worth = upto[k].a * entering + upto[k].b;
+            if (first - k >= start) visit(first - k, on[k] ? (float)(worth + own[0]) : 0.0f);
+        }
     }
 }
 

@@ -79,12 +79,6 @@ __device__ inline double scan_before(Affine run, double* carry, Affine* totals) 
     return lane == 0 ? entering : a * entering + b;
 }
 
-// The same after each thread's own run.
-__device__ inline double scan_tile(Affine run, double* carry, Affine* totals) {
-    const double before = scan_before(run, carry, totals);
-    return run.a * before + run.b;
-}
-
 // Whether this block is the last of the launch to come here; it then sees what the others wrote.
 __device__ inline bool comes_last(int* arrived) {
     SHARED(int, last, 1);

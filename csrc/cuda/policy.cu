@@ -28,8 +28,8 @@ struct Stretch {
 template <typename Visit>
 __device__ void each_token(const PolicyTask& task, const Stretch& s, Visit visit) {
     if (s.credit) {
-        walk(*s.credit, task.mask, s.j, s.start, s.end, s.totals,
-             [&](int64_t i, float advantage) { visit(i, load(task, i, &advantage)); });
+        walk<1>(*s.credit, task.mask, s.j, s.start, s.end, s.totals,
+                [&](int64_t i, float advantage) { visit(i, load(task, i, &advantage)); });
         return;
     }
     for (int64_t i = s.start + threadIdx.x; i < s.end; i += THREADS) {
@@ -260,8 +260,8 @@ __global__ void credit_kernel(CreditTask credit, const int64_t* cu, const uint8_
     measure(credit, cu, mask, batch, b, slots);
     for (int64_t j = b; j < batch; j++) {
         if (credit.group[j] != credit.group[b]) continue;
-        walk(credit, mask, j, cu[j], cu[j + 1], totals,
-             [&](int64_t i, float advantage) { out[i] = advantage; });
+        walk<4>(credit, mask, j, cu[j], cu[j + 1], totals,
+                [&](int64_t i, float advantage) { out[i] = advantage; });
     }
 }
 

@@ -130,8 +130,8 @@ def group_cases(cuda, g):
 
 def credit_cases(cuda, g):
     """Rewards to advantages and to losses: steps and tokens, ragged, one group beside another."""
-    cu, group = torch.tensor([0, 5, 5, 300, 301, 590, 600]), torch.tensor([4, -1, 4, 4, -1, 9])
-    n, counts = 600, torch.tensor([2, 0, 40, 1, 21, 0])
+    cu, group = torch.tensor([0, 5, 5, 300, 301, 1501, 1511]), torch.tensor([4, -1, 4, 4, -1, 9])
+    n, counts = 1511, torch.tensor([2, 0, 40, 1, 21, 0])
     step = torch.full((n,), -1)
     first = 0
     for start, end, count in zip(cu[:-1].tolist(), cu[1:].tolist(), counts.tolist(), strict=True):
