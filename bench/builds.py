@@ -144,18 +144,14 @@ def shipped(dtype: str):
     types |= {f"{name}_ptr": f"*{dtype}" for name in ("x", "u", "du")}
     types |= {"target_ptr": "*i64", "cu_ptr": "*i64", "mask_ptr": "*i1"}
     types |= {name: "i32" for name in ("n", "vocab", "stride")}
-    numbers = "cold softcap per_softcap low high log_low log_high delta dual pos neg kl_coef"
+    numbers = "heat cold softcap per_softcap low high log_low log_high delta dual pos neg kl_coef"
     types |= {name: "fp32" for name in numbers.split()}
     policy = types | {"w_ptr": FP32}
     four, eight = ({"num_warps": n, **logp.ROUNDED} for n in (4, 8))
-    yield "logp.stats", logp.stats_kernel, types, {"CAPPED": True, "BLOCK": 4096}, four
-    yield (
-        "logp.grad",
-        logp.grad_kernel,
-        types,
-        {"CAPPED": True, "ENTROPY": True, "BLOCK": 2048},
-        eight,
-    )
+    capped = {"CAPPED": True, "WARM": True}
+    yield "logp.stats", logp.stats_kernel, types, capped | {"BLOCK": 4096}, four
+    grad = capped | {"ENTROPY": True, "BLOCK": 2048}
+    yield "logp.grad", logp.grad_kernel, types, grad, eight
     yield "scale", common.scale_kernel, types, {"BLOCK": 4096}, {"num_warps": 4}
     on = {key: True for key in ("KL_ON", "DELTA", "DUAL", "OLD", "REF", "W", "ENT", "MASK")}
     for ratio, surrogate in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 3), (0, 4)):

@@ -115,16 +115,28 @@ def tanh(x):
 
 
 @triton.jit
-def scores(u, cold, softcap, per_softcap, CAPPED: tl.constexpr):
-    """s = softcap tanh(u / softcap) / temperature and ds/du; cold and per_softcap are inverses,
-    rounded once where a division on a GPU may miss 2 ulp."""
+def over(x, heat, cold):
+    """x / heat, rounded once, where cold is the rounded 1 / heat: a division on a GPU may miss 2
+    ulp, the product with an inverse 1."""
+    q = x * cold
+    lost = tl.fma(-q, heat, x)
+    return tl.fma(tl.where(lost == lost, lost, 0.0), cold, q)  # of an infinite x: not a number
+
+
+@triton.jit
+def scores(
+    u, heat, cold, softcap, per_softcap, CAPPED: tl.constexpr, WARM: tl.constexpr
+):  # fmt: skip
+    """s = softcap tanh(u / softcap) / temperature and ds/du; heat is the temperature, cold and
+    per_softcap are inverses; WARM where the temperature is not 1."""
+    s, ds = u, 1.0
     if CAPPED:
-        a = u * per_softcap
+        a = over(u, softcap, per_softcap)
         e = tl.exp(-2.0 * tl.abs(a))
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))  # 1 - tanh^2, which would cancel near its ends
-        s, ds = softcap * tanh(a) * cold, slope * cold
-    else:
-        s, ds = u * cold, cold
+        s, ds = softcap * tanh(a), slope
+    if WARM:
+        s, ds = over(s, heat, cold), ds * cold
     return s, ds
 
 

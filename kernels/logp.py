@@ -25,8 +25,8 @@ ROUNDED = {"enable_fp_fusion": False}
 
 @triton.jit
 def stats_kernel(
-    u_ptr, target_ptr, logp_ptr, stats_ptr, stride, vocab, cold, softcap, per_softcap,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    u_ptr, target_ptr, logp_ptr, stats_ptr, stride, vocab, heat, cold, softcap, per_softcap,
+    CAPPED: tl.constexpr, WARM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     u_ptr += row * stride
@@ -35,11 +35,12 @@ def stats_kernel(
     for start in range(0, vocab, BLOCK):
         v = start + tl.arange(0, BLOCK)
         u = tl.load(u_ptr + v, mask=v < vocab, other=0.0).to(tl.float32)
-        s, _ = scores(u, cold, softcap, per_softcap, CAPPED)
+        s, _ = scores(u, heat, cold, softcap, per_softcap, CAPPED, WARM)
         s = tl.where(v < vocab, s, float("-inf"))
         m, total, moment = absorb(m, total, moment, s)
     y = tl.load(target_ptr + row) + tl.arange(0, 1)
-    taken, _ = scores(tl.load(u_ptr + y).to(tl.float32), cold, softcap, per_softcap, CAPPED)
+    u = tl.load(u_ptr + y).to(tl.float32)
+    taken, _ = scores(u, heat, cold, softcap, per_softcap, CAPPED, WARM)
     one, log_sum = row + tl.arange(0, 1), log_of(total)
     tl.store(logp_ptr + one, (taken - m) - log_sum)
     tl.store(stats_ptr + 3 * one, m)
@@ -49,14 +50,15 @@ def stats_kernel(
 
 @triton.jit
 def grad_kernel(
-    u_ptr, target_ptr, stats_ptr, g_ptr, h_ptr, du_ptr, stride, vocab, cold, softcap,
-    per_softcap, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    u_ptr, target_ptr, stats_ptr, g_ptr, h_ptr, du_ptr, stride, vocab, heat, cold, softcap,
+    per_softcap, CAPPED: tl.constexpr, WARM: tl.constexpr, ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row * stride + v
     u = tl.load(u_ptr + at, mask=v < vocab, other=0.0).to(tl.float32)
-    s, ds = scores(u, cold, softcap, per_softcap, CAPPED)
+    s, ds = scores(u, heat, cold, softcap, per_softcap, CAPPED, WARM)
     stats_ptr += 3 * row
     log_p = (s - tl.load(stats_ptr)) - tl.load(stats_ptr + 1)
     p = tl.exp(log_p)
@@ -110,7 +112,7 @@ def row_stats(
     if rows:
         stats_kernel[(rows,)](
             u, target, taken, stats, u.stride(0), vocab, *_factors(temperature, softcap),
-            CAPPED=softcap is not None, BLOCK=block(vocab, 4096), num_warps=4, **ROUNDED,
+            **_flags(temperature, softcap), BLOCK=block(vocab, 4096), num_warps=4, **ROUNDED,
         )  # fmt: skip
     return taken, stats
 
@@ -128,10 +130,14 @@ def row_grad(
     g = g.contiguous()
     grad_kernel[(rows, triton.cdiv(vocab, size))](
         u, target, stats, g, g if h is None else h.contiguous(), du, u.stride(0), vocab,
-        *_factors(temperature, softcap), CAPPED=softcap is not None, ENTROPY=h is not None,
+        *_factors(temperature, softcap), **_flags(temperature, softcap), ENTROPY=h is not None,
         BLOCK=size, num_warps=8, **ROUNDED,
     )  # fmt: skip
 
 
-def _factors(temperature: float, softcap: float | None) -> tuple[float, float, float]:
-    return 1.0 / temperature, softcap or 1.0, 1.0 / (softcap or 1.0)
+def _factors(temperature: float, softcap: float | None) -> tuple[float, float, float, float]:
+    return temperature, 1.0 / temperature, softcap or 1.0, 1.0 / (softcap or 1.0)
+
+
+def _flags(temperature: float, softcap: float | None) -> dict[str, bool]:
+    return {"CAPPED": softcap is not None, "WARM": temperature != 1.0}

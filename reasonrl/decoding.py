@@ -31,7 +31,7 @@ REFILL = 0.25  # of the slots free, and prompts that wait enter
 SHRINK = {"cuda": 0.5}  # of the slots in use, and the rest is given up; 0.8 elsewhere
 WORTH = 16  # tokens from which a recording pays
 log = keys.logger("reasonrl")
-_kept = threading.local()  # of a thread: its last recording, whether one was refused
+_kept = threading.local()  # of a thread: its last recording, its stream; whether one was refused
 
 
 class Decoding:
@@ -163,9 +163,9 @@ class Replayed:
 def _record(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Without torch.cuda.graph's emptying of the allocator's cache, which the update would pay. All
     recordings of a thread take their memory from one pool, each what the former, which is kept
-    for that alone, has left."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    former = getattr(_kept, "graph", None)
+    for that alone, has left; and they share a stream, because cuBLAS has a workspace for each."""
+    graph, former = torch.cuda.CUDAGraph(), getattr(_kept, "graph", None)
+    stream = getattr(_kept, "stream", None) or torch.cuda.Stream()
     shared = {} if former is None else {"pool": former.pool()}
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -178,7 +178,7 @@ def _record(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
             raise
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    _kept.graph = graph
+    _kept.graph, _kept.stream = graph, stream
     return graph
 
 

@@ -83,7 +83,7 @@ def test_a_new_number_or_length_compiles_nothing():
     not."""
     from reasonrl.kernels import common, logp, policy_loss
 
-    flags = {"CAPPED", "ENTROPY", "RATIO", "SURROGATE", "KL", "KL_ON", "DELTA", "DUAL", "OLD"}
-    flags |= {"REF", "W", "ENT", "MASK", "BLOCK"}
+    flags = {"CAPPED", "WARM", "ENTROPY", "RATIO", "SURROGATE", "KL", "KL_ON", "DELTA", "DUAL"}
+    flags |= {"OLD", "REF", "W", "ENT", "MASK", "BLOCK"}
     for kernel in (logp.stats_kernel, logp.grad_kernel, policy_loss.kernel, common.scale_kernel):
         assert {p.name for p in kernel.params if p.is_constexpr} <= flags

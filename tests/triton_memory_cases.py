@@ -26,6 +26,7 @@ pytestmark = [
 ]
 NORESERVE = 0x4000
 PAGE = mmap.PAGESIZE
+PLAIN, FACTORS = (1.0, 1.0, 1.0, 1.0), (0.5, 2.0, 5.0, 0.2)  # temperature, softcap: inverses too
 kept = []  # mappings that tensors look into
 
 
@@ -97,13 +98,13 @@ def test_rows_far_apart():
     target = torch.arange(rows) % width
     taken, stats = torch.full((rows,), math.nan), torch.full((rows, 3), math.nan)
     logp_kernels.stats_kernel[(rows,)](
-        u, target, taken, stats, gap, width, 1.0, 1.0, 1.0, CAPPED=False, BLOCK=64
+        u, target, taken, stats, gap, width, *PLAIN, CAPPED=False, WARM=False, BLOCK=64
     )
     want = torch.log_softmax(small, -1).gather(-1, target[:, None])[:, 0]
     torch.testing.assert_close(taken, want, rtol=1e-5, atol=1e-5)
     one = torch.ones(rows)
     logp_kernels.grad_kernel[(rows, 1)](
-        u, target, stats, one, one, u, gap, width, 1.0, 1.0, 1.0, CAPPED=False, ENTROPY=False,
+        u, target, stats, one, one, u, gap, width, *PLAIN, CAPPED=False, WARM=False, ENTROPY=False,
         BLOCK=64,
     )  # fmt: skip
     want = torch.nn.functional.one_hot(target, width) - torch.softmax(small, -1)
@@ -162,11 +163,10 @@ def test_nothing_outside_the_tensors_is_touched(last):
 
     u, target = g(torch.randn(3, 77)), g(torch.tensor([0, 76, 5]))
     taken, stats, one = g(torch.zeros(3)), g(torch.zeros(3, 3)), g(torch.ones(3))
-    logp_kernels.stats_kernel[(3,)](
-        u, target, taken, stats, 77, 77, 1.0, 5.0, 0.2, CAPPED=True, BLOCK=64
-    )
+    flags = {"CAPPED": True, "WARM": True, "BLOCK": 64}
+    logp_kernels.stats_kernel[(3,)](u, target, taken, stats, 77, 77, *FACTORS, **flags)
     logp_kernels.grad_kernel[(3, 2)](
-        u, target, stats, one, one, u, 77, 77, 1.0, 5.0, 0.2, CAPPED=True, ENTROPY=True, BLOCK=64
+        u, target, stats, one, one, u, 77, 77, *FACTORS, ENTROPY=True, **flags
     )
     spec = LossSpec.named("gspo", kl_coef=0.1, entropy_coef=0.1)
     cu, mask = g(torch.tensor([0, 3, 3, 600])), g(torch.ones(600, dtype=torch.bool))

@@ -71,6 +71,19 @@ __device__ void my_members(const CreditTask& c, int64_t batch, int64_t b, Visit 
     }
 }
 
+// The member of b's group after j, or `batch`; the whole block looks for it.
+__device__ int64_t next_member(const CreditTask& c, int64_t batch, int64_t b, int64_t j,
+                               double* slots) {
+    double nearest[1] = {-(double)batch};
+    for (int64_t k = j + 1 + threadIdx.x; k < batch; k += THREADS) {
+        if (c.group[k] != c.group[b]) continue;
+        nearest[0] = -(double)k;
+        break;
+    }
+    block_sums<1>(nearest, slots, 1u);
+    return (int64_t)-nearest[0];
+}
+
 __device__ bool leads(const CreditTask& c, int64_t b, double* slots) {
     double earlier[1] = {};
     for (int64_t j = threadIdx.x; j < b; j += THREADS) {
@@ -116,8 +129,8 @@ __device__ void measure_steps(const CreditTask& c, int64_t batch, int64_t b, dou
 
 __device__ void measure_tokens(const CreditTask& c, const int64_t* cu, const uint8_t* mask,
                                int64_t batch, int64_t b, double* slots) {
-    for (int64_t j = b; j < batch; j++) {
-        if (c.group[j] != c.group[b] || !is_known(c.scored, j)) continue;
+    for (int64_t j = b; j < batch; j = next_member(c, batch, b, j, slots)) {
+        if (!is_known(c.scored, j)) continue;
         double x[2] = {};
         for (int64_t i = cu[j] + threadIdx.x; i < cu[j + 1]; i += THREADS) {
             if (mask && !mask[i]) continue;
@@ -127,7 +140,7 @@ __device__ void measure_tokens(const CreditTask& c, const int64_t* cu, const uin
         block_sums<2>(x, slots);
         if (threadIdx.x == 0) c.mean[j] = x[1] > 0.0 ? x[0] / x[1] : 0.0;
     }
-    __syncthreads();  // the means are everybody's
+    // the means are everybody's: the search for the next member has waited
     const Crowd crowd = crowd_of(slots, [&](auto f) {
         my_members(c, batch, b, [&](int64_t j) {
             if (is_known(c.scored, j)) f(c.mean[j]);

@@ -32,8 +32,18 @@ __device__ void each_token(const PolicyTask& task, const Stretch& s, Visit visit
                 [&](int64_t i, float advantage) { visit(i, load(task, i, &advantage)); });
         return;
     }
-    for (int64_t i = s.start + threadIdx.x; i < s.end; i += THREADS) {
-        visit(i, load(task, i, nullptr));
+    for (int64_t first = s.start + threadIdx.x; first < s.end; first += AHEAD * THREADS) {
+        bool on[AHEAD];
+        Raw raw[AHEAD];
+        UNROLLED
+        for (int n = 0; n < AHEAD; n++) on[n] = is_on(task, first + n * THREADS, s.end);
+        UNROLLED
+        for (int n = 0; n < AHEAD; n++) raw[n] = read(task, first + n * THREADS, on[n], nullptr);
+        UNROLLED
+        for (int n = 0; n < AHEAD; n++) {
+            const int64_t i = first + n * THREADS;
+            if (i < s.end) visit(i, token_of(raw[n]));
+        }
     }
 }
 
@@ -243,8 +253,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     begin(task);
     if (leads(credit, b, slots)) {
         measure(credit, task.cu, task.mask, task.batch, b, slots);
-        for (int64_t j = b; j < task.batch; j++) {
-            if (credit.group[j] != credit.group[b]) continue;
+        for (int64_t j = b; j < task.batch; j = next_member(credit, task.batch, b, j, slots)) {
             stretch(loss, task, {task.cu[j], task.cu[j + 1], j, &credit, totals}, slots);
         }
     }
@@ -258,8 +267,7 @@ __global__ void credit_kernel(CreditTask credit, const int64_t* cu, const uint8_
     const int64_t b = blockIdx.x;
     if (!leads(credit, b, slots)) return;
     measure(credit, cu, mask, batch, b, slots);
-    for (int64_t j = b; j < batch; j++) {
-        if (credit.group[j] != credit.group[b]) continue;
+    for (int64_t j = b; j < batch; j = next_member(credit, batch, b, j, slots)) {
         walk<4>(credit, mask, j, cu[j], cu[j + 1], totals,
                 [&](int64_t i, float advantage) { out[i] = advantage; });
     }

@@ -30,7 +30,8 @@ from reasonrl.plot_data import Line, Panel, trailing_mean
 from reasonrl.plots import draw
 
 HERE = Path(__file__).resolve().parent
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, n seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+T95 |= {9: 2.306, 10: 2.262, 11: 2.228, 12: 2.201}  # two-sided, n seeds
 STEPS, PROMPTS, PROBLEMS, COLD = 50, 32, 500, 220
 ALPHA = 1.0  # the paper has 0.3; a corrupted model must be able to do harm
 SHARED = ["threads=1", "eval.batch=128"]
