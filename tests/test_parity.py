@@ -316,8 +316,11 @@ def test_linear_policy_loss(name, dtype, native):
         half = IMPL == "triton" and dtype == torch.bfloat16  # its logits are rounded to the type
         lost = terms / math.sqrt(int(mask.sum())) * torch.finfo(dtype).eps / 2 if half else 0.0
         within(results[2][0], results[0][0], results[1][0], 2, scale=terms, rounding=lost)
+        # one row's ratio carries these gradients: a rounding of its log p, which is about the
+        # softcap, moves them all, and stock's may be none by luck
+        one = 8.0 * ULP / 2 if IMPL == "triton" else 0.0
         for truth, yard, got in list(zip(*results, strict=True))[1:]:
-            within(got, truth, yard, 3)
+            within(got, truth, yard, 3, rounding=one * float(truth.detach().abs().max()))
         assert results[2][1][~mask].eq(0).all()
 
 
