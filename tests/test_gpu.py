@@ -270,3 +270,21 @@ def test_flash_says_what_it_cannot():
     q = torch.zeros(3, 2, 64, device="cuda")
     assert flash.missing(q) == "bf16 or fp16, got torch.float32"
     assert "head width" in str(flash.missing(torch.zeros(3, 2, 12, device="cuda").bfloat16()))
+
+
+def test_half_products_are_of_this_generation():
+    """On a card of compute capability 9 the products are warp-group ones, not those of the card
+    before it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("SKIPPED: not a card of compute capability 9.0")
+    x = torch.randn(2048, 896, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = (torch.randn(49152, 896, device="cuda") * 0.05).bfloat16().requires_grad_()
+    target = torch.randint(0, 49152, (2048,), device="cuda")
+    advantage, cu = torch.randn(2048, device="cuda"), torch.tensor([0, 2048], device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        out = linear_policy_loss(x, w, target, None, advantage, SPEC, cu_seqlens=cu, impl="triton")
+        out.loss.backward()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events()]
+    products = [n for n in names if any(word in n for word in ("nvjet", "gemm", "cutlass"))]
+    assert len(products) >= 3 and all("sm90" in name for name in products), products
