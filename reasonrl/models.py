@@ -60,6 +60,7 @@ class Policy:
     attn: str = "auto"  # the packed path's attention: auto, flash, sdpa
     graphs: str = "auto"  # decoding by CUDA graphs: auto (on a GPU), off
     engine: Any = None  # the server that samples in its place (engine.Engine)
+    sharded: bool = False  # every rank holds a part of every weight
 
     @property
     def replays(self) -> bool:

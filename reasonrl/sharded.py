@@ -57,7 +57,8 @@ class Shards:
         self.policy, self.kind = policy, kind(accelerator)
         self.trained = policy
         if self.kind:
-            self.trained = replace(policy, model=copy.deepcopy(policy.model), engine=None)
+            twin = copy.deepcopy(policy.model)
+            self.trained = replace(policy, model=twin, engine=None, sharded=True)
 
     @contextmanager
     def update(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from reasonrl import engine, lora, models, sharded, state
+from reasonrl import engine, lora, models, sharded, state, vision
 from reasonrl.algos import ALGOS, SFT
 from reasonrl.algos.base import Algorithm, Start, make
 from reasonrl.canary import with_canaries
@@ -241,6 +241,7 @@ class Run:
             metrics = self.learner.step(rollout, advantage, self.spec, rate, config.updates)
         with log.phase("reward_update"):
             metrics |= algo.update(rollout, rewards)
+        vision.forget()
         self.step = step
         shown = whole(self.accelerator, rollout, rewards, advantage)
         rows = completion_rows(step, *shown)

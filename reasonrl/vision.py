@@ -5,19 +5,23 @@
 Any transformers model with an image tower, 3-d positions (mRoPE) and `get_image_features` works:
 Qwen2-VL, Qwen2.5-VL, Qwen3-VL. A prompt's tokens keep their places; where an image stands its token
 is repeated once for every merged patch, positions come from the model's own `get_rope_index`, and a
-completion goes on from the largest of them. Left out: video; models whose image features change the
-attention (they would need another plan). Legend: P prompts, L packed tokens.
+completion goes on from the largest of them. What a tower that does not learn makes of pixels is
+kept beside them for whoever looks next (rollout, reference, update, a judge of the whole group),
+until they or the step are gone. Left out: video; models whose image features change the attention
+(they would need another plan). Legend: P prompts, L packed tokens, K of them of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from reasonrl import images
 from reasonrl.records import InputError, Problem
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
     from reasonrl.models import Policy
 
 TOWER = ("frozen", "trained")
+Levels = list[Tensor]  # what a tower makes of pixels: (K, D) for the words, then for deeper layers
+Kept = MutableMapping[Tensor, Levels]  # by the pixels themselves
+# of every tower that does not learn: how it computes, the versions of its weights, what is kept
+_kept: WeakKeyDictionary[nn.Module, tuple[tuple, Kept]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,9 @@ def prepare(
     """
     if not any(problem.images for problem in problems):
         return prompt_ids, ()
-    ids, seen = [], []
+    ids, seen, looked = [], [], {}
     for problem, prompt in zip(problems, prompt_ids, strict=True):
-        own, what = _look(policy, problem, prompt)
+        own, what = _look(policy, problem, prompt, looked)
         ids.append(own)
         seen.append(what)
     return ids, seen
@@ -94,27 +102,80 @@ def hidden(
     Only prompts have images: where a completion happens to write the image token, it is a word.
     """
     model = _base(policy.model)
-    pixels = torch.cat([s.pixels for s in seen]).to(input_ids.device)
-    grid = torch.cat([s.grid for s in seen]).to(input_ids.device)
-    learns = torch.is_grad_enabled() and any(p.requires_grad for p in model.visual.parameters())
-    with torch.set_grad_enabled(learns):
-        features = model.get_image_features(pixels, grid, return_dict=True)
     asked = torch.zeros_like(input_ids, dtype=torch.bool)
     asked[plan.prompts] = True
     place = asked & (input_ids == policy.model.config.image_token_id)
-    found = torch.cat(list(features.pooler_output))
+    found, *deep = _features(policy, seen, input_ids.device)
     words = model.get_input_embeddings()(input_ids)
     words = words.masked_scatter(place[:, None], found.to(words.dtype))
-    deep = [torch.cat(list(level)) for level in getattr(features, "deepstack_features", None) or ()]
-    levels = {"visual_pos_masks": place[None], "deepstack_visual_embeds": deep} if deep else {}
+    more = {"visual_pos_masks": place[None], "deepstack_visual_embeds": deep} if deep else {}
     out = model.language_model(
         inputs_embeds=words[None],
         position_ids=position_ids[:, None],
         plan=plan,
         use_cache=False,
-        **levels,
+        **more,
     )
     return out.last_hidden_state[0]
+
+
+def _features(policy: Policy, seen: Sequence[Seen], device: torch.device) -> Levels:
+    """Of all these images: made now where the tower learns (or is a rank's shards, which all ranks
+    run alike), else once for the same pixels, and kept outside of a GPU's memory."""
+    visual = tower(policy.model)
+    learns = any(p.requires_grad for p in visual.parameters())
+    if learns or policy.sharded:
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            return _made(policy, seen, device)
+    kept = _store(policy, visual)
+    new = list({id(s.pixels): s for s in seen if s.pixels not in kept}.values())
+    if new:
+        with torch.no_grad():
+            made = _made(policy, new, device)
+        sizes = [int(s.grid.prod(-1).sum()) // visual.spatial_merge_size**2 for s in new]
+        parts = zip(*(level.cpu().split(sizes) for level in made), strict=True)
+        for s, part in zip(new, parts, strict=True):
+            kept[s.pixels] = [level.clone() for level in part]  # frees the others' with its own
+    every = zip(*(kept[s.pixels] for s in seen), strict=True)
+    return [torch.cat(level).to(device) for level in every]
+
+
+def _made(policy: Policy, seen: Sequence[Seen], device: torch.device) -> Levels:
+    pixels = torch.cat([s.pixels for s in seen]).to(device)
+    grid = torch.cat([s.grid for s in seen]).to(device)
+    out = _base(policy.model).get_image_features(pixels, grid, return_dict=True)
+    deep = getattr(out, "deepstack_features", None) or ()
+    return [torch.cat(list(level)) for level in (out.pooler_output, *deep)]
+
+
+def _store(policy: Policy, visual: nn.Module) -> Kept:
+    """What is kept for a tower; one with equal weights that computes alike has the same."""
+    now = _state(policy.compute, visual)
+    if visual not in _kept or _kept[visual][0] != now:
+        same = (
+            kept
+            for other, (state, kept) in _kept.items()
+            if other is not visual and state == _state(policy.compute, other)
+            if _equal(other, visual)
+        )
+        _kept[visual] = now, next(same, WeakTensorKeyDictionary())
+    return _kept[visual][1]
+
+
+def _state(compute: torch.dtype, visual: nn.Module) -> tuple:
+    return compute, *(p._version for p in visual.parameters())
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    mine, others = one.state_dict(), other.state_dict()
+    return mine.keys() == others.keys() and all(
+        mine[n].device == w.device and torch.equal(mine[n], w) for n, w in others.items()
+    )
+
+
+def forget() -> None:
+    """Let go of what is kept: a step is over, and a run that is resumed behind it has nothing."""
+    _kept.clear()
 
 
 def idle(policy: Policy, images: Sequence[Seen]) -> Tensor | None:
@@ -138,7 +199,12 @@ def refuse(problems: Sequence[Problem], who: str) -> None:
             )
 
 
-def _look(policy: Policy, problem: Problem, prompt: Sequence[int]) -> tuple[list[int], Seen | None]:
+def _look(
+    policy: Policy,
+    problem: Problem,
+    prompt: Sequence[int],
+    looked: dict[tuple[str, ...], tuple[Tensor, Tensor]],  # pixels and grid, by the images
+) -> tuple[list[int], Seen | None]:
     if policy.processor is None:
         refuse([problem], f"the model ({type(policy.model).__name__})")
         return list(prompt), None
@@ -152,16 +218,19 @@ def _look(policy: Policy, problem: Problem, prompt: Sequence[int]) -> tuple[list
         )
     if not places:
         return list(prompt), None
-    try:
-        pictures = images.decode(problem.images)
-    except images.BadImage as error:
-        raise InputError(f"problem {problem.id}: {error}") from error
-    out = policy.processor(pictures, return_tensors="pt")
-    grid = out["image_grid_thw"]
+    names = tuple(i if isinstance(i, str) else i.key for i in problem.images)
+    if names not in looked:
+        try:
+            pictures = images.decode(problem.images)
+        except images.BadImage as error:
+            raise InputError(f"problem {problem.id}: {error}") from error
+        out = policy.processor(pictures, return_tensors="pt")
+        looked[names] = out["pixel_values"].float(), out["image_grid_thw"]
+    pixels, grid = looked[names]
     merged = grid.prod(-1) // policy.model.config.vision_config.spatial_merge_size**2
     counts = iter(merged.tolist())
     ids = [i for s in short for i in ([s] * next(counts) if s == token else [s])]
     row = torch.tensor([ids])
     kinds = (row == token).int()
     positions, _ = _base(policy.model).get_rope_index(row, kinds, image_grid_thw=grid)
-    return ids, Seen(out["pixel_values"].float(), grid, positions[:, 0])
+    return ids, Seen(pixels, grid, positions[:, 0])

@@ -10,7 +10,7 @@ import pytest
 from fault_server import FaultServer, connect
 from PIL import Image
 
-from reasonrl import models
+from reasonrl import models, vision
 from reasonrl.algos.sophia import find_scorer
 from reasonrl.choice import texts
 from reasonrl.records import InputError, Problem, Rewards, infra, scored
@@ -171,6 +171,19 @@ def test_a_model_here_sees_picture_question_and_thinking():
     assert reply_text(policy.tokenizer, 0.25) == "0.2"
     (score,) = ThinkingScorer(policy, task)(rollout([problem], ["r3;g4#7"]))
     assert score.kind in ("scored", "unscorable")  # an untrained model says anything
+
+
+def test_a_model_here_looks_once_at_the_picture_of_a_group():
+    policy = models.load("tiny-vl", dtype="fp32", width=64, layers=1, vision_layers=1)
+    policy.model.requires_grad_(False)
+    task, looks = make_task("charts", style="compact"), []
+    visual = vision.tower(policy.model)
+    visual.register_forward_hook(
+        lambda module, given, kwargs, out: looks.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
+    problems = [p for p in task.problems("train", 0, 2) for _ in range(3)]
+    ThinkingScorer(policy, task)(rollout(problems, [f"r{n}#7" for n in range(6)]))
+    assert looks == [2]
 
 
 def test_thinking_that_a_model_here_cannot_read_is_unscorable_and_stops_nothing():
