@@ -6,8 +6,9 @@ thought during a plain GRPO run, a score for each, as many of every score.
 
 The scores come from whoever is asked: the task's rule, a larger model behind a server. Thinking
 that nobody could score is left out and counted. A row is a question to the reward model (`prompt`,
-`images`) and its reply (`worked`). Published: 470,331 pairs of a run, 5,000 to 15,000 of each
-interval of 0.1 kept. Left out: the unpublished rules by which theirs were filtered.
+`images`) and its reply (`worked`); where the rule scored, in the short form, the task's review of
+every step stands before the number. Published: 470,331 pairs of a run, 5,000 to 15,000 of each
+interval of 0.1 kept, no review. Left out: the unpublished rules by which theirs were filtered.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Pair(NamedTuple):
     problem: Problem
     thinking: str
     score: float
+    working: str = ""  # of who scored it, where there is one
 
 
 class Found(NamedTuple):
@@ -44,7 +46,14 @@ class Found(NamedTuple):
     unscored: int  # completions for whose thinking there is no score
 
 
-def logged(run: str | Path, task: Task, scorer: Scorer, *, whole_response: bool = False) -> Found:
+def logged(
+    run: str | Path,
+    task: Task,
+    scorer: Scorer,
+    *,
+    whole_response: bool = False,
+    reviewed: bool = False,  # the scores are the rule's: with its working
+) -> Found:
     """The thinking of every completion that a run logged, with its score; beside them the worked
     completion of each problem, where the task has one (a young policy thinks nothing right).
 
@@ -68,7 +77,8 @@ def logged(run: str | Path, task: Task, scorer: Scorer, *, whole_response: bool 
                     unscored += 1
                     continue
                 thinking = text if whole_response else task.thinking(problem, text)
-                pairs.append(Pair(problem, thinking, score.value))
+                working = (task.review(problem, text) if reviewed else None) or ""
+                pairs.append(Pair(problem, thinking, score.value, working))
             part.add()
     return Found(pairs, unscored)
 
@@ -106,7 +116,7 @@ def _row(pair: Pair, folder: Path, tokenizer: Any) -> dict[str, Any]:
     asked = request(tokenizer, pair.problem, pair.thinking)
     said = f"{pair.score:.1f}"
     row = {"prompt": asked.prompt, "answer": said, "answer_type": "numerical"}
-    row |= {"worked": reply_text(tokenizer, pair.score), "score": pair.score}
+    row |= {"worked": reply_text(tokenizer, pair.score, pair.working), "score": pair.score}
     row |= {"problem_id": pair.problem.id, "images": []}
     for picture in pair.problem.images:
         name = images.key(picture)

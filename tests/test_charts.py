@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 
+from reasonrl.choice import texts
 from reasonrl.records import InputError
+from reasonrl.rewards.thinking import by_rule
 from reasonrl.tasks import make_task
 from reasonrl.tasks.base import Draws
 from reasonrl.tasks.charts_draw import COLOURS, PAPER, Mark, Picture, box
@@ -218,6 +221,33 @@ def test_the_chat_style_wants_its_tags(completion, rewards, grade):
     assert task.grade(problem, completion).value == grade
     assert [s.reward for s in task.steps(problem, completion)] == rewards
     assert task.lucky(problem, completion) == (grade == 1 and 0 in rewards)
+
+
+@pytest.mark.parametrize(
+    "completion, review",
+    [
+        ("r5;g3#2", "r5+;g3+;?"),
+        ("r5;g3;5-3=2#9", "r5+;g3+;5-3=2+"),  # the answer is no step of the thinking
+        ("r4;g3;4-3=2#2", "r5-;g3+;4-3=1-"),  # with the numbers that it takes
+        ("r5;r5;b2;x;5-3=2#2", "r5+;r5-;b2-;-;5-3=2-"),  # twice, of no use, nothing, too early
+        ("#2", "?;?;?"),
+    ],
+)
+def test_a_review_puts_every_step_right(completion, review):
+    """And its marks are the rule's score: right steps among those written or expected."""
+    task = make_task("charts", style="compact", kinds="bars", colours=2)
+    problem = find(task, {"r": 5, "g": 3}, "minus")
+    assert task.review(problem, completion) == review
+    marks = review.split(";")
+    (score,) = by_rule(task)(texts([problem], [completion]))
+    assert (score.value or 0.0) == sum(mark[-1] == "+" for mark in marks) / len(marks)
+    chat = make_task("charts", kinds="bars", colours=2)
+    lines = completion.partition("#")[0].split(";")
+    said = [re.sub("([rg])([0-9])", r"\1: \2", line) for line in lines]
+    said = [re.sub("([0-9])-([0-9])=", r"\1 - \2 = ", line) for line in said]
+    said = "\n".join(said).replace("r:", "red:").replace("g:", "green:").replace("b2", "blue: 2")
+    found = chat.review(problem, f"<think>{said}</think>\n<answer>2</answer>")
+    assert [line[-1] for line in found.split("\n")] == [mark[-1] for mark in marks]
 
 
 def test_the_split_is_decided_by_numbers_and_question():

@@ -6,6 +6,8 @@ import asyncio
 import json
 from dataclasses import dataclass
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fault_server import FaultServer, connect
 from PIL import Image
@@ -18,6 +20,7 @@ from reasonrl.rewards.thinking import (
     ThinkingScorer,
     by_rule,
     chat_prompt,
+    parse_reply,
     parse_score,
     reply_text,
     request,
@@ -171,6 +174,38 @@ def test_a_model_here_sees_picture_question_and_thinking():
     assert reply_text(policy.tokenizer, 0.25) == "0.2"
     (score,) = ThinkingScorer(policy, task)(rollout([problem], ["r3;g4#7"]))
     assert score.kind in ("scored", "unscorable")  # an untrained model says anything
+
+
+@pytest.mark.parametrize(
+    "reply, value",
+    [("0.5", 0.5), ("r3+;g6-####0.5", 0.5), ("####1.0", 1.0), ("r3+;g6-", None), ("", None),
+     ("r3+####0.5####0.9", None), ("r3+####0.5 of 1", None), ("r3+;0.5", None), ("r3+####", None)],
+)  # fmt: skip
+def test_a_short_reply_is_its_number_or_what_stands_behind_a_working(reply, value):
+    words = models.load("tiny", width=32, layers=1).tokenizer
+    score = parse_reply(words, reply)
+    assert score.value == value and score.kind == ("unscorable" if value is None else "scored")
+
+
+def test_a_working_is_taught_before_the_number(tmp_path):
+    words = models.load("tiny", width=32, layers=1).tokenizer
+    assert reply_text(words, 0.5, "r3+;g6-") == "r3+;g6-####0.5"
+    assert parse_reply(words, reply_text(words, 0.26, "r3+")).value == 0.3
+    task = make_task("charts", style="compact")
+    problem = task.problem("train", 0)
+    written = [task.worked(problem), "r0;r0;q#7"]
+    run = tmp_path / "run" / "completions"
+    run.mkdir(parents=True)
+    rows = {"problem_id": [problem.id] * 2, "completion": written}
+    pyarrow.parquet.write_table(pyarrow.table(rows), run / "completions_00001.parquet")
+    for reviewed in (True, False):
+        pairs = logged(tmp_path / "run", task, by_rule(task), reviewed=reviewed).pairs
+        assert [p.thinking for p in pairs[:2]] == [text.partition("#")[0] for text in written]
+        wanted = [task.review(problem, text) if reviewed else "" for text in written]
+        assert [p.working for p in pairs[:2]] == wanted
+        path = write(pairs, tmp_path / str(reviewed), words)
+        replies = [json.loads(line)["worked"] for line in path.read_text().splitlines()]
+        assert all(("####" in reply) == reviewed for reply in replies)
 
 
 def test_a_model_here_looks_once_at_the_picture_of_a_group():

@@ -5,8 +5,9 @@
     OUT            Trust-GRPO from there, with the thinking reward model of OUT/trm
 
 A stage that is complete is passed over, a torn one goes on where it stopped. Sizes that the recipe
-does not name follow from those it does: the data run takes a third of `steps`, the reward model
-learns for twice `steps`. What a stage changes is written in its config.yaml.
+does not name follow from those it does: the data run takes a third of `steps` with many more
+prompts each, since a reward model that must look needs pictures more than completions; it learns
+for five times `steps`, at the cold start's rate. What a stage changes is in its config.yaml.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from reasonrl import config as configs
 from reasonrl.algos.sophia import find_scorer
 from reasonrl.config import Config
 from reasonrl.records import InputError
+from reasonrl.rewards.thinking import REPLY
 from reasonrl.tasks import make_task
 from reasonrl.thinking_data import balanced, logged, write
 from reasonrl.train import train
 
 STAGES = ("trm-data", "trm", "rl")
 PAIRS = "pairs.jsonl"
-REPLY = 16  # tokens of a score as text, at most
+PROMPTS = 8  # times the recipe's, in a step of the data run
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Pipeline:
             algorithm="grpo",
             algo={},
             steps=max(1, self.config.steps // 3),
+            prompts_per_step=PROMPTS * self.config.prompts_per_step,
             eval_problems=0,
             save={"every": 0, "keep": 2},
             log=self.config.log.model_dump() | {"completions_every": 1},
@@ -73,7 +76,8 @@ class Pipeline:
         if (folder / PAIRS).is_file():
             return True
         with progress.shown(self.quiet):
-            found = logged(folder, task, scorer, whole_response=whole)
+            rule = self.annotator == "rule"
+            found = logged(folder, task, scorer, whole_response=whole, reviewed=rule)
         kept = balanced(found.pairs, seed=config.seed)
         words = models.load(self._start()[0], **self._start()[1]).tokenizer
         write(kept, folder, words)
@@ -97,12 +101,12 @@ class Pipeline:
             algo={},
             loss={"name": "reinforce"},
             cold_start_steps=0,
-            steps=max(1, 2 * self.config.steps),
+            steps=max(1, 5 * self.config.steps),
             group=1,
             prompts_per_step=self.config.cold_start.batch,
-            learning_rate=self.config.cold_start.learning_rate / 2,
+            learning_rate=self.config.cold_start.learning_rate,
             max_completion_length=REPLY,
-            optim=self.config.optim.model_dump() | {"warmup": 10, "schedule": "linear"},
+            optim=self.config.optim.model_dump() | {"warmup": 20, "schedule": "linear"},
             filter={},
             updates=1,
             log=self.config.log.model_dump() | {"completions_every": 0},

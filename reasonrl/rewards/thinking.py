@@ -32,7 +32,8 @@ from reasonrl.vision import prepare
 
 Scorer = Callable[[Rollout], Sequence[Score]]
 NUMBER = re.compile(r"0(?:\.[0-9]+)?|1(?:\.0+)?|\.[0-9]+")
-REPLY = 32  # tokens of a reply, at most
+MARK = "####"  # between a working and its number, as `answer` reads it
+REPLY = 128  # tokens of a reply, at most
 CRITERIA = (
     "every statement follows from the question, the images or what was said before",
     "the line of argument leads to an answer of this question",
@@ -166,13 +167,21 @@ def parse_score(reply: str) -> Score:
 
 def parse_reply(tokenizer: Any, reply: str) -> Score:
     """What a model here replied, in the form that it was asked for."""
-    return parse_score(reply) if tokenizer.chat_template else _number(reply.strip())
+    if tokenizer.chat_template:
+        return parse_score(reply)
+    working, *said = reply.split(MARK)
+    if len(said) > 1:
+        return unscorable(f"expected one answer, got {len(said)}")
+    return _number((said or [working])[0].strip())
 
 
-def reply_text(tokenizer: Any, score: float) -> str:
-    """The reply that says a score, to one decimal as the models are taught."""
+def reply_text(tokenizer: Any, score: float, working: str = "") -> str:
+    """The reply that says a score, to one decimal as the models are taught; in the short form
+    behind a working, where there is one."""
     number = f"{score:.1f}"
-    return f"<answer>{number}</answer>" if tokenizer.chat_template else number
+    if tokenizer.chat_template:
+        return f"<answer>{number}</answer>"
+    return f"{working}{MARK}{number}" if working else number
 
 
 def request(tokenizer: Any, problem: Problem, thinking: str, seed: int = 0) -> Problem:

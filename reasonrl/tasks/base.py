@@ -142,6 +142,11 @@ class Task:
         """Steps with reward 1.0 or 0.0 by rule, as character spans; None where no rule can tell."""
         return None
 
+    def review(self, problem: Problem, completion: str) -> str | None:
+        """A gold working of who scores a thinking: every step put right, marked + where it was and
+        - where not, and a ? for each that is missing; None where no rule can tell."""
+        return None
+
     def thinking(self, problem: Problem, completion: str) -> str:
         """The reasoning of a completion, without its answer; empty where there is none."""
         span = think_span(completion)

@@ -147,6 +147,9 @@ class Charts(GeneratedTask):
             return ";".join(steps) + f"#{found}"
         return "<think>" + "\n".join(steps) + f"</think>\n<answer>{self._say(found)}</answer>"
 
+    def _walk(self, problem: Problem) -> Walk:
+        return Walk(self._asked(problem), problem.extra["shown"], self.style == "chat")
+
     def _asked(self, problem: Problem) -> Question:
         return Question(problem.extra["ask"], tuple(problem.extra["letters"]))
 
@@ -176,11 +179,23 @@ class Charts(GeneratedTask):
 
     def steps(self, problem: Problem, completion: str) -> list[Step]:
         """One step a line (or a `;` part), the answer the last; what comes behind it gets 0."""
-        walk = Walk(self._asked(problem), problem.extra["shown"], self.style == "chat")
+        walk = self._walk(problem)
         return [
             Step(piece.start, piece.end, float(walk.right(completion[piece.start : piece.end])))
             for piece in self._pieces(completion)
         ]
+
+    def review(self, problem: Problem, completion: str) -> str:
+        walk = self._walk(problem)
+        end = completion.index(thinking := self.thinking(problem, completion)) + len(thinking)
+        marks = []
+        for piece in self._pieces(completion):
+            if piece.start < end:
+                text = completion[piece.start : piece.end].replace("<think>", "", 1)
+                text = text.replace("</think>", "", 1)
+                marks.append(walk.mended(text) + ("+" if walk.right(text) else "-"))
+        expected = len(self._worked(self._asked(problem), problem.extra["shown"])[0])
+        return self.delimiter.join([*marks, *"?" * (expected - len(marks))])
 
     def lucky(self, problem: Problem, completion: str) -> bool:
         """Whether the answer is right and some step is not."""

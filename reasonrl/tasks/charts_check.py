@@ -39,6 +39,20 @@ class Walk:
         match = (CHAT_LINK if self.chat else LINK).fullmatch(text)
         return match is not None and self._calculate(*match.groups())
 
+    def mended(self, step: str) -> str:
+        """The step as it should be: what is read off as the picture has it, what is calculated with
+        the numbers that it takes; empty for what is neither."""
+        text = step.strip() if self.chat else step.rstrip(";")
+        if match := (CHAT_READING if self.chat else READING).fullmatch(text):
+            letter = LETTERS.get(match[1], "") if self.chat else match[1]
+            seen = self.shown.get(letter, match[2])
+            return f"{match[1]}: {seen}" if self.chat else f"{match[1]}{seen}"
+        if match := (CHAT_LINK if self.chat else LINK).fullmatch(text):
+            left, op, right, _ = match.groups()
+            found = apply(int(left), op, int(right))
+            return f"{left} {op} {right} = {found}" if self.chat else f"{left}{op}{right}={found}"
+        return ""
+
     def _said(self, text: str) -> str | None:
         """The answer that a step gives, or None where it gives none."""
         if not self.chat:
