@@ -1,4 +1,4 @@
-"""Ops on tokens: the policy loss and the fused core."""
+"""Ops on tokens: the policy loss, the fused core, and on a CPU attention over slots."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from torch import Tensor
 from bench.cases_reward import block, gen, kernel_case
 from bench.race import Case, Goal, against, impl_of
 from reasonrl import LossSpec, StepCredit, ops, policy_loss
+from reasonrl.attention import attend
 from reasonrl.kernels import native
+from reasonrl.slots import slot_attention
 
 SPEC = LossSpec.named("dapo", kl_coef=0.04)
 
 
-def cases(small: bool) -> list[Case]:
+def cases(small: bool, device: str = "cpu") -> list[Case]:
     batch, long = (4, 64) if small else (64, 4096)
-    return [loss_case(batch, long), loss_kernel(1 << (14 if small else 25)), core_case(batch, long)]
+    both = [loss_case(batch, long), loss_kernel(1 << (14 if small else 25))]
+    slots = [slots_case(batch, long // 4, kind) for kind in (torch.float32, torch.bfloat16)]
+    return [*both, core_case(batch, long), *(slots if device == "cpu" else [])]
 
 
 def tokens(n: int, seed: int = 4) -> dict[str, Tensor]:
@@ -186,4 +190,44 @@ def core_case(batch: int, length: int) -> Case:
         stock="our ops one by one",
         gradients=1,
         memory=("ours", "our ops one by one", "torch"),
+    )
+
+
+def slots_case(rows: int, width: int, kind: torch.dtype) -> Case:
+    """One new token for every row, slots half full on average, SmolLM2's heads."""
+
+    def make() -> dict[str, Any]:
+        q, k, v = (torch.randn(rows, h, 64, generator=gen(h)) for h in (9, 3, 3))
+        keys, values = torch.randn(2, rows, 3, width, 64, generator=gen(6)).to(kind).unbind()
+        length = torch.randint(0, width, (rows,), generator=gen(7))
+        held = {"keys": keys.clone(), "values": values.clone(), "length": length}
+        held["seen"] = torch.zeros(int(length.sum() + rows) * 2 * 3 * 64 * kind.itemsize // 4)
+        return {"q": q, "k": k, "v": v.to(kind)} | held
+
+    def ours(x: dict[str, Any]) -> list[Tensor]:
+        args = [x[name] for name in "q k v keys values length".split()]
+        return [slot_attention(*args, 0.125, impl=impl_of(x["q"]))]
+
+    def truth(x: dict[str, Any]) -> list[Tensor]:
+        rounded = x | {"k": x["k"].to(kind)}  # as it stands in the slot
+        wide = {n: y.double() if y.is_floating_point() else y for n, y in rounded.items()}
+        return ours(wide)
+
+    def stock(x: dict[str, Any]) -> list[Tensor]:
+        at = torch.arange(rows)
+        for cache, new in ((x["keys"], x["k"]), (x["values"], x["v"])):
+            cache[at, :, x["length"]] = new.to(kind)
+        sees = (torch.arange(width) <= x["length"][:, None])[:, None, None]
+        return [attend(x["q"].to(kind)[:, :, None], x["keys"], x["values"], sees, 0.125)[:, :, 0]]
+
+    name = str(kind).removeprefix("torch.")
+    return Case(
+        key=f"slots/{name}",
+        title=f"attention of one new token over {rows} slots of {width}, half full, {name}",
+        make=make,
+        sides={"ours": ours, "torch": stock},
+        truth=truth,
+        tolerance=2e-2,
+        floors={"reading as many bytes": lambda x: [x["seen"].sum()]},
+        rounds=7,
     )

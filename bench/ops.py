@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def table(options: argparse.Namespace) -> list[Case]:
-    tokens = [*cases_token.cases(options.small), *cases_reward.cases(options.small)]
+    tokens = [*cases_token.cases(options.small, options.device), *cases_reward.cases(options.small)]
     return [*tokens, *cases_head.cases(options.small, options.dtypes, options.device)]
 
 

@@ -6,9 +6,10 @@
 namespace reasonrl {
 namespace {
 
-#define REASONRL_OPS(isa)                                                                  \
-    {#isa,         isa::logp_forward, isa::logp_backward, isa::policy_loss, isa::add_bf16, \
-     isa::returns, isa::walk_credit,  isa::token_mean,    isa::list_runs,   isa::whiten}
+#define REASONRL_OPS(isa)                                                     \
+    {#isa,           isa::logp_forward, isa::logp_backward, isa::policy_loss, \
+     isa::add_bf16,  isa::returns,      isa::walk_credit,   isa::token_mean,  \
+     isa::list_runs, isa::whiten,       isa::attend_slots}
 
 #ifdef WITH_X86
 const Ops SETS[] = {REASONRL_OPS(avx512), REASONRL_OPS(avx2), REASONRL_OPS(portable)};

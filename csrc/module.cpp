@@ -1,7 +1,7 @@
-// The only binding file. Pointers arrive as integers (tensor.data_ptr(), 0 = absent), sizes as they
-// are; the Python side has checked shapes, dtypes, contiguity and values before it hands a pointer
-// over.
-#include <pybind11/pybind11.h>
+// The bindings; those of CUDA stand in cuda/bind.h. Pointers arrive as integers (tensor.data_ptr(),
+// 0 = absent), sizes as they are; the Python side has checked shapes, dtypes, contiguity and values
+// before it hands a pointer over.
+#include "bind.h"
 
 #include "cpu/groups.h"
 #include "ops.h"
@@ -9,15 +9,9 @@
 #include "cuda/bind.h"
 #endif
 
-namespace py = pybind11;
 using namespace reasonrl;
 
 namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 Logits logits_of(uintptr_t data, int64_t rows, int64_t vocab, int dtype, float temperature,
                  float softcap) {
@@ -238,150 +232,35 @@ void bind_segments(py::module_& m) {
         "A step's value at every token of it, or at its last.");
 }
 
-#ifdef WITH_CUDA
-PolicyTask policy_task(uintptr_t logp, uintptr_t old_logp, uintptr_t advantage, uintptr_t ref_logp,
-                       uintptr_t entropy, uintptr_t weight, uintptr_t mask, uintptr_t cu,
-                       uintptr_t divisors, uintptr_t grad_logp, uintptr_t grad_entropy,
-                       uintptr_t sums, uintptr_t loss, uintptr_t metrics, uintptr_t arrived,
-                       int64_t tokens, int64_t batch, bool per_completion, double divisor,
-                       double entropy_divisor) {
-    return {at<const float>(logp),
-            at<const float>(old_logp),
-            at<const float>(advantage),
-            at<const float>(ref_logp),
-            at<const float>(entropy),
-            at<const float>(weight),
-            at<const uint8_t>(mask),
-            at<const int64_t>(cu),
-            at<const double>(divisors),
-            at<float>(grad_logp),
-            at<float>(grad_entropy),
-            at<double>(sums),
-            at<float>(loss),
-            at<float>(metrics),
-            at<int>(arrived),
-            tokens,
-            batch,
-            per_completion,
-            divisor,
-            entropy_divisor};
+void bind_slots(py::module_& m) {
+    m.def(
+        "attend_slots",
+        [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t keys, uintptr_t values,
+           uintptr_t length, uintptr_t out, int64_t rows, int64_t heads, int64_t key_heads,
+           int64_t width, int64_t size, int q_dtype, int k_dtype, int v_dtype, int dtype,
+           float scaling, int threads) {
+            py::gil_scoped_release release;
+            const SlotTask task{at<const void>(q),
+                                at<const void>(k),
+                                at<const void>(v),
+                                at<void>(keys),
+                                at<void>(values),
+                                at<const int64_t>(length),
+                                at<void>(out),
+                                rows,
+                                heads,
+                                key_heads,
+                                width,
+                                size,
+                                q_dtype,
+                                k_dtype,
+                                v_dtype,
+                                dtype,
+                                scaling};
+            ops().attend_slots(task, threads);
+        },
+        "One new token a row: its key and value placed, its attention over its slot.");
 }
-
-CreditTask credit_task(uintptr_t outcome, uintptr_t group, uintptr_t scored, uintptr_t token_reward,
-                       uintptr_t step_reward, uintptr_t step_scored, uintptr_t step,
-                       uintptr_t step_cu, bool tokens_paid, int kind, int pay, bool by_place,
-                       bool divide, bool verl_baseline, double gamma, double ddof, double eps,
-                       double outcome_weight, double process_weight, uintptr_t relative,
-                       uintptr_t mean, uintptr_t value) {
-    return {at<const float>(outcome),
-            at<const int64_t>(group),
-            at<const uint8_t>(scored),
-            at<const float>(token_reward),
-            at<const float>(step_reward),
-            at<const uint8_t>(step_scored),
-            at<const int64_t>(step),
-            at<const int64_t>(step_cu),
-            tokens_paid,
-            kind,
-            pay,
-            by_place,
-            divide,
-            verl_baseline,
-            gamma,
-            ddof,
-            eps,
-            outcome_weight,
-            process_weight,
-            at<double>(relative),
-            at<double>(mean),
-            at<double>(value)};
-}
-
-void bind_cuda(py::module_& m) {
-    bind_cuda_error(m);
-    m.def("cuda_missing", [] { return cuda_missing(); }, "Why kernels cannot run here, or None.");
-    py::class_<PolicyTask>(m, "PolicyTask", "Device pointers of the policy loss; see launch.h.")
-        .def(py::init(&policy_task));
-    m.def(
-        "cuda_policy_items",
-        [](const Loss& loss, int64_t tokens, int64_t batch, bool per_completion, bool credited) {
-            return reasonrl_policy_items(&loss, tokens, batch, per_completion, credited);
-        },
-        "Rows of PolicyTask.sums.");
-    m.def(
-        "cuda_policy",
-        [](const Loss& loss, const PolicyTask& task, uintptr_t stream) {
-            cuda_run("policy", at<void>(stream), reasonrl_policy, &loss, &task);
-        },
-        "Loss, metrics, dL/dlogp and dL/dentropy.");
-    py::class_<CreditTask>(m, "CreditTask", "Device pointers of a credit; see launch.h.")
-        .def(py::init(&credit_task));
-    m.def(
-        "cuda_core",
-        [](const Loss& loss, const PolicyTask& task, const CreditTask& credit, uintptr_t stream) {
-            cuda_run("core", at<void>(stream), reasonrl_core, &loss, &task, &credit);
-        },
-        "The same from rewards: the fused core.");
-    m.def(
-        "cuda_credit_advantage",
-        [](const CreditTask& credit, uintptr_t cu, uintptr_t mask, int64_t batch, uintptr_t out,
-           uintptr_t stream) {
-            cuda_run("credit_advantage", at<void>(stream), reasonrl_credit_advantage, &credit,
-                     at<const int64_t>(cu), at<const uint8_t>(mask), batch, at<float>(out));
-        },
-        "The advantages (N,) that follow from the rewards.");
-    m.def(
-        "cuda_count_tokens",
-        [](uintptr_t mask, uintptr_t cu, int64_t batch, uintptr_t counts, uintptr_t stream) {
-            cuda_run("count_tokens", at<void>(stream), reasonrl_count_tokens,
-                     at<const uint8_t>(mask), at<const int64_t>(cu), batch, at<int64_t>(counts));
-        },
-        "Unmasked tokens of each completion.");
-    m.def(
-        "cuda_group_advantage",
-        [](uintptr_t reward, uintptr_t group, uintptr_t scored, int64_t batch, int kind,
-           double ddof, double eps, uintptr_t out, uintptr_t stream) {
-            cuda_run("group_advantage", at<void>(stream), reasonrl_group_advantage,
-                     at<const float>(reward), at<const int64_t>(group), at<const uint8_t>(scored),
-                     batch, kind, ddof, eps, at<float>(out));
-        },
-        "Rewards relative to their group.");
-    m.def(
-        "cuda_returns",
-        [](uintptr_t reward, uintptr_t cu, uintptr_t mask, int64_t batch, double gamma,
-           bool forward, uintptr_t out, uintptr_t stream) {
-            cuda_run("returns", at<void>(stream), reasonrl_returns, at<const float>(reward),
-                     at<const int64_t>(cu), at<const uint8_t>(mask), batch, gamma, (int)forward,
-                     at<float>(out));
-        },
-        "Discounted reverse sums per completion; forward sums are their gradient.");
-    m.def(
-        "cuda_step_reduce",
-        [](uintptr_t value, uintptr_t order, uintptr_t offsets, int64_t steps, int how,
-           uintptr_t out, uintptr_t index, uintptr_t stream) {
-            cuda_run("step_reduce", at<void>(stream), reasonrl_step_reduce, at<const float>(value),
-                     at<const int64_t>(order), at<const int64_t>(offsets), steps, how,
-                     at<float>(out), at<int64_t>(index));
-        },
-        "One value per step; index keeps what the gradient needs.");
-    m.def(
-        "cuda_step_reduce_grad",
-        [](uintptr_t value, uintptr_t order, uintptr_t offsets, int64_t steps, int how,
-           uintptr_t index, uintptr_t grad, uintptr_t out, uintptr_t stream) {
-            cuda_run("step_reduce_grad", at<void>(stream), reasonrl_step_reduce_grad,
-                     at<const float>(value), at<const int64_t>(order), at<const int64_t>(offsets),
-                     steps, how, at<const int64_t>(index), at<const float>(grad), at<float>(out));
-        },
-        "Gradient of step_reduce by the values.");
-    m.def(
-        "cuda_step_expand",
-        [](uintptr_t value, uintptr_t step, int64_t tokens, uintptr_t out, uintptr_t stream) {
-            cuda_run("step_expand", at<void>(stream), reasonrl_step_expand, at<const float>(value),
-                     at<const int64_t>(step), tokens, at<float>(out));
-        },
-        "A step's value at every token of it.");
-}
-#endif
 
 }  // namespace
 
@@ -392,6 +271,7 @@ PYBIND11_MODULE(_C, m) {
     bind_logp(m);
     bind_policy(m);
     bind_segments(m);
+    bind_slots(m);
 #ifdef WITH_CUDA
     bind_cuda(m);
 #endif

@@ -89,6 +89,17 @@ struct PolicyOutput {
     double* sums;         // (SUM_COUNT,) added to
 };
 
+// One new token for each of B rows whose keys and values stand in slots; see cpu/slots.cpp.
+struct SlotTask {
+    const void *q, *k, *v;  // (B, H, d), (B, K, d), (B, K, d)
+    void *keys, *values;    // (B, K, W, d)
+    const int64_t* length;  // (B,) places in use before
+    void* out;              // (B, H, d)
+    int64_t rows, heads, key_heads, width, size;
+    int q_dtype, k_dtype, v_dtype, dtype;  // dtype: of the slots and of `out`
+    float scaling;
+};
+
 // Neighbouring tokens of one step: mostly all of it.
 struct Run {
     int64_t step, tokens, end;  // `end`: the token after the last
@@ -111,6 +122,7 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
                       int what, Run* out, bool* ascending);                                        \
     void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out,   \
                 int threads);                                                                      \
+    void attend_slots(const SlotTask&, int threads);                                               \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)
@@ -128,6 +140,7 @@ struct Ops {
     decltype(&portable::token_mean) token_mean;
     decltype(&portable::list_runs) list_runs;
     decltype(&portable::whiten) whiten;
+    decltype(&portable::attend_slots) attend_slots;
 };
 
 const Ops& ops();

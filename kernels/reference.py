@@ -31,6 +31,7 @@ from reasonrl.kernels.reference_segments import (  # noqa: F401, the other half 
     step_reduce,
     whiten,
 )
+from reasonrl.kernels.reference_slots import slot_attention  # noqa: F401
 from reasonrl.kernels.reference_trust import trust  # noqa: F401
 
 TILE = 1 << 23  # logits in one tile of linear_logp: 32 MiB, given back to the system each time

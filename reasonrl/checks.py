@@ -134,7 +134,7 @@ def dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
 def integers(name: str, x: Tensor, low: int, high: int) -> Tensor:
     """x as int64; where values are looked at, all of them lie in [low, high)."""
     if values_checked(x) and x.numel():
-        least, most = int(x.min()), int(x.max())
+        least, most = (int(value) for value in x.aminmax())
         if least < low or most >= high:
             raise ValueError(
                 f"{name} must lie in [{low}, {high}), got {least if least < low else most}"

@@ -2,9 +2,10 @@
 
 The plan (attention.py) of one new token a row: row b holds `length[b]` keys, then its new one. The
 prompt's keys come from a `Packed` prefill and are copied once a row. On a CPU a slot grows with the
-longest row, `GROW` tokens at a time, and attention reads it whole: its products would copy a part
-of a slot. On a GPU nothing depends on a number that Python knows, so that a step can be recorded
-once and replayed. Shapes: B rows, H query heads, K key/value heads, W tokens a slot, d head width.
+longest row, `GROW` tokens at a time, and a kernel of ours places the new token and reads each row
+as far as it goes (`slot_attention`). On a GPU nothing depends on a number that Python knows, so
+that a step can be recorded once and replayed.
+Shapes: B rows, H query heads, K key/value heads, W tokens a slot, d head width.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reasonrl import flash
+from reasonrl import checks, flash
 from reasonrl.attention import Packed, attend
+from reasonrl.implementations import run
 
 GROW = 32  # tokens
 
@@ -71,24 +73,22 @@ class Slots:
     def place(self) -> None:
         """Before a step: where its keys go and what its queries see."""
         self._widen()
-        columns = torch.arange(self.width, device=self.length.device)
-        self.sees = (columns <= self.length[:, None])[:, None, None, :]
-        self.rows = torch.arange(len(self.length), device=self.length.device)
         if self.fixed:
+            columns = torch.arange(self.width, device=self.length.device)
+            self.sees = (columns <= self.length[:, None])[:, None, None, :]
             self.used = (self.length + 1).int()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q (H, B, d), k and v (K, B, d) -> (B, H, d)."""
         keys, values = self._heads_first(layer)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        if not self.fixed:
+            return slot_attention(q, k, v, keys, values, self.length, scaling)
         for cache, new in ((keys, k), (values, v)):
-            new = new.transpose(0, 1).to(cache.dtype)
-            if self.fixed:
-                slot = self.length[:, None, None, None]
-                slot = slot.expand(-1, cache.shape[1], 1, cache.shape[3])
-                cache.scatter_(2, slot, new[:, :, None])
-            else:  # on a CPU the indices of a scatter cost more than what it moves
-                cache[self.rows, :, self.length] = new
-        q = q.transpose(0, 1).to(keys.dtype)
+            slot = self.length[:, None, None, None]
+            slot = slot.expand(-1, cache.shape[1], 1, cache.shape[3])
+            cache.scatter_(2, slot, new[:, :, None].to(cache.dtype))
+        q = q.to(keys.dtype)
         if self.attn != "sdpa" and flash.missing(q) is None:
             by_token = (x.transpose(1, 2) for x in (keys, values))
             return flash.attend_slots(q, *by_token, used=self.used, scaling=scaling)
@@ -105,3 +105,35 @@ class Slots:
             self.cache[layer] = [x.index_select(0, rows) for x in pair]
         self.length, self.ahead = self.length[rows], self.ahead[rows]
         self.longest = int(self.length.max())
+
+
+def slot_attention(
+    q: Tensor,  # (B, H, d)
+    k: Tensor,  # (B, K, d)
+    v: Tensor,  # (B, K, d)
+    keys: Tensor,  # (B, K, W, d), written in place
+    values: Tensor,  # (B, K, W, d), written in place
+    length: Tensor,  # (B,) int64
+    scaling: float,
+    *,
+    impl: str = "auto",
+) -> Tensor:  # (B, H, d), in the slots' dtype
+    """Places k and v behind the `length` tokens that a row's slot holds, then attends to them all:
+    softmax(scaling q K^T) V. What stands further on may be anything. No gradient."""
+    checks.dtype("keys", keys, checks.ANY_FLOAT)
+    if keys.dim() != 4 or not keys.is_contiguous():
+        raise ValueError(f"keys must be (B, K, W, d) and contiguous, got {tuple(keys.shape)}")
+    rows, heads, width, size = keys.shape
+    checks.tensor("values", values, keys.shape, "(B, K, W, d)", (keys.dtype,), keys.device)
+    if not values.is_contiguous():
+        raise ValueError("values must be contiguous: they are written in place")
+    checks.dtype("q", q, checks.ANY_FLOAT)
+    if q.dim() != 3 or (q.shape[0], q.shape[2]) != (rows, size) or heads and q.shape[1] % heads:
+        raise ValueError(
+            f"q must be (B, H, d) = ({rows}, a multiple of {heads}, {size}), got {tuple(q.shape)}"
+        )
+    for name, new in (("k", k), ("v", v)):
+        checks.tensor(name, new, (rows, heads, size), "(B, K, d)", checks.ANY_FLOAT, keys.device)
+    checks.tensor("length", length, (rows,), "(B,)", (torch.int64,), keys.device)
+    length = checks.integers("length", length, 0, width)
+    return run("slot_attention", impl, q, k, v, keys, values, length, scaling)

@@ -1,7 +1,7 @@
 """Wrong C++ and CUDA kernels that the tests must catch; see mutants.py and test_mutants_native.py.
 
 A mutant: name, source, what stands there once, what is written instead, which tests to try (for the
-CPU a `-k` expression of test_native, test_parity, test_credit, test_native_linear, test_trust; for CUDA a part
+CPU a `-k` expression of test_native and its parts, test_parity, test_credit, test_trust; for CUDA a part
 of the cases' names).
 """
 
@@ -21,6 +21,7 @@ STEPS = "csrc/cpu/steps.cpp"
 TRUST = "csrc/cpu/trust.cpp"
 GROUPS = "csrc/cpu/groups.h"
 WHITEN = "csrc/cpu/whiten.cpp"
+SLOTS = "csrc/cpu/slots.cpp"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -86,6 +87,15 @@ CPU = [
     ("alpha missed", TRUST, "(double)weight * in.weight *", "(double)weight *", "trust or formula"),
     ("groups of neighbours", GROUPS, "std::stable_sort(member.begin(), member.end(), before);", "", "trust or formula or group"),
     ("biased variance", WHITEN, "all.count > 2.0 ? all.count - 1.0 : 1.0", "all.count > 2.0 ? all.count : 1.0", "whiten or prime"),
+    ("scores not scaled", SLOTS, "q[c] * t.scaling", "q[c]", "slots"),
+    ("places behind the length weigh", SLOTS, "s.weight[h * room + at + j] = -FLT_MAX;", "s.weight[h * room + at + j] = 0.0f;", "slots"),
+    ("the new key goes one place before", SLOTS, "put<DTYPE>(t.k, t.k_dtype, i, keys, n, s);", "put<DTYPE>(t.k, t.k_dtype, i, keys, n ? n - 1 : 0, s);", "slots"),
+    ("the new value is left out", SLOTS, "put<DTYPE>(t.v, t.v_dtype, i, values, n, s);", "", "slots"),
+    ("a score that is not finite is let through", SLOTS, "(double)sum[k] + (double)broken[k]", "(double)sum[k]", "slots"),
+    ("query heads of another key head", SLOTS, "i * group + g", "i + g", "slots"),
+    ("values of the last places alone", SLOTS, "sum[h] = load(s.out.data() + h * s.padded + c);", "sum[h] = Vec{};", "slots"),
+    ("every other lane", SLOTS, "+ every_second<1>(a, b, lanes)", "+ every_second<0>(a, b, lanes)", "slots"),
+    ("another row behind the last place", SLOTS, "memset(s.block.data() + n * s.size, 0, LANES * sizeof(float));", "", "slots"),
 ]  # fmt: skip
 
 DEVICE = "csrc/cuda/device.h"

@@ -4,8 +4,6 @@
 // steps, and one number goes on to the next. Compiled once per instruction set.
 #pragma once
 
-#include <utility>
-
 #include "vector.h"
 
 namespace reasonrl {
@@ -21,15 +19,10 @@ typedef double Wide __attribute__((vector_size(8 * WIDE)));
 typedef float Narrow __attribute__((vector_size(4 * WIDE)));
 typedef int64_t WideI __attribute__((vector_size(8 * WIDE)));
 
-#ifdef __clang__
-#define REASONRL_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define REASONRL_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, WideI{__VA_ARGS__})
-#endif
-
 template <int BY, int... K>
 INLINE Wide moved(Wide x, Wide outside, std::integer_sequence<int, K...>) {
-    return REASONRL_SHUFFLE(x, outside, (K + BY >= 0 && K + BY < WIDE ? K + BY : WIDE + K)...);
+    return REASONRL_SHUFFLE(WideI, x, outside,
+                            (K + BY >= 0 && K + BY < WIDE ? K + BY : WIDE + K)...);
 }
 
 // Lane k of the result is lane k + BY of x, or where there is none lane k of `outside`.

@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include <utility>
+
 #include "../ops.h"
 
 namespace reasonrl {
@@ -22,8 +24,16 @@ constexpr int LANES = 4;
 #define INLINE_BODY __attribute__((always_inline))
 #define INLINE inline INLINE_BODY
 
+// Lanes of x and y by number, those of y counted on; Index: integers as wide as the lanes
+#ifdef __clang__
+#define REASONRL_SHUFFLE(Index, x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define REASONRL_SHUFFLE(Index, x, y, ...) __builtin_shuffle(x, y, Index{__VA_ARGS__})
+#endif
+
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t VecI __attribute__((vector_size(4 * LANES)));
+typedef uint16_t VecH __attribute__((vector_size(2 * LANES)));
 typedef double VecD __attribute__((vector_size(8 * LANES)));
 
 inline Vec load(const float* from) {
@@ -40,6 +50,20 @@ inline VecI load_bits(const int32_t* from) {
     VecI x;
     memcpy(&x, from, sizeof x);
     return x;
+}
+
+// LANES numbers of bf16. By name: some compilers widen them in many steps.
+INLINE Vec load_bf16(const uint16_t* from) {
+#if defined(__AVX512F__)
+    const VecI wide = (VecI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+    const VecI wide = (VecI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+    VecH half;
+    memcpy(&half, from, sizeof half);
+    const VecI wide = __builtin_convertvector(half, VecI);
+#endif
+    return (Vec)(wide << 16);
 }
 
 // x where the mask has bits, else 0, whatever x is.

@@ -1,0 +1,34 @@
+"""The specification of attention over slots, in plain torch (see `reference`).
+
+    keys[b, :, n] = k_b,  values[b, :, n] = v_b,  n = length[b]
+    o = softmax(scaling q K^T) V over places 0 .. n
+
+Legend: B rows, H query heads, K key/value heads, W places of a slot, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def slot_attention(
+    q: Tensor,  # (B, H, d)
+    k: Tensor,  # (B, K, d)
+    v: Tensor,  # (B, K, d)
+    keys: Tensor,  # (B, K, W, d), written in place
+    values: Tensor,  # (B, K, W, d), written in place
+    length: Tensor,  # (B,) int64
+    scaling: float,
+) -> Tensor:  # (B, H, d), in the slots' dtype
+    """Places behind a row's own length may hold anything."""
+    rows = torch.arange(len(length), device=length.device)
+    for cache, new in ((keys, k), (values, v)):
+        cache[rows, :, length] = new.to(cache.dtype)
+    unseen = torch.arange(keys.shape[2], device=length.device) > length[:, None]  # (B, W)
+    grouped = q.to(keys.dtype).unflatten(1, (keys.shape[1], -1))  # (B, K, H / K, d)
+    scores = grouped @ keys.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    weight = scores.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
+    seen = values.masked_fill(unseen[:, None, :, None], 0)
+    return (weight.to(values.dtype) @ seen).flatten(1, 2)
