@@ -232,7 +232,7 @@ void bind_segments(py::module_& m) {
         "A step's value at every token of it, or at its last.");
 }
 
-void bind_slots(py::module_& m) {
+void bind_attention(py::module_& m) {
     m.def(
         "attend_slots",
         [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t keys, uintptr_t values,
@@ -260,6 +260,33 @@ void bind_slots(py::module_& m) {
             ops().attend_slots(task, threads);
         },
         "One new token a row: its key and value placed, its attention over its slot.");
+    py::class_<SoftmaxTask>(m, "SoftmaxTask", "Scores and what is seen of them; see ops.h.")
+        .def(py::init([](uintptr_t weight, uintptr_t sees, int64_t batch, int64_t heads,
+                         int64_t queries, int64_t width, int dtype, bool shared, float scaling) {
+            return SoftmaxTask{at<void>(weight),
+                               at<const uint8_t>(sees),
+                               batch,
+                               heads,
+                               queries,
+                               width,
+                               dtype,
+                               shared,
+                               scaling};
+        }));
+    m.def(
+        "masked_softmax",
+        [](const SoftmaxTask& task, int threads) {
+            py::gil_scoped_release release;
+            ops().masked_softmax(task, threads);
+        },
+        "Scores become weights, in place.");
+    m.def(
+        "masked_softmax_grad",
+        [](const SoftmaxTask& task, uintptr_t grad, uintptr_t out, int threads) {
+            py::gil_scoped_release release;
+            ops().masked_softmax_grad(task, at<const void>(grad), at<void>(out), threads);
+        },
+        "Gradient by the scores, from the weights.");
 }
 
 }  // namespace
@@ -271,7 +298,7 @@ PYBIND11_MODULE(_C, m) {
     bind_logp(m);
     bind_policy(m);
     bind_segments(m);
-    bind_slots(m);
+    bind_attention(m);
 #ifdef WITH_CUDA
     bind_cuda(m);
 #endif

@@ -100,6 +100,16 @@ struct SlotTask {
     float scaling;
 };
 
+// Scores of B x H x R queries over W places, and what each query sees of them; see cpu/softmax.cpp.
+struct SoftmaxTask {
+    void* weight;         // (B, H, R, W) scores that become weights
+    const uint8_t* sees;  // (B, R, W), or (R, W) where shared
+    int64_t batch, heads, queries, width;
+    int dtype;
+    bool shared;
+    float scaling;
+};
+
 // Neighbouring tokens of one step: mostly all of it.
 struct Run {
     int64_t step, tokens, end;  // `end`: the token after the last
@@ -123,6 +133,8 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void whiten(const float* value, const uint8_t* mask, int64_t tokens, double eps, float* out,   \
                 int threads);                                                                      \
     void attend_slots(const SlotTask&, int threads);                                               \
+    void masked_softmax(const SoftmaxTask&, int threads);                                          \
+    void masked_softmax_grad(const SoftmaxTask&, const void* grad, void* out, int threads);        \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)
@@ -141,6 +153,8 @@ struct Ops {
     decltype(&portable::list_runs) list_runs;
     decltype(&portable::whiten) whiten;
     decltype(&portable::attend_slots) attend_slots;
+    decltype(&portable::masked_softmax) masked_softmax;
+    decltype(&portable::masked_softmax_grad) masked_softmax_grad;
 };
 
 const Ops& ops();

@@ -34,7 +34,7 @@ METRICS = (
 ELSEWHERE = {
     "native_linear": ("linear_logp", "linear_policy_loss"),
     "native_vocab": ("vocab_grads", "vocab_stats"),
-    "native_slots": ("slot_attention",),
+    "native_attention": ("masked_softmax", "slot_attention"),
     "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from reasonrl.kernels.reference_attention import masked_softmax, slot_attention  # noqa: F401
 from reasonrl.kernels.reference_credit import credit_advantage
 from reasonrl.kernels.reference_segments import (  # noqa: F401, the other half of the specification
     group_advantage,
@@ -31,7 +32,6 @@ from reasonrl.kernels.reference_segments import (  # noqa: F401, the other half 
     step_reduce,
     whiten,
 )
-from reasonrl.kernels.reference_slots import slot_attention  # noqa: F401
 from reasonrl.kernels.reference_trust import trust  # noqa: F401
 
 TILE = 1 << 23  # logits in one tile of linear_logp: 32 MiB, given back to the system each time

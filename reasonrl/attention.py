@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reasonrl import flash
+from reasonrl import checks, flash
+from reasonrl.implementations import run
 from reasonrl.records import InputError
 from reasonrl.watchdog import beat
 
@@ -149,9 +150,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scaling: float) -> Ten
     b, h, r, d = q.shape
     heads = k.shape[1]
     q = q.reshape(b, heads, h // heads * r, d)  # query heads of one key head stand together
-    s = (q @ k.transpose(-1, -2)).float().view(b, h, r, -1)
-    p = s.mul(scaling).masked_fill(~sees, -torch.inf).softmax(-1).to(v.dtype)
-    return (p.view(b, heads, h // heads * r, -1) @ v).view(b, h, r, d)
+    p = masked_softmax(q @ k.transpose(-1, -2), sees, scaling)
+    return (p @ v).view(b, h, r, d)
+
+
+def masked_softmax(
+    scores: Tensor,  # (B, K, N, S), overwritten
+    sees: Tensor,  # (B or 1, 1, R, S) bool, something in every row; N is a multiple of R
+    scaling: float,
+    *,
+    impl: str = "auto",
+) -> Tensor:  # (B, K, N, S)
+    """softmax(scaling * scores where seen), the rows of N taking those of `sees` in turn: fp32
+    inside, the scores' dtype outside, and nothing but the result kept for the gradient."""
+    checks.dtype("scores", scores, checks.ANY_FLOAT)
+    if scores.dim() != 4 or not scores.is_contiguous():
+        raise ValueError(f"scores must be (B, K, N, S), contiguous, got {tuple(scores.shape)}")
+    rows, _, queries, width = scores.shape
+    batch, one, each, _ = sees.shape if sees.dim() == 4 else (0, 0, 0, 0)
+    if batch not in (1, rows) or one != 1 or not each or queries % each:
+        wanted = f"({rows} or 1, 1, a divisor of {queries}, {width})"
+        raise ValueError(f"sees must be (B or 1, 1, R, S) = {wanted}, got {tuple(sees.shape)}")
+    shape = (batch, 1, each, width)
+    checks.tensor("sees", sees, shape, "(B or 1, 1, R, S)", (torch.bool,), scores.device)
+    return run("masked_softmax", impl, scores, sees, scaling)
 
 
 def _blocks(x: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -22,6 +22,7 @@ TRUST = "csrc/cpu/trust.cpp"
 GROUPS = "csrc/cpu/groups.h"
 WHITEN = "csrc/cpu/whiten.cpp"
 SLOTS = "csrc/cpu/slots.cpp"
+SOFTMAX = "csrc/cpu/softmax.cpp"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -87,15 +88,22 @@ CPU = [
     ("alpha missed", TRUST, "(double)weight * in.weight *", "(double)weight *", "trust or formula"),
     ("groups of neighbours", GROUPS, "std::stable_sort(member.begin(), member.end(), before);", "", "trust or formula or group"),
     ("biased variance", WHITEN, "all.count > 2.0 ? all.count - 1.0 : 1.0", "all.count > 2.0 ? all.count : 1.0", "whiten or prime"),
-    ("scores not scaled", SLOTS, "q[c] * t.scaling", "q[c]", "slots"),
-    ("places behind the length weigh", SLOTS, "s.weight[h * room + at + j] = -FLT_MAX;", "s.weight[h * room + at + j] = 0.0f;", "slots"),
-    ("the new key goes one place before", SLOTS, "put<DTYPE>(t.k, t.k_dtype, i, keys, n, s);", "put<DTYPE>(t.k, t.k_dtype, i, keys, n ? n - 1 : 0, s);", "slots"),
-    ("the new value is left out", SLOTS, "put<DTYPE>(t.v, t.v_dtype, i, values, n, s);", "", "slots"),
-    ("a score that is not finite is let through", SLOTS, "(double)sum[k] + (double)broken[k]", "(double)sum[k]", "slots"),
-    ("query heads of another key head", SLOTS, "i * group + g", "i + g", "slots"),
-    ("values of the last places alone", SLOTS, "sum[h] = load(s.out.data() + h * s.padded + c);", "sum[h] = Vec{};", "slots"),
-    ("every other lane", SLOTS, "+ every_second<1>(a, b, lanes)", "+ every_second<0>(a, b, lanes)", "slots"),
-    ("another row behind the last place", SLOTS, "memset(s.block.data() + n * s.size, 0, LANES * sizeof(float));", "", "slots"),
+    ("scores not scaled", SLOTS, "q[c] * t.scaling", "q[c]", "slots or row"),
+    ("places behind the length weigh", SLOTS, "s.weight[h * room + at + j] = -FLT_MAX;", "s.weight[h * room + at + j] = 0.0f;", "slots or row"),
+    ("the new key goes one place before", SLOTS, "put<DTYPE>(t.k, t.k_dtype, i, keys, n, s);", "put<DTYPE>(t.k, t.k_dtype, i, keys, n ? n - 1 : 0, s);", "slots or row"),
+    ("the new value is left out", SLOTS, "put<DTYPE>(t.v, t.v_dtype, i, values, n, s);", "", "slots or row"),
+    ("a score that is not finite is let through", SLOTS, "(double)sum[k] + (double)broken[k]", "(double)sum[k]", "slots or row"),
+    ("query heads of another key head", SLOTS, "i * group + g", "i + g", "slots or row"),
+    ("values of the last places alone", SLOTS, "sum[h] = load(s.out.data() + h * s.padded + c);", "sum[h] = Vec{};", "slots or row"),
+    ("every other lane", SLOTS, "+ every_second<1>(a, b, lanes)", "+ every_second<0>(a, b, lanes)", "slots or row"),
+    ("another row behind the last place", SLOTS, "memset(s.block.data() + n * s.size, 0, LANES * sizeof(float));", "", "slots or row"),
+    ("softmax not scaled", SOFTMAX, "where(on, load(row + j) * scaling)", "where(on, load(row + j))", "softmax"),
+    ("what is not seen weighs", SOFTMAX, "load_bits(seen + j) & (x > LOWEST)", "(x > LOWEST)", "softmax"),
+    ("one head's weights", SOFTMAX, "(b * t.heads + h) * t.queries + r) * t.width;", "(b * t.heads) * t.queries + r) * t.width;", "softmax"),
+    ("the first mask for all", SOFTMAX, "t.shared ? r : i", "r", "softmax"),
+    ("a broken score is let through", SOFTMAX, "(total_of(sum) + total_of(broken))", "total_of(sum)", "score"),
+    ("softmax gradient without its mean", SOFTMAX, "(load(&g[j]) - mean)", "load(&g[j])", "softmax"),
+    ("softmax gradient not scaled", SOFTMAX, "t.scaling * load(&p[j])", "load(&p[j])", "softmax"),
 ]  # fmt: skip
 
 DEVICE = "csrc/cuda/device.h"

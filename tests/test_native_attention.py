@@ -1,5 +1,5 @@
-"""Attention of one new token over its slot: every instruction set against float64 by the rule of
-test_parity.py, places behind a row's length poisoned, bits over threads, rows and widths."""
+"""The attention ops: every instruction set against float64 by the rule of test_parity.py, places
+that nobody sees poisoned, bits over threads, rows and widths."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from test_native import isa, native  # noqa: F401, fixtures
 from test_parity import within
 
+from reasonrl.attention import masked_softmax
 from reasonrl.kernels import reference
 from reasonrl.slots import slot_attention
 
@@ -40,7 +41,7 @@ def drawn(size, kind, scale=1.0, mixed=True):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_parity(isa, size, kind):  # noqa: F811
+def test_slots(isa, size, kind):  # noqa: F811
     for scale, mixed in ((1.0, True), (6.0, False)):
         q, k, v, keys, values, length = drawn(size, kind, scale, mixed)
         results = []
@@ -129,3 +130,78 @@ def test_float64_is_the_references():
     again = keys.clone(), values.clone()
     out = slot_attention(q, k, v, keys, values, length, 0.5)
     assert torch.equal(out, reference.slot_attention(q, k, v, *again, length, 0.5))
+
+
+GRIDS = [  # batch, rows and queries of scores, width, one mask for all
+    (3, 2, 12, 6, 37, False),
+    (2, 3, 8, 8, 64, True),
+    (1, 1, 5, 1, 1, True),
+    (2, 1, 3, 3, 200, False),
+    (0, 2, 4, 2, 9, False),
+]
+
+
+def scores_of(grid, kind):
+    """Scores, what is seen of them, and an upstream gradient; unseen scores are NaN and inf."""
+    batch, heads, rows, queries, width, shared = grid
+    scores = (4 * torch.randn(batch, heads, rows, width)).to(kind)
+    sees = torch.rand(1 if shared else batch, 1, queries, width) > 0.4
+    sees[..., width // 2] = True
+    unseen = ~sees.repeat(1, 1, rows // queries, 1).expand_as(scores)
+    scores[unseen] = torch.tensor([math.nan, math.inf]).to(kind)[
+        torch.arange(int(unseen.sum())) % 2
+    ]
+    return scores, sees, torch.randn(scores.shape).to(kind), unseen
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_softmax_and_its_gradient(isa, grid, kind):  # noqa: F811
+    scores, sees, up, unseen = scores_of(grid, kind)
+    results = []
+    for dtype, impl in ((torch.float64, "reference"), (kind, "reference"), (kind, "native")):
+        leaf = scores.to(dtype).requires_grad_()
+        weight = masked_softmax(leaf.clone(), sees, 0.3, impl=impl)
+        results.append((weight, *torch.autograd.grad(weight, leaf, up.to(dtype))))
+    for k, (truth, yard, got) in zip((2, 3), zip(*results, strict=True), strict=True):
+        assert got.dtype == kind and got[unseen].eq(0).all()
+        size = float(truth.detach().abs().max()) if truth.numel() else 0.0
+        # the weights that the gradient reads were rounded to the type, as its result is
+        rounding = 0.0 if kind == torch.float32 else torch.finfo(kind).eps * size
+        within(got, truth, yard, k, [unseen, ~unseen], rounding=rounding)
+
+
+def test_softmax_has_the_same_bits_for_any_threads(native):  # noqa: F811
+    scores, sees, up, _ = scores_of((7, 3, 24, 12, 130, False), torch.float32)
+    seen = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        leaf = scores.clone().requires_grad_()
+        weight = masked_softmax(leaf.clone(), sees, 0.3, impl="native")
+        seen.append(torch.stack([weight, *torch.autograd.grad(weight, leaf, up)]).detach())
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_score_breaks_its_row_alone(isa, bad):  # noqa: F811
+    scores, sees, *_ = scores_of((2, 2, 6, 3, 40, False), torch.float32)
+    clean = masked_softmax(scores.clone(), sees, 1.0, impl="native")
+    scores[1, 0, 4, 20] = bad
+    got = masked_softmax(scores, sees, 1.0, impl="native")
+    assert got[1, 0, 4][sees[1, 0, 1]].isnan().all()
+    got[1, 0, 4] = clean[1, 0, 4]
+    assert torch.equal(got, clean)
+
+
+def test_masks_that_do_not_fit_are_named():
+    scores, sees = torch.zeros(2, 3, 6, 5), torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    wanted = r"sees must be \(B or 1, 1, R, S\) = \(2 or 1, 1, a divisor of 6, 5\), got "
+    for wrong in (sees[:, :, :0], sees.repeat(2, 1, 1, 1), sees[0], sees.repeat(1, 2, 1, 1)):
+        with pytest.raises(ValueError, match=wanted):
+            masked_softmax(scores, wrong, 1.0)
+    with pytest.raises(ValueError, match="sees must be bool, got float32"):
+        masked_softmax(scores, sees.float(), 1.0)
+    with pytest.raises(ValueError, match=r"got \(2, 1, 3, 4\)"):
+        masked_softmax(scores, sees[..., :4], 1.0)
+    with pytest.raises(ValueError, match=r"scores must be \(B, K, N, S\), contiguous"):
+        masked_softmax(scores.transpose(1, 2), sees, 1.0)
