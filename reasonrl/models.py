@@ -214,11 +214,7 @@ def load(
     if graphs not in ("auto", "off"):
         raise InputError(f"graphs: expected auto or off, got {graphs!r}")
     _bound_kernel_cache()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
+    target = placed(device)
     how = options.pop("vision_tower", None)
     model: Any
     processor: Any = None
@@ -248,6 +244,19 @@ def load(
     model = model.to(target)
     layers.fuse(model, liger)
     return Policy(model, tokenizer, compute_dtype(dtype, target), processor, attn, graphs)
+
+
+def placed(device: str) -> torch.device:
+    """auto: a GPU where there is one; InputError where there is no such device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: expected a usable NVIDIA GPU for cuda, found none")
+    return target
 
 
 def _bound_kernel_cache() -> None:

@@ -245,7 +245,7 @@ class PRM:
         if number != FORMAT or reading.kind not in ("sigmoid", "softmax", "value"):
             raise InputError(f"{path}: {models.PRM_FILE}: expected format {FORMAT}, got {number!r}")
         model.set_attn_implementation(attention.NAME)
-        target = torch.device(device)
+        target = models.placed(device)
         body = Policy(model.to(target), tokenizer, models.compute_dtype(dtype, target))
         final = _linear(heads, "final.").to(target) if reading.end is not None else None
         return PRM(body, layers(heads, "head.").to(target), final, reading)

@@ -18,7 +18,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +65,7 @@ def load(
             model, heads = pretrained.model(AutoModel, path), _heads(path)
         kind = _kind(architecture, heads, folder)
     model.set_attn_implementation(attention.NAME)
-    target = torch.device(device)
+    target = models.placed(device)
     body = Policy(model.to(target), tokenizer, models.compute_dtype(dtype, target))
     mark = None if kind == "value" and separator is None else _mark(tokenizer, separator, folder)
     reading = Reading(kind=kind, separator=mark, end=None, delimiter=delimiter)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -21,6 +22,7 @@ from reasonrl.records import infra, scored, unscorable
 from reasonrl.rewards.judge import Judge
 from reasonrl.rewards.prm import PRMScorer
 from reasonrl.rollout import Sampling, sample
+from reasonrl.serve import scorers
 from reasonrl.serve.protocols import Ask
 from reasonrl.serve.queue import Queue
 from reasonrl.serve.scorers import Plan, Scorer, judge_scorer, open_scorer, prm_scorer
@@ -231,8 +233,32 @@ def test_a_rendered_conversation_is_taken_apart():
         (["math", "--queue", "0"], "--queue: expected 1..1.04858e+06, got 0"),
         (["math", "--unscored", "nan"], "--unscored: expected a number, got nan"),
         (["math", "--timeout", "nan"], "--timeout: expected"),
+        (
+            ["judge=tiny", "--device", "gpu"],
+            "device: expected auto, cpu, cuda or cuda:N, got 'gpu'",
+        ),
     ],
 )
 def test_the_command_refuses(words, says, capsys):
     assert main(["serve", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "place"),
+    [("auto", True, "meta"), ("auto", False, "cpu"), ("cpu", True, "cpu")],
+)
+@pytest.mark.parametrize("kind", ["prm", "judge"])
+def test_models_are_where_the_command_says(
+    kind, given, there, place, tmp_path, policy, monkeypatch
+):
+    """`auto` is a GPU where there is one; meta stands in for it."""
+    PRM.new(policy.frozen(), Reading(delimiter=";")).save(tmp_path)
+    monkeypatch.setattr(
+        models, "placed", lambda d: torch.device("meta" if d == "auto" and there else "cpu")
+    )
+    found = []
+    monkeypatch.setattr(scorers, f"{kind}_scorer", lambda model, *_: found.append(model))
+    open_scorer({"prm": f"prm={tmp_path}", "judge": "judge=tiny"}[kind], Plan(device=given))
+    model = found[0].prm.body if kind == "prm" else found[0]
+    assert model.device.type == place

@@ -203,7 +203,7 @@ def _people(options: argparse.Namespace) -> int:
         raise InputError("prm label: --ask and --answers need --prm FOLDER and --data FILE")
     if options.ask is not None and options.ask < 1:
         raise InputError(f"--ask: expected >= 1, got {options.ask}")
-    prm = prm_heads.load(options.prm)
+    prm = prm_heads.load(options.prm, device="auto")
     cut = unescaped(options.delimiter) if options.delimiter else prm.reading.delimiter
     traces = read_traces(options.data, labelled=False, delimiter=cut, redact=_redact(options))
     scores = prm.score(traces)

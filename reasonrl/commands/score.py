@@ -57,7 +57,8 @@ def scorer(options: argparse.Namespace):
 
     delimiter = unescaped(options.delimiter or "\n")
     pair = tuple(options.pair) if options.pair else None
-    return prm_heads.load(options.prm, separator=options.separator, pair=pair, delimiter=delimiter)
+    known = {"separator": options.separator, "pair": pair, "delimiter": delimiter}
+    return prm_heads.load(options.prm, device="auto", **known)
 
 
 def _cut(options: argparse.Namespace, prm) -> str:

@@ -38,6 +38,7 @@ def add(commands) -> None:
     command.add_argument("--votes", type=int, default=1, help="verdicts of a judge")
     command.add_argument("--max-tokens", type=int, default=512, help="of one judgement")
     command.add_argument("--temperature", type=float, help="of judgements (0 for one vote)")
+    command.add_argument("--device", default="auto", help="of models: auto, cpu, cuda, cuda:1")
     command.set_defaults(run=_serve)
 
 
@@ -59,6 +60,7 @@ def _serve(options: argparse.Namespace) -> int:
         votes=options.votes,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
+        device=options.device,
     )
     app = App([open_scorer(spec, plan) for spec in options.scorers], options.unscored)
 

@@ -60,14 +60,15 @@ def reward_function(
 
 
 def _scorer(name: str, what: str):
+    from reasonrl import models, prm_heads
+
     if name == "prm":
         from reasonrl.rewards.prm import PRMScorer
 
-        return PRMScorer(what)
-    from reasonrl import models
+        return PRMScorer(prm_heads.load(what, device="auto"))
     from reasonrl.rewards.judge import Judge
 
-    return Judge(models.load(what), temperature=0.0)
+    return Judge(models.load(what, device="auto"), temperature=0.0)
 
 
 def _value(score: Score, unscored: float | None) -> float:

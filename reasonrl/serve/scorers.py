@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reasonrl import models
+from reasonrl import models, prm_heads
 from reasonrl.choice import texts
 from reasonrl.models import Policy
 from reasonrl.prompts import render
@@ -39,6 +39,7 @@ class Plan:
     votes: int = 1  # verdicts of a judge a completion
     max_tokens: int = 512  # of a judgement, or of a chat request that says nothing
     temperature: float | None = None  # of judgements; None: 0 for one vote, else 1
+    device: str = "auto"  # where models run: a GPU where there is one
 
 
 @dataclass
@@ -56,8 +57,8 @@ def open_scorer(spec: str, plan: Plan) -> Scorer:
         return _verifier(kind, plan)
     if kind in ("prm", "judge") and what:
         if kind == "prm":
-            return prm_scorer(PRMScorer(what), plan)
-        return judge_scorer(models.load(what), what, plan)
+            return prm_scorer(PRMScorer(prm_heads.load(what, device=plan.device)), plan)
+        return judge_scorer(models.load(what, device=plan.device), what, plan)
     raise InputError(f"serve: expected {KINDS}, got {spec!r}")
 
 
