@@ -55,16 +55,20 @@ def main() -> None:
     results = [seed_of(seed, options.runs) for seed in options.seeds]
     if options.only_run:
         return
-    whole = {
-        "seeds": results,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
-        "versions": {n: version(n) for n in ("reasonrl", "torch", "transformers")},
-    }
+    whole = {"seeds": results} | about()
     (HERE / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
     (HERE / "results.md").write_text(table(whole))
     picture(results, HERE / "curve.svg")
     print(table(whole))
+
+
+def about() -> dict:
+    """When and on what something was measured."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, no GPU, one thread a run",
+        "versions": {n: version(n) for n in ("reasonrl", "torch", "transformers")},
+    }
 
 
 def seed_of(seed: int, runs: Path) -> dict:
