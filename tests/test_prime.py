@@ -13,7 +13,8 @@ from reasonrl import models
 from reasonrl.algos import Prime
 from reasonrl.algos.base import Start, make
 from reasonrl.algos.prime import Held
-from reasonrl.batch import cu_seqlens
+from reasonrl.batch import cu_seqlens, pack
+from reasonrl.logprobs import batch_logp
 from reasonrl.lora import merged, trainable
 from reasonrl.records import InputError, Problem, Rewards, Rollout, infra, scored
 from reasonrl.rewards.implicit import ImplicitPRM
@@ -120,6 +121,23 @@ def test_the_scorer_gives_what_learning_saw_and_starts_at_zero():
     assert all(torch.equal(a, b) for a, b in zip(seen.token, again.token, strict=True))
     same = ImplicitPRM(ref.frozen(), ref)(rollout)
     assert all(bool((token == 0).all()) for token in same.token)
+
+
+def test_its_first_gradient_is_the_policy_gradient_of_the_outcomes():
+    """While it equals the reference: with 1/2 for a baseline, the same in every group."""
+    rollout, beta = made_up(), 0.7
+    prm, ref = tiny(1), tiny(1).frozen()
+    outcome = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    known = torch.ones(6, dtype=torch.bool)
+    ImplicitPRM(prm, ref, beta=beta, tokens=64).learn(rollout, outcome, known, 6.0)
+    policy = tiny(1)
+    each = (0.5 - outcome).repeat_interleave(cu_seqlens(rollout).diff())
+    for batch in pack(rollout, each, 64):
+        (beta / 6.0 * batch.advantage * batch_logp(policy, batch)).sum().backward()
+    for mine, theirs in zip(prm.model.parameters(), policy.model.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+    assert max(float(p.grad.abs().max()) for p in prm.model.parameters()) > 1e-4
 
 
 def test_another_vocabulary_is_refused(tmp_path):
