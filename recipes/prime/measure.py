@@ -3,12 +3,12 @@
     python recipes/prime/measure.py --seeds 1 2 3
 
 A seed: one cold-started policy of the recipe `prime_guesses`, then every arm from it with the same
-prompts, loss and number of completions; outcome-only also at three times the learning rate. What
-is compared is the mean over the evaluations of the first STEPS steps (500 held-out test problems
-each, greedy), paired by seed: how much of the way is done how early, without a step chosen
-afterwards. Equal seconds: PRIME after s steps against the outcome arm's last evaluation within the
-time that s steps of PRIME took (each arm's median step). Finished arms are not run again. Writes
-results.json, results.md and curve.svg.
+prompts, loss and number of completions, once with the recipe's steps of 16 prompts x 8 and once
+with steps of 2 x 4. What is compared is the mean over the evaluations of an arm's steps (500
+held-out test problems each, greedy), paired by seed: how much of the way is done how early,
+without a step chosen afterwards. Equal seconds (16 x 8 only): PRIME after s steps against the
+outcome arm's last evaluation within the time that s steps of PRIME took (each arm's median step).
+Finished arms are not run again. Writes results.json, results.md and curve.svg.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from reasonrl.plot_data import T95 as QUANTILES
 from reasonrl.plot_data import Line, Panel
@@ -31,18 +33,37 @@ from reasonrl.plots import draw
 
 HERE = Path(__file__).resolve().parent
 T95 = {n + 1: quantile for n, quantile in enumerate(QUANTILES, 1)}  # by number of seeds
-STEPS, EVERY = 30, 3
-LONGER = 2  # times as many steps of an outcome arm, for equal seconds
+EVERY = 3  # steps between evaluations
 GOAL = 0.9  # "reached": the first evaluation at least this good
-OUTCOME = ["algorithm=grpo", "algo={kind: rloo}"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: keys on top of the recipe, and the steps that are compared."""
+
+    rate: str
+    keys: tuple[str, ...] = ()
+    steps: int = 30
+    longer: int = 1  # times as many steps are run, for equal seconds
+
+
+OUTCOME = ("algorithm=grpo", "algo={kind: rloo}")
+SMALL = ("prompts_per_step=2", "group=4", "optim.warmup=0")
 ARMS = {
-    "outcome, 1e-4": OUTCOME,
-    "PRIME, 1e-4": [],
-    "outcome, 3e-4": OUTCOME,
+    "outcome, 1e-4": Arm("1e-4", OUTCOME, longer=2),
+    "PRIME, 1e-4": Arm("1e-4"),
+    "outcome, 3e-4": Arm("3e-4", OUTCOME, longer=2),
+    "outcome, 1e-4, 2 x 4": Arm("1e-4", SMALL + OUTCOME, 24),
+    "PRIME, 1e-4, 2 x 4": Arm("1e-4", SMALL, 24),
+    "outcome, 2e-4, 2 x 4": Arm("2e-4", SMALL + OUTCOME, 24),
+    "PRIME, 2e-4, 2 x 4": Arm("2e-4", SMALL, 24),
 }
 PAIRS = [
     ("PRIME, 1e-4", "outcome, 1e-4"),
     ("PRIME, 1e-4", "outcome, 3e-4"),
+    ("PRIME, 1e-4, 2 x 4", "outcome, 1e-4, 2 x 4"),
+    ("PRIME, 2e-4, 2 x 4", "outcome, 2e-4, 2 x 4"),
+    ("PRIME, 1e-4, 2 x 4", "outcome, 2e-4, 2 x 4"),
 ]
 
 
@@ -55,11 +76,20 @@ def main() -> None:
     results = [seed_of(seed, options.runs) for seed in options.seeds]
     if options.only_run:
         return
-    whole = {"seeds": results} | about()
+    whole = {"seeds": rounded(results)} | about()
     (HERE / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
     (HERE / "results.md").write_text(table(whole))
-    picture(results, HERE / "curve.svg")
+    picture(whole["seeds"], HERE / "curve.svg")
     print(table(whole))
+
+
+def rounded(value: Any) -> Any:
+    """Every number in it to four digits."""
+    if isinstance(value, dict):
+        return {key: rounded(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [rounded(of) for of in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def about() -> dict:
@@ -76,14 +106,12 @@ def seed_of(seed: int, runs: Path) -> dict:
     base = runs / f"base-{seed}"
     run(base, ["steps=0", "eval_problems=0", f"seed={seed}", "threads=1"])
     arms = {}
-    for arm, keys in ARMS.items():
-        rate = arm.split(", ")[-1]
-        steps = STEPS * (LONGER if keys is OUTCOME else 1)
-        words = [f"model={base}/checkpoint-0", "cold_start_steps=0", f"learning_rate={float(rate)}"]
-        words += [f"steps={steps}", f"eval.every={EVERY}", f"seed={seed}"]
-        words += ["threads=1", "log.completions_every=0", *keys]
-        out = runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-        arms[arm] = run(out, words)
+    for name, arm in ARMS.items():
+        words = [f"model={base}/checkpoint-0", "cold_start_steps=0"]
+        words += [f"learning_rate={float(arm.rate)}", f"steps={arm.steps * arm.longer}"]
+        words += [f"eval.every={EVERY}", f"seed={seed}", "threads=1", "log.completions_every=0"]
+        out = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+        arms[name] = run(out, [*words, *arm.keys])
     return {"seed": seed, "arms": arms}
 
 
@@ -129,9 +157,9 @@ def per_step(arm: dict) -> float:
     return statistics.median(r["step_time"] - (r["time/eval"] or 0.0) for r in arm["steps"])
 
 
-def area(arm: dict, stretch: float = 1.0) -> float:
-    """Mean accuracy over the evaluations up to STEPS, each read `stretch` times as late."""
-    when = [e["step"] for e in arm["evals"] if 0 < e["step"] <= STEPS]
+def area(arm: dict, steps: int, stretch: float = 1.0) -> float:
+    """Mean accuracy over the evaluations up to `steps`, each read `stretch` times as late."""
+    when = [e["step"] for e in arm["evals"] if 0 < e["step"] <= steps]
     return sum(at(arm, step * stretch) for step in when) / len(when)
 
 
@@ -155,8 +183,8 @@ def interval(values: list[float]) -> str:
 def table(whole: dict) -> str:
     seeds = whole["seeds"]
     lines = [
-        "Held-out greedy accuracy, 500 test problems a seed, in percent. Mean: over the ten"
-        " evaluations of the run;",
+        "Held-out greedy accuracy, 500 test problems a seed, in percent. Mean: over the"
+        " evaluations of the run (10, or 8 of 2 x 4);",
         f"reached: the step of the first evaluation of {100 * GOAL:.0f} % or more.",
         "",
         "| seed | arm | start | mean | last | reached | median seconds a step | peak RSS, MiB |",
@@ -164,7 +192,8 @@ def table(whole: dict) -> str:
     ]
     for row in seeds:
         for name, arm in row["arms"].items():
-            shares = at(arm, 0), area(arm), at(arm, STEPS)
+            steps = ARMS[name].steps
+            shares = at(arm, 0), area(arm, steps), at(arm, steps)
             cells = " | ".join(f"{100 * v:.1f}" for v in shares)
             lines.append(
                 f"| {row['seed']} | {name} | {cells} | {reached(arm)}"
@@ -177,9 +206,14 @@ def table(whole: dict) -> str:
     ]
     for ours, theirs in PAIRS:
         both = [(row["arms"][ours], row["arms"][theirs]) for row in seeds]
-        equal = [area(a) - area(b) for a, b in both]
-        timed = [area(a) - area(b, per_step(a) / per_step(b)) for a, b in both]
-        lines.append(f"| {ours} - {theirs} | {interval(equal)} | {interval(timed)} |")
+        steps = ARMS[ours].steps
+        gaps = [area(a, steps) - area(b, steps) for a, b in both]
+        timed = ""
+        if ARMS[theirs].longer > 1:
+            slower = [per_step(a) / per_step(b) for a, b in both]
+            pairs = zip(both, slower, strict=True)
+            timed = interval([area(a, steps) - area(b, steps, s) for (a, b), s in pairs])
+        lines.append(f"| {ours} - {theirs} | {interval(gaps)} | {timed} |")
     versions = ", ".join(f"{k} {v}" for k, v in whole["versions"].items())
     loads = [arm["load_before"] for row in seeds for arm in row["arms"].values()]
     lines += [
@@ -192,18 +226,23 @@ def table(whole: dict) -> str:
 
 
 def picture(results: list[dict], path: Path) -> None:
-    """Means over the seeds with 95 % t-intervals."""
-    lines = []
-    for name in ARMS:
-        arms = [row["arms"][name] for row in results]
-        x = [e["step"] for e in arms[0]["evals"] if e["step"] <= STEPS]
-        columns = [[100 * at(arm, step) for arm in arms] for step in x]
+    """Means over the seeds with 95 % t-intervals, a panel for each size of a step."""
+    panels: dict[str, list[Line]] = {"16 prompts x 8": [], "2 prompts x 4": []}
+    for name, arm in ARMS.items():
+        rows = [row["arms"][name] for row in results]
+        x = [e["step"] for e in rows[0]["evals"] if e["step"] <= arm.steps]
+        columns = [[100 * at(row, step) for row in rows] for step in x]
         means = [statistics.mean(c) for c in columns]
         half = [T95[len(c)] * statistics.stdev(c) / math.sqrt(len(c)) for c in columns]
         low = [m - h for m, h in zip(means, half, strict=True)]
         high = [m + h for m, h in zip(means, half, strict=True)]
-        lines.append(Line(name, x, means, low, high, dashed=name.startswith("outcome")))
-    draw([Panel("RL step", "test problems right (%)", lines)], path)
+        shown = name.removesuffix(", 2 x 4")
+        line = Line(shown, x, means, low, high, dashed=name.startswith("outcome"))
+        panels["16 prompts x 8" if shown == name else "2 prompts x 4"].append(line)
+    draw(
+        [Panel(f"RL step, {size}", "test problems right (%)", of) for size, of in panels.items()],
+        path,
+    )
 
 
 if __name__ == "__main__":
