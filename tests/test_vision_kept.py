@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_vision import POLICIES, PROBLEMS, SMALL, prompts, qwen2_5, written
@@ -80,6 +82,9 @@ def test_what_is_kept_is_of_these_weights():
         changed = rollout_logp(policy, rollout, 4096)
         assert seen == [3, 3] and not torch.allclose(changed, first, atol=1e-4)
         assert torch.equal(rollout_logp(other, rollout, 4096), first)
+    with Looks() as seen:  # shards are run by every rank alike
+        rollout_logp(replace(policy, sharded=True), rollout, 4096)
+    assert seen == [3]
     vision.set_tower(policy.model, "trained")
     with Looks() as seen:
         rollout_logp(policy, rollout, 4096)
@@ -97,3 +102,4 @@ def test_a_run_looks_once_a_step_where_the_tower_is_frozen(tower, tmp_path):
     with Looks() as seen:
         assert main(["train", "tiny", *SMALL, *own, "--out", out, "--quiet"]) == 0
     assert seen == {"frozen": [4, 2, 2], "trained": [4, *[2, 2, 2, 1, 1, 1] * 2]}[tower]
+    assert not vision._kept  # gone with the last step
