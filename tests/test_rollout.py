@@ -34,7 +34,9 @@ def problems(n=4):
     return [Problem(str(i), "") for i in range(n)]
 
 
-def test_greedy_equals_transformers_generate(policy):
+@pytest.mark.parametrize("packed", [1, 1 << 30])
+def test_greedy_equals_transformers_generate(policy, packed, monkeypatch):
+    monkeypatch.setattr(models, "PACKED", packed)
     rollout = sample(policy, problems(), PROMPTS, 1, Sampling(40, temperature=0), seed=0)
     policy.model.set_attn_implementation("sdpa")
     try:
@@ -123,18 +125,30 @@ def test_prompts_that_do_not_fit_are_named(policy):
         sample(policy, problems(1), [[]], 2, Sampling(10), seed=0)
 
 
-def test_packed_weights_follow_the_model_and_leave_no_trace(policy):
-    bf16 = models.Policy(policy.model, policy.tokenizer, torch.bfloat16)
-    first = sample(bf16, problems(), PROMPTS, 1, Sampling(8, temperature=0), seed=0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_weights_follow_the_model_and_leave_no_trace(policy, dtype, monkeypatch):
+    monkeypatch.setattr(models, "PACKED", 1)  # of fp32: also small ones
+    own = models.Policy(policy.model, policy.tokenizer, dtype)
+    first = sample(own, problems(), PROMPTS, 1, Sampling(8, temperature=0), seed=0)
     weight = policy.head.weight.detach().clone()
     with torch.no_grad():
         policy.head.weight[first.completion_ids[0][0]] = 0  # the first choice is out now
-    second = sample(bf16, problems(), PROMPTS, 1, Sampling(8, temperature=0), seed=0)
+    second = sample(own, problems(), PROMPTS, 1, Sampling(8, temperature=0), seed=0)
     with torch.no_grad():
         policy.head.weight.copy_(weight)
     assert second.completion_ids != first.completion_ids
     assert all("forward" not in m.__dict__ for m in policy.model.modules())
-    assert bf16.head.weight.dtype == torch.float32
+    assert own.head.weight.dtype == torch.float32
+
+
+def test_layers_of_one_input_cast_it_once_and_see_it_change():
+    cast = models._Cast(torch.bfloat16)
+    x = torch.ones(3)
+    first = cast(x)
+    assert cast(x) is first and first.dtype == torch.bfloat16
+    x += 1
+    assert cast(x).tolist() == [2, 2, 2]
+    assert cast(torch.zeros(3)).tolist() == [0, 0, 0] and cast(x).tolist() == [2, 2, 2]
 
 
 def test_waiting_prompts_enter_while_others_still_run(policy, monkeypatch):
