@@ -35,17 +35,16 @@ def activation_bytes(
                the prompt's in front, once a completion (2 c k (1 + P/R))
         MLP    gate, its activation, up, their product (4 c i)
 
-    plain attention adds the softmax in fp32 and in the compute dtype, and the mask: with S = P + R
-    keys, S heads (4 + c if c < 4) + S. Checkpointing (section 4 there, full recomputation) keeps
-    each layer's input and one layer's worth of all that. 12 h are the last norm's.
+    plain attention (on a CPU, by the native softmax) adds the weights in the compute dtype: with
+    S = P + R keys, S heads c. Checkpointing (section 4 there, full recomputation) keeps each
+    layer's input and one layer's worth of all that. 12 h are the last norm's.
     """
     c, h = 4 if precision == "fp32" else 2, shape.hidden
     norms = {"fp32": 24, "mixed": 26, "bf16": 16}[precision] * h
     prefix = 1 + sizes.prompt / sizes.completion
     layer = norms + 3 * c * shape.queries + 2 * c * shape.keys * prefix + 4 * c * shape.intermediate
     if plain:
-        seen = sizes.prompt + sizes.completion
-        layer += seen * (shape.heads * (4 + (c if c < 4 else 0)) + 1)
+        layer += (sizes.prompt + sizes.completion) * shape.heads * c
     if checkpointing:
         stream = 2 if precision == "bf16" else 4
         return shape.layers * stream * h + layer + 12 * h

@@ -116,7 +116,7 @@ def test_activations_head_and_cache_by_hand():
     layer = 240 + 240 + 120 + 480
     assert activation_bytes(TOY, sizes, "fp32", False, False) == 2 * layer + 120
     assert activation_bytes(TOY, sizes, "fp32", True, False) == 2 * 40 + layer + 120
-    plain = layer + 30 * (4 * 4 + 1)
+    plain = layer + 30 * 4 * 4
     assert activation_bytes(TOY, sizes, "fp32", False, True) == 2 * plain + 120
     assert kv_bytes_per_token(TOY, 2) == 2 * 2 * 10 * 2
     # chunk 50 * 100 * 2, dW 4000, the head in bf16 2000, hidden states and gradient 2 * 2 * 50 * 10
