@@ -92,14 +92,16 @@ def test_a_rows_bits_are_its_own(native, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("place", ["query", "slot"])
+@pytest.mark.parametrize("place", ["query", "slot", "one key"])
 @pytest.mark.parametrize("size", [13, 64])
 def test_a_broken_row_stays_alone(isa, bad, place, size):  # noqa: F811
     """Also where the next row is shorter, in whatever the kernel keeps between two rows."""
     q, k, v, keys, values, _ = drawn((4, 6, 2, 40, size), torch.float32)
     keys, values, length = keys.nan_to_num(), values.nan_to_num(), torch.tensor([30, 15, 1, 39])
     clean = slot_attention(q, k, v, keys.clone(), values.clone(), length, 0.2, impl="native")
-    for broken in [q] if place == "query" else [keys, values]:
+    if place == "one key":
+        keys[1, -1, 3] = bad
+    for broken in {"query": [q], "slot": [keys, values]}.get(place, []):
         broken[1, -1] = bad
     got = slot_attention(q, k, v, keys, values, length, 0.2, impl="native")
     assert got[1, -1].isnan().all()
