@@ -103,8 +103,8 @@ class Source:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if len(ranks) == world:
             mine = ranks[rank]["waiting"]
-            server, begun = self.algo.policy.engine, [r.get("begun") for r in ranks]
-            if server is not None and all(begun):
+            server, begun = self.algo.policy.engine, [r["begun"] for r in ranks if r.get("begun")]
+            if server is not None and len(begun) == world:
                 server.begun = Begun.of(begun[rank])
         else:
             mine = [group for r in ranks for group in r["waiting"]][rank::world]

@@ -44,7 +44,7 @@ def set_up(accelerator: Accelerator) -> None:
             raise InputError("FSDP version 1 hides the parameters; use fsdp_version: 2")
         plugin.cpu_ram_efficient_loading = False
     elif how == "zero3":
-        from transformers.integrations import unset_hf_deepspeed_config
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         accelerator.state.deepspeed_plugin.dschf = None  # type: ignore[union-attr]
         unset_hf_deepspeed_config()
