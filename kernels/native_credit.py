@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl.kernels.native import FORMS, KINDS, PAYS, core, pointer, threads, whiten
+from reasonrl.kernels.native import FORMS, KINDS, PAYS, core, pointer, threads
 
 
 def given(credit: Any, cu: Tensor, mask: Tensor | None) -> Any:
@@ -59,9 +59,10 @@ def prime_advantage(
         False, verl_baseline, gamma, ddof, 0.0, 1.0, 1.0,
     )  # fmt: skip
     core().credit_advantage(task, pointer(out), threads())
-    if not whiten_result:
-        return out
-    return whiten(out, counted(cu, mask, scored, out.numel()), 1e-8)
+    if whiten_result:  # in place: fresh memory for a second array would cost more than the sums
+        known = counted(cu, mask, scored, out.numel())
+        core().whiten(pointer(out), pointer(known), out.numel(), 1e-8, pointer(out), threads())
+    return out
 
 
 def counted(cu: Tensor, mask: Tensor | None, scored: Tensor | None, n: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,15 +27,24 @@ def test_the_loop_is_the_released_code_on_the_worked_example():
         assert torch.allclose(found, torch.tensor(expected), atol=2e-5)
 
 
+def test_the_command(tmp_path, require):
+    require("native", None if _native() else "the native kernels are not built")
+    small = "--rows 8 --length 16 --loop-rows 4 --repeats 1 --parts score --out"
+    assert bench.main(["prime", *small.split(), str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["score"]["gate"]["green"]
+
+
 def test_the_report_and_the_red_gate(monkeypatch, require):
     require("native", None if _native() else "the native kernels are not built")
     report = prime.scores(rows=8, length=16, loop_rows=4, repeats=1)
     assert report["gate"]["green"] and report["gate"]["error"] < 1e-5
-    assert report["tokens"] == 128 and set(report["median"]) == {"loop", "ours", "kernel", "copy"}
+    assert report["tokens"] == 128
+    assert set(report["fresh"]["median"]) == {"loop", "ours"}
+    assert set(report["kept"]["median"]) == {"loop", "ours", "kernel", "copy"}
     assert "gate green" in prime.score_table(report)
     monkeypatch.setattr(prime, "ours", lambda *given: prime.loop(*given) * 1.01)
     report = prime.scores(rows=8, length=16, loop_rows=4, repeats=1)
-    assert not report["gate"]["green"] and "median" not in report
+    assert not report["gate"]["green"] and "fresh" not in report
     assert "no numbers" in prime.score_table(report)
 
 
