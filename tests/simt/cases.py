@@ -84,7 +84,7 @@ def policy_cases(cuda, g):
             if NAMED[name].get("surrogate", "clip") == "clip" and kl == "k3":
                 changes |= {"dual_clip": 1.4, "delta": 1.6}
             spec = LossSpec.named(name, **changes)
-            cu = long if (index, kl) == (1, "k1") else ragged
+            cu = long if (index, kl) == (1, "k1") or (name, kl) == ("gspo", "k1") else ragged
             yield from compare_policy(cuda, spec, cu, g, True, 3.0 if kl == "k2" else None)
         spec = LossSpec.named(name, max_length=300)
         yield from compare_policy(cuda, spec, ragged, g, False)
