@@ -159,8 +159,11 @@ def rollout(ours: Ours, settings: Settings, options: argparse.Namespace) -> dict
 
 
 def stock(model: Any, dtype: torch.dtype) -> Any:
-    """A copy as a user of `generate` has it: transformers' own attention, weights in the dtype."""
+    """A copy as a user of `generate` has it: transformers' own attention and layers, weights in the
+    dtype."""
     copied = copy.deepcopy(model).to(dtype).eval()
+    for module in copied.modules():
+        vars(module).pop("forward", None)
     copied.set_attn_implementation("sdpa")
     return copied
 

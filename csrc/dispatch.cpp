@@ -6,20 +6,24 @@
 namespace reasonrl {
 namespace {
 
-#define REASONRL_OPS(isa) \
-    {#isa,                \
-     isa::logp_forward,   \
-     isa::logp_backward,  \
-     isa::policy_loss,    \
-     isa::add_bf16,       \
-     isa::returns,        \
-     isa::walk_credit,    \
-     isa::token_mean,     \
-     isa::list_runs,      \
-     isa::whiten,         \
-     isa::attend_slots,   \
-     isa::masked_softmax, \
-     isa::masked_softmax_grad}
+#define REASONRL_OPS(isa)      \
+    {#isa,                     \
+     isa::logp_forward,        \
+     isa::logp_backward,       \
+     isa::policy_loss,         \
+     isa::add_bf16,            \
+     isa::returns,             \
+     isa::walk_credit,         \
+     isa::token_mean,          \
+     isa::list_runs,           \
+     isa::whiten,              \
+     isa::attend_slots,        \
+     isa::masked_softmax,      \
+     isa::masked_softmax_grad, \
+     isa::rms_norm,            \
+     isa::rms_norm_grad,       \
+     isa::swiglu,              \
+     isa::swiglu_grad}
 
 #ifdef WITH_X86
 const Ops SETS[] = {REASONRL_OPS(avx512), REASONRL_OPS(avx2), REASONRL_OPS(portable)};

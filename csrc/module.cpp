@@ -289,6 +289,52 @@ void bind_attention(py::module_& m) {
         "Gradient by the scores, from the weights.");
 }
 
+void bind_layers(py::module_& m) {
+    py::class_<NormTask>(m, "NormTask", "Rows to normalise; see ops.h.")
+        .def(py::init([](uintptr_t x, uintptr_t weight, uintptr_t scale, int64_t rows,
+                         int64_t width, int x_dtype, int weight_dtype, int y_dtype, float eps) {
+            return NormTask{
+                at<const void>(x), at<const void>(weight), at<float>(scale), rows, width,
+                x_dtype,           weight_dtype,           y_dtype,          eps};
+        }));
+    m.def(
+        "rms_norm",
+        [](const NormTask& task, uintptr_t y, int threads) {
+            py::gil_scoped_release release;
+            ops().rms_norm(task, at<void>(y), threads);
+        },
+        "Rows over their root mean square, times a weight.");
+    m.def(
+        "rms_norm_grad",
+        [](const NormTask& task, uintptr_t grad, uintptr_t grad_x, uintptr_t grad_weight,
+           int threads) {
+            py::gil_scoped_release release;
+            ops().rms_norm_grad(task, at<const void>(grad), at<void>(grad_x), at<void>(grad_weight),
+                                threads);
+        },
+        "Gradients by the rows and, unless null, by the weight.");
+    py::class_<GateTask>(m, "GateTask", "A gate and what it lets through; see ops.h.")
+        .def(py::init([](uintptr_t gate, uintptr_t up, int64_t count, int dtype) {
+            return GateTask{at<const void>(gate), at<const void>(up), count, dtype};
+        }));
+    m.def(
+        "swiglu",
+        [](const GateTask& task, uintptr_t out, int threads) {
+            py::gil_scoped_release release;
+            ops().swiglu(task, at<void>(out), threads);
+        },
+        "silu(gate) * up.");
+    m.def(
+        "swiglu_grad",
+        [](const GateTask& task, uintptr_t grad, uintptr_t grad_gate, uintptr_t grad_up,
+           int threads) {
+            py::gil_scoped_release release;
+            ops().swiglu_grad(task, at<const void>(grad), at<void>(grad_gate), at<void>(grad_up),
+                              threads);
+        },
+        "Gradients by the gate and by what it lets through.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -299,6 +345,7 @@ PYBIND11_MODULE(_C, m) {
     bind_policy(m);
     bind_segments(m);
     bind_attention(m);
+    bind_layers(m);
 #ifdef WITH_CUDA
     bind_cuda(m);
 #endif

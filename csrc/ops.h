@@ -110,6 +110,21 @@ struct SoftmaxTask {
     float scaling;
 };
 
+// Rows to normalise by their root mean square; see cpu/layers.cpp.
+struct NormTask {
+    const void *x, *weight;  // (N, D), (D,)
+    float* scale;            // (N,) 1 / rms, written by the forward where not null
+    int64_t rows, width;
+    int x_dtype, weight_dtype, y_dtype;
+    float eps;
+};
+
+struct GateTask {
+    const void *gate, *up;  // (count,)
+    int64_t count;
+    int dtype;
+};
+
 // Neighbouring tokens of one step: mostly all of it.
 struct Run {
     int64_t step, tokens, end;  // `end`: the token after the last
@@ -135,6 +150,12 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void attend_slots(const SlotTask&, int threads);                                               \
     void masked_softmax(const SoftmaxTask&, int threads);                                          \
     void masked_softmax_grad(const SoftmaxTask&, const void* grad, void* out, int threads);        \
+    void rms_norm(const NormTask&, void* y, int threads);                                          \
+    void rms_norm_grad(const NormTask&, const void* grad, void* grad_x, void* grad_weight,         \
+                       int threads);                                                               \
+    void swiglu(const GateTask&, void* out, int threads);                                          \
+    void swiglu_grad(const GateTask&, const void* grad, void* grad_gate, void* grad_up,            \
+                     int threads);                                                                 \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)
@@ -155,6 +176,10 @@ struct Ops {
     decltype(&portable::attend_slots) attend_slots;
     decltype(&portable::masked_softmax) masked_softmax;
     decltype(&portable::masked_softmax_grad) masked_softmax_grad;
+    decltype(&portable::rms_norm) rms_norm;
+    decltype(&portable::rms_norm_grad) rms_norm_grad;
+    decltype(&portable::swiglu) swiglu;
+    decltype(&portable::swiglu_grad) swiglu_grad;
 };
 
 const Ops& ops();

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ ELSEWHERE = {
     "native_linear": ("linear_logp", "linear_policy_loss"),
     "native_vocab": ("vocab_grads", "vocab_stats"),
     "native_attention": ("masked_softmax", "slot_attention"),
+    "native_layers": ("rms_norm", "swiglu"),
     "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }
 
@@ -42,7 +44,7 @@ ELSEWHERE = {
 def available() -> str | None:
     """None where the ops can run, otherwise what is missing."""
     try:
-        importlib.import_module("reasonrl._C")
+        core()
     except ImportError as error:
         return (
             f"reasonrl._C is not built ({error}); pip install -e . with a C++17 compiler builds it"
@@ -50,6 +52,7 @@ def available() -> str | None:
     return None
 
 
+@cache
 def core() -> Any:
     return importlib.import_module("reasonrl._C")
 

@@ -78,7 +78,7 @@ class Config(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn: Literal["auto", "flash", "sdpa"] = "auto"  # of packed batches on a GPU
-    liger: Literal["auto", "off"] = "auto"  # fused layers on a GPU, where liger-kernel is there
+    liger: Literal["auto", "off"] = "auto"  # fused layers: liger-kernel's on a GPU, ours on a CPU
     graphs: Literal["auto", "off"] = "auto"  # rollouts on a GPU replay recorded steps
     threads: Positive | None = None
     nan_patience: Positive = 3  # skipped steps in a row before the run stops

@@ -284,7 +284,12 @@ CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("cuda kernels", lambda: _kernel("cuda")),
     ("nvcc", _nvcc),
     ("flash attention", _flash),
-    ("liger-kernel", _imported("liger-kernel", "liger_kernel", "pip install liger-kernel")),
+    (
+        "liger-kernel",
+        _imported(
+            "liger-kernel", "liger_kernel", "pip install liger-kernel (a CPU has our layers)"
+        ),
+    ),
     ("deepspeed", _imported("deepspeed", "deepspeed", "pip install 'reasonrl[deepspeed]'")),
     ("peft", _imported("peft", "peft", "pip install 'reasonrl[lora]'")),
     ("images", _images),

@@ -1,6 +1,7 @@
-"""liger-kernel's RMSNorm and SwiGLU in a transformers model, on this instance alone.
+"""Fused RMSNorm and SwiGLU in a transformers model, on this instance alone: on a CPU by kernels of
+ours (`cpu_layers`), on a GPU by liger-kernel.
 
-They are Triton kernels for CUDA; a layer then makes one pass over memory where plain torch makes
+Liger's are Triton kernels for CUDA; a layer then makes one pass over memory where plain torch makes
 several. The package also puts its classes into transformers' module, for models built later: that
 is undone here, so that a model on a CPU in the same process keeps its own layers. Left out: its
 rotary embedding, which can only be replaced for the whole process, and its losses (ops has ours).
@@ -12,16 +13,19 @@ import importlib.util
 import sys
 from typing import Any
 
+from reasonrl import cpu_layers
 from reasonrl.records import InputError
 
 LIGER = ("auto", "off")
 
 
 def fuse(model: Any, liger: str) -> bool:
-    """Whether the model's layers are fused now: `auto` does where liger-kernel is installed, knows
-    the architecture, and the model stands on CUDA."""
+    """Whether the model's layers are fused now: `auto` does where the architecture is known and,
+    for a model on CUDA, liger-kernel is installed."""
     if liger not in LIGER:
         raise InputError(f"liger: expected one of {', '.join(LIGER)}, got {liger!r}")
+    if liger == "auto" and model.device.type == "cpu":
+        return cpu_layers.fuse(model)
     if (
         liger == "off"
         or model.device.type != "cuda"

@@ -35,20 +35,28 @@ def activation_bytes(
                the prompt's in front, once a completion (2 c k (1 + P/R))
         MLP    gate, its activation, up, their product (4 c i)
 
-    plain attention (on a CPU, by the native softmax) adds the weights in the compute dtype: with
-    S = P + R keys, S heads c. Checkpointing (section 4 there, full recomputation) keeps each
-    layer's input and one layer's worth of all that. 12 h are the last norm's.
+    Plain attention is that of a CPU, where kernels of ours take what stands between the products:
+
+        norms  two of: input, and output in the compute dtype (2 (4 + c) h; bf16: 2 (2 + c) h)
+        attention  queries and output (2 c q); keys and values as above; the weights, with
+               S = P + R keys (S heads c)
+        MLP    gate, up, their product (3 c i)
+
+    Checkpointing (section 4 there, full recomputation) keeps each layer's input and one layer's
+    worth of all that. The last norm keeps 12 h, its input alone where it is ours.
     """
     c, h = 4 if precision == "fp32" else 2, shape.hidden
-    norms = {"fp32": 24, "mixed": 26, "bf16": 16}[precision] * h
-    prefix = 1 + sizes.prompt / sizes.completion
-    layer = norms + 3 * c * shape.queries + 2 * c * shape.keys * prefix + 4 * c * shape.intermediate
+    stream = (2 if precision == "bf16" else 4) * h
+    prompt = 1 + sizes.prompt / sizes.completion
+    layer = 2 * c * shape.keys * prompt
     if plain:
+        layer += 2 * (stream + c * h) + 2 * c * shape.queries + 3 * c * shape.intermediate
         layer += (sizes.prompt + sizes.completion) * shape.heads * c
-    if checkpointing:
-        stream = 2 if precision == "bf16" else 4
-        return shape.layers * stream * h + layer + 12 * h
-    return shape.layers * layer + 12 * h
+    else:
+        norms = {"fp32": 24, "mixed": 26, "bf16": 16}[precision] * h
+        layer += norms + 3 * c * shape.queries + 4 * c * shape.intermediate
+    last = stream if plain else 12 * h
+    return shape.layers * (stream if checkpointing else layer) + checkpointing * layer + last
 
 
 def head_bytes(shape: Shape, tokens: int, compute: int, scratch: int = SCRATCH) -> float:

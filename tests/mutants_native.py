@@ -23,6 +23,7 @@ GROUPS = "csrc/cpu/groups.h"
 WHITEN = "csrc/cpu/whiten.cpp"
 SLOTS = "csrc/cpu/slots.cpp"
 SOFTMAX = "csrc/cpu/softmax.cpp"
+LAYERS = "csrc/cpu/layers.cpp"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -104,6 +105,18 @@ CPU = [
     ("a broken score is let through", SOFTMAX, "(total_of(sum) + total_of(broken))", "total_of(sum)", "score"),
     ("softmax gradient without its mean", SOFTMAX, "(load(&g[j]) - mean)", "load(&g[j])", "softmax"),
     ("softmax gradient not scaled", SOFTMAX, "t.scaling * load(&p[j])", "load(&p[j])", "softmax"),
+    ("norm without eps", LAYERS, "(float)t.width + t.eps", "(float)t.width", "norm"),
+    ("norm of a sum, not a mean", LAYERS, "sqrtf(total_of(sum) / (float)t.width", "sqrtf(total_of(sum)", "norm"),
+    ("normalised input not rounded", LAYERS, "if (task.x_dtype == F32) return;", "return;", "norm"),
+    ("norm gradient without its mean", LAYERS, "load(&row.x[j]) * mean", "0.0f * mean", "norm"),
+    ("norm gradient not scaled", LAYERS, "scale * (load(&row.w[j])", "(load(&row.w[j])", "norm"),
+    ("weight gradient of the last row", LAYERS, "load(&part[j]) + load(&row.g[j])", "load(&row.g[j])", "norm"),
+    ("weight gradient of the first chunk", LAYERS, "parts[c * padded + j]", "parts[j]", "norm"),
+    ("last rows without a gradient", LAYERS, "(t.rows + CHUNK - 1) / CHUNK", "t.rows / CHUNK", "norm"),
+    ("gate not multiplied", LAYERS, "g * sigmoid(g) * load(up + j)", "sigmoid(g) * load(up + j)", "swiglu"),
+    ("slope of the gate alone", LAYERS, "(1.0f + g * (1.0f - s))", "1.0f", "swiglu"),
+    ("gradients of gate and up change places", LAYERS, "store(up + j, d * g * s);", "store(up + j, load(gate + j));", "swiglu"),
+    ("last gates left out", LAYERS, "(t.count + SPAN - 1) / SPAN", "t.count / SPAN", "swiglu"),
 ]  # fmt: skip
 
 DEVICE = "csrc/cuda/device.h"

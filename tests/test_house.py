@@ -85,6 +85,7 @@ STAIR = [
             "importance",
             "vocab_parallel",
             "layers",
+            "cpu_layers",
             "chat",
             "tiny",
             "tiny_vl",

@@ -31,7 +31,9 @@ from simt import core  # noqa: E402
 TODAY = random.Random(datetime.date.today().toordinal() + 1)
 ALONE = ("module.cpp", "dispatch.cpp")  # in csrc: no formula stands there
 ONCE = ("segments.cpp", "credit.cpp", "trust.cpp")  # in csrc/cpu
-PER_ISA = (*"logp.cpp policy.cpp returns.cpp slots.cpp softmax.cpp steps.cpp whiten.cpp".split(),)
+PER_ISA = tuple(
+    f"{name}.cpp" for name in "layers logp policy returns slots softmax steps whiten".split()
+)
 FLAGS = "-std=gnu++17 -O1 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"
 
 
@@ -104,7 +106,15 @@ def caught_on_the_cpu(base: Path, folder: Path, mutant: tuple, pybind: list[str]
     where = package(folder / "package", library)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-k", mutant[4], "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    names = ("native", "parity", "credit", "native_linear", "native_attention", "trust")
+    names = (
+        "native",
+        "parity",
+        "credit",
+        "native_linear",
+        "native_attention",
+        "native_layers",
+        "trust",
+    )
     command += [str(TESTS / f"test_{name}.py") for name in names]
     env = os.environ | {"PYTHONPATH": str(where), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=env, cwd=where, capture_output=True, text=True)

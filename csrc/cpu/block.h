@@ -70,5 +70,18 @@ inline void write(void* data, int64_t at, int n, const float* __restrict in) {
     for (int j = 0; j < n; j++) to[j] = DTYPE == BF16 ? to_bf16(in[j]) : to_f16(in[j]);
 }
 
+// The same where the type is known when it runs.
+inline void read_any(int dtype, const void* data, int64_t at, int64_t n, float* out) {
+    if (dtype == F32) read<F32>(data, at, (int)n, out);
+    if (dtype == BF16) read<BF16>(data, at, (int)n, out);
+    if (dtype == F16) read<F16>(data, at, (int)n, out);
+}
+
+inline void write_any(int dtype, void* data, int64_t at, int64_t n, const float* in) {
+    if (dtype == F32) write<F32>(data, at, (int)n, in);
+    if (dtype == BF16) write<BF16>(data, at, (int)n, in);
+    if (dtype == F16) write<F16>(data, at, (int)n, in);
+}
+
 }  // namespace
 }  // namespace reasonrl

@@ -49,12 +49,6 @@ INLINE Vec sums_of(Vec* x) {
     return x[0];
 }
 
-void read_any(int dtype, const void* data, int64_t at, int64_t n, float* out) {
-    if (dtype == F32) read<F32>(data, at, (int)n, out);
-    if (dtype == BF16) read<BF16>(data, at, (int)n, out);
-    if (dtype == F16) read<F16>(data, at, (int)n, out);
-}
-
 // Numbers as they stand in memory, a vector at a time.
 template <int DTYPE>
 INLINE Vec load_as(const void* data, int64_t at) {
