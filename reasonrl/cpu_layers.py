@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from reasonrl import checks
-from reasonrl.implementations import run
+from reasonrl.implementations import native, run
 
 # whose RMSNorm is w * x / rms, and whose decoder layers read their two norms by linear layers alone
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smollm3")
 READ_BY_LINEAR = ("input_layernorm", "post_attention_layernorm")
 SILU = ("SiLU", "SiLUActivation")
+TYPES = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,15 +73,15 @@ def _narrow_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _normed(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    if not _plain(x, norm.weight):
+    if not _plain(x, norm.weight) or x.shape[-1:] != norm.weight.shape:
         return type(norm).forward(norm, x)
-    return rms_norm(x, norm.weight, norm.variance_epsilon, dtype)
+    return native("rms_norm")(x.contiguous(), norm.weight, norm.variance_epsilon, dtype)
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if _plain(gate, up) and gate.dtype == up.dtype:
-        return self.down_proj(swiglu(gate, up))
+    if _plain(gate, up) and (gate.shape, gate.dtype) == (up.shape, up.dtype):
+        return self.down_proj(native("swiglu")(gate.contiguous(), up.contiguous()))
     return self.down_proj(self.act_fn(gate) * up)
 
 
@@ -88,12 +89,10 @@ for method in (_norm, _narrow_norm, _gated):
     method.__name__ = "forward"  # pickled by this name: read back, a module computes as before
 
 
-def _plain(*tensors: Tensor) -> bool:
+def _plain(a: Tensor, b: Tensor) -> bool:
     """Whether the kernels take these: on a CPU, of a dtype they know, no DTensor."""
-    return not torch.compiler.is_compiling() and all(
-        type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in DTYPES
-        for x in tensors
-    )
+    known = type(a) in TYPES and type(b) in TYPES and a.dtype in DTYPES and b.dtype in DTYPES
+    return known and a.is_cpu and b.is_cpu and not torch.compiler.is_compiling()
 
 
 def rms_norm(

@@ -55,6 +55,13 @@ def eager(op: str, impl: str, args: tuple) -> Any:
 _compiled = compiled.bind(eager)
 
 
+@cache
+def native(op: str) -> Callable[..., Any]:
+    """The native op itself, for a caller that has looked at what it passes and calls it so often
+    that the way through `run` would be seen."""
+    return _function(op, "native", [torch.empty(0)], ())
+
+
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
     """All tensors among the arguments, those of a credit with them."""
     inner = [list(vars(x).values()) if _is_credit(x) else [x] for x in args]

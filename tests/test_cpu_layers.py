@@ -187,10 +187,14 @@ def test_what_does_not_fit_computes_as_it_did(native, monkeypatch):  # noqa: F81
     layer = fused.model.model.layers[0]
     x = torch.randn(3, 64)
     want = [type(m).forward(m, x) for m in (layer.input_layernorm, layer.mlp)]
-    monkeypatch.setattr(cpu_layers, "run", None)  # nothing of ours is reached
+    monkeypatch.setattr(cpu_layers, "native", None)  # nothing of ours is reached
     for module, out in zip((layer.input_layernorm, layer.mlp), want, strict=True):
         assert torch.equal(module(x.as_subclass(Other)).as_subclass(torch.Tensor), out)
         assert module.to("meta")(x.to("meta")).device.type == "meta"
+    empty = twins("tiny")[1].model.model.layers[0].input_layernorm
+    empty.weight.data = torch.empty(0)  # as a shard's whole weight is during an update
+    with pytest.raises(RuntimeError, match="must match"):
+        empty(x)
     layer = twins("tiny")[1].model.double().model.layers[0]
     for module in (layer.input_layernorm, layer.mlp):
         assert module(x.double()).isfinite().all()
