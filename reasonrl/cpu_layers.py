@@ -41,6 +41,12 @@ def fuse(model: nn.Module) -> bool:
     return bool(norms or gated)
 
 
+def fused(model: nn.Module) -> bool:
+    """Whether layers of the model are."""
+    ways = (_norm, _narrow_norm, _gated)
+    return any(getattr(vars(m).get("forward"), "__func__", None) in ways for m in model.modules())
+
+
 def _of(module: nn.Module, end: str) -> bool:
     kind = type(module)
     home = kind.__module__.split(".")

@@ -28,7 +28,17 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reasonrl import attention, checkpoint, heads, layers, pretrained, smollm2, tiny, vision
+from reasonrl import (
+    attention,
+    checkpoint,
+    cpu_layers,
+    heads,
+    layers,
+    pretrained,
+    smollm2,
+    tiny,
+    vision,
+)
 from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
@@ -131,9 +141,11 @@ class Policy:
         return torch.autocast(self.device.type, dtype=self.compute, enabled=enabled)
 
     def follow(self, other: Policy) -> Policy:
-        """Itself, in the compute dtype, with the attention and the decoding of the policy that it
-        runs beside."""
+        """Itself, in the compute dtype, with the attention, the decoding and on a CPU the layers of
+        the policy that it runs beside."""
         self.compute, self.attn, self.graphs = other.compute, other.attn, other.graphs
+        if self.device.type == "cpu" and cpu_layers.fused(other.model):
+            cpu_layers.fuse(self.model)
         return self
 
     def frozen(self) -> Policy:

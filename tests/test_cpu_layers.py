@@ -168,6 +168,14 @@ def test_a_copy_has_layers_of_its_own(native, tmp_path):  # noqa: F811
     assert not replaced(loaded.model) and loss_of(loaded).item() == pytest.approx(before, rel=1e-6)
 
 
+def test_a_model_beside_another_has_its_layers(native):  # noqa: F811
+    """As a reward model that comes back from a checkpoint must have those it was trained with."""
+    for liger in ("auto", "off"):
+        beside = models.load("tiny", layers=1, width=32, liger=liger)
+        one = models.load("tiny", layers=1, width=32).follow(beside)
+        assert cpu_layers.fused(one.model) == cpu_layers.fused(beside.model) == (liger == "auto")
+
+
 def test_inference_leaves_the_layers_as_they_were(native, monkeypatch):  # noqa: F811
     monkeypatch.setattr(models, "PACKED", 1)
     _, fused = twins("tiny")
