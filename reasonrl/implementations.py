@@ -23,6 +23,7 @@ IMPLS = ("auto", "native", "triton", "cuda", "reference")
 PARTS = ("vocab_stats", "vocab_grads")  # of linear_logp, where a rank has a part of the vocabulary
 TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss", *PARTS)  # kernels/<name>.py
 VOCABULARY = ("logp", "linear_logp", "linear_policy_loss", *PARTS)  # on a GPU Triton's alone
+ON_A_CPU = ("masked_softmax", "slot_attention", "rms_norm", "swiglu")  # a GPU has its own ways
 
 log = keys.logger("reasonrl")
 
@@ -76,6 +77,7 @@ def _order(op: str, tensors: Sequence[Tensor]) -> list[str]:
     if any(x.dtype == torch.float64 for x in tensors):
         return ["reference"]
     gpu = ["triton"] if op in VOCABULARY else ["cuda", "triton"] if op in TRITON else ["cuda"]
+    gpu = [] if op in ON_A_CPU else gpu
     fast = {"cpu": ["native"], "cuda": gpu}
     return [*fast.get(tensors[0].device.type, []), "reference"]
 

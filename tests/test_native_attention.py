@@ -4,6 +4,7 @@ that nobody sees poisoned, bits over threads, rows and widths."""
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from test_native import isa, native  # noqa: F401, fixtures
 from test_parity import within
 
+from reasonrl import implementations
 from reasonrl.attention import masked_softmax
 from reasonrl.kernels import reference
 from reasonrl.slots import slot_attention
@@ -207,3 +209,11 @@ def test_masks_that_do_not_fit_are_named():
         masked_softmax(scores, sees[..., :4], 1.0)
     with pytest.raises(ValueError, match=r"scores must be \(B, K, N, S\), contiguous"):
         masked_softmax(scores.transpose(1, 2), sees, 1.0)
+
+
+def test_a_gpu_is_not_expected_to_have_them():
+    """Plain attention on a card takes the reference without a warning that a kernel is missing."""
+    there = [SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))]
+    for op in ("masked_softmax", "slot_attention", "rms_norm", "swiglu"):
+        assert implementations._order(op, there) == ["reference"]
+    assert implementations._order("returns", there) == ["cuda", "reference"]

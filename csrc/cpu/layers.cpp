@@ -20,16 +20,6 @@ namespace {
 
 constexpr int64_t CHUNK = 64;  // rows
 
-int64_t vectors(int64_t width) {
-    return (width + LANES - 1) / LANES * LANES;
-}
-
-INLINE float total_of(Vec x) {
-    double sum = 0.0;
-    for (int k = 0; k < LANES; k++) sum += (double)x[k];
-    return (float)sum;
-}
-
 // One thread's row, in whole vectors with zeros behind its end.
 struct Row {
     explicit Row(const NormTask& t)

@@ -15,16 +15,6 @@ namespace {
 
 constexpr float LOWEST = -87.0f;  // less is no weight
 
-int64_t vectors(int64_t width) {
-    return (width + LANES - 1) / LANES * LANES;
-}
-
-INLINE float total_of(Vec x) {
-    double sum = 0.0;
-    for (int k = 0; k < LANES; k++) sum += (double)x[k];
-    return (float)sum;
-}
-
 // Scores (in whole vectors) become weights; a seen one that is not finite makes them NaN.
 INLINE void soften(float* row, const int32_t* seen, int64_t padded, float scaling) {
     Vec most = Vec{} - INFINITY, broken = {}, sum = {};

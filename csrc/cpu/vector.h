@@ -77,6 +77,17 @@ inline double sum_of(VecD x) {
     return sum;
 }
 
+INLINE float total_of(Vec x) {
+    double sum = 0.0;
+    for (int k = 0; k < LANES; k++) sum += (double)x[k];
+    return (float)sum;
+}
+
+// How many numbers the whole vectors have that n of them fill.
+INLINE int64_t vectors(int64_t n) {
+    return (n + LANES - 1) / LANES * LANES;
+}
+
 }  // namespace
 
 // One instruction each, which compilers do not always make of a < b ? a : b.
