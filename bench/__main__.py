@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 # the module bench.<name> has main(arguments) -> exit status
-NAMES = ("ops", "builds", "step", "prime", "serve", "memory", "trust", "trl", "loop")
+NAMES = ("ops", "builds", "tiles", "step", "prime", "serve", "memory", "trust", "trl", "loop")
 
 
 def main(arguments: Sequence[str]) -> int:

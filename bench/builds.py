@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA_ARCHS = ("80", "90", "100", "120")
 TRITON_ARCHS = (80, 90, 100, "gfx942")
 FP32 = "*fp32"
+TENSOR = ("HGMMA", "UTMALDG", "UTMASTG")  # warp-group products, bulk copies in and out
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,10 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     if not rows:
         print("bench builds: neither nvcc nor Triton is here", file=sys.stderr)
         return 2
-    print(f"{'kernel':24} {'arch':8} {'registers':>9} {'shared B':>9} {'stack B':>8} {'spills':>7}")
+    print(f"{'kernel':42} {'arch':8} {'registers':>9} {'shared B':>9} {'stack B':>8} {'spills':>7}")
     for row in rows:
         shown = [row[k] for k in ("registers", "shared", "stack", "spills")]
-        print(f"{row['kernel']:24} {row['arch']:8} " + "{:>9} {:>9} {:>8} {:>7}".format(*shown))
+        print(f"{row['kernel']:42} {row['arch']:8} " + "{:>9} {:>9} {:>8} {:>7}".format(*shown))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / time.strftime("builds-%Y%m%d-%H%M%S.json")
@@ -97,7 +99,7 @@ def triton_rows(dtype: str) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, kernel, types, constants, options in shipped(dtype):
-            for arch in TRITON_ARCHS:
+            for arch in archs(name):
                 built = build(kernel, types, constants, options, arch)
                 row: dict[str, Any] = {"kernel": f"triton {name}", "shared": built.metadata.shared}
                 if isinstance(arch, str):
@@ -106,6 +108,7 @@ def triton_rows(dtype: str) -> list[dict[str, Any]]:
                     seen = read_nvidia(built, Path(folder))
                     row |= {"arch": f"sm_{arch}", "registers": seen["REG"], "stack": seen["STACK"]}
                     row["spills"] = seen["LDL"] + seen["STL"]
+                    row |= {key: seen[key] for key in TENSOR if seen[key]}
                 rows.append(row)
     return rows
 
@@ -120,9 +123,15 @@ def read_amd(text: str) -> dict[str, int]:
     return {"registers": field("vgpr_count"), "stack": stack, "spills": spills}
 
 
+def archs(name: str) -> tuple:
+    """Where a kernel is used: one walks tiles by the means of one generation."""
+    return (90,) if name.startswith("tiles.product") else TRITON_ARCHS
+
+
 def shipped(dtype: str):
     """(name, kernel, argument types, compile-time values, options), with every flag on."""
-    from reasonrl.kernels import common, logp, policy_loss
+    from reasonrl.kernels import common, logp, policy_loss, tiles
+    from reasonrl.kernels.tiles import BK, BM, BV, GROUP
 
     names = (
         "logp",
@@ -143,7 +152,10 @@ def shipped(dtype: str):
     types = {f"{name}_ptr": FP32 for name in names}
     types |= {f"{name}_ptr": f"*{dtype}" for name in ("x", "u", "du")}
     types |= {"target_ptr": "*i64", "cu_ptr": "*i64", "mask_ptr": "*i1"}
-    types |= {name: "i32" for name in ("n", "vocab", "stride")}
+    types |= {name: "i32" for name in ("n", "vocab", "stride", "hidden", "tiles")}
+    types |= {"bias_ptr": f"*{dtype}", "part_ptr": FP32}
+    for name, rows, columns in (("x", BM, BK), ("w", BV, BK), ("u", BM, BV)):
+        types[f"{name}_desc"] = f"tensordesc<{dtype}[{rows}, {columns}]>"
     numbers = "heat cold softcap per_softcap low high log_low log_high delta dual pos neg kl_coef"
     types |= {name: "fp32" for name in numbers.split()}
     policy = types | {"w_ptr": FP32}
@@ -153,6 +165,20 @@ def shipped(dtype: str):
     grad = capped | {"ENTROPY": True, "BLOCK": 2048}
     yield "logp.grad", logp.grad_kernel, types, grad, eight
     yield "scale", common.scale_kernel, types, {"BLOCK": 4096}, {"num_warps": 4}
+    if dtype != "fp32":
+        shape = {"BM": BM, "BV": BV, "BK": BK, "GROUP": GROUP}
+        for keep, entropy, warm in product((True, False), repeat=3):
+            own = {"KEEP": keep, "ENTROPY": entropy, "WARM": warm, "BIAS": keep}
+            words = ["keep+bias" if keep else "alone", *["entropy"] * entropy, *["warm"] * warm]
+            yield (
+                "tiles.product." + "+".join(words),
+                tiles.tile_kernel,
+                types,
+                own | shape,
+                tiles.OPTIONS,
+            )
+        join = {"KEEP": True, "ENTROPY": True, "WARM": True, **tiles.JOINED}
+        yield "tiles.join", tiles.join_kernel, types, join, {"num_warps": 4, **logp.ROUNDED}
     on = {key: True for key in ("KL_ON", "DELTA", "DUAL", "OLD", "REF", "W", "ENT", "MASK")}
     for ratio, surrogate in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 3), (0, 4)):
         flags = on | {"RATIO": ratio, "SURROGATE": surrogate, "KL": 3, "BLOCK": 512}
@@ -165,11 +191,12 @@ def build(kernel, types, constants, options, arch):
     from triton.compiler import ASTSource
 
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    even = ("n", "vocab", "stride")
+    even = ("n", "vocab", "stride", "hidden")
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
         if n not in constants and (types[n].startswith("*") or n in even)
+        if n not in (kernel.do_not_specialize or ())
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
@@ -188,6 +215,6 @@ def read_nvidia(compiled, folder: Path) -> dict[str, int]:
 
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
     sass = dump("-sass")
-    seen = {name: len(re.findall(rf"\b{name}", sass)) for name in ("LDL", "STL")}
+    seen = {name: len(re.findall(rf"\b{name}", sass)) for name in ("LDL", "STL", *TENSOR)}
     seen["wide"] = len(re.findall(r"\bLDG\.\S*128", sass))  # loads of 16 bytes a thread
     return {name: int(value) for name, value in usage.items()} | seen

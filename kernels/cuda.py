@@ -241,12 +241,22 @@ class _Returns(torch.autograd.Function):
         return _Returns.apply(grad.contiguous(), cu, mask, gamma, not ahead), None, None, None, None
 
 
-def by_step(step: Tensor, n_steps: int) -> tuple[Tensor, Tensor]:  # (N,), (S+1,)
-    """The tokens in the order of their steps, stably, and where each step starts."""
-    narrow = step.int() if n_steps < 1 << 31 else step  # half the passes of a radix sort
-    ordered, order = torch.sort(narrow, stable=True)
+def by_step(step: Tensor, n_steps: int) -> tuple[Tensor | None, Tensor]:  # (N,), (S+1,)
+    """The tokens in the order of their steps, stably (None: as they lie), and where each step
+    starts."""
+    ordered, order = step, None
+    if not rising(step):
+        narrow = step.int() if n_steps < 1 << 31 else step  # half the passes of a radix sort
+        ordered, order = torch.sort(narrow, stable=True)
     edges = torch.arange(n_steps + 1, dtype=ordered.dtype, device=step.device)
     return order, torch.searchsorted(ordered, edges)
+
+
+def rising(step: Tensor) -> bool:
+    """Whether no step stands before an earlier one: a wait for the device, cheaper than a sort."""
+    if step.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return bool((step[1:] >= step[:-1]).all())
 
 
 def step_reduce(value: Tensor, step: Tensor, n_steps: int, how: str) -> Tensor:  # (S,)
@@ -271,12 +281,13 @@ class _StepReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         value, order, offsets, index = ctx.saved_tensors
-        return spread(grad.contiguous(), value, order, offsets, index, ctx.how), None, None, None
+        tokens = value.numel()
+        return spread(grad.contiguous(), tokens, value, order, offsets, index, ctx.how), *[None] * 3
 
 
-def spread(grad, value, order, offsets, index, how) -> Tensor:  # (S,) -> (N,)
+def spread(grad, tokens: int, value, order, offsets, index, how) -> Tensor:  # (S,) -> (N,)
     """Gradient of the reduction by the values; tokens in no step keep 0."""
-    out = torch.zeros(order.shape, dtype=grad.dtype, device=grad.device)
+    out = torch.zeros(tokens, dtype=grad.dtype, device=grad.device)
     call(
         "step_reduce_grad", grad, pointer(value), pointer(order), pointer(offsets), grad.numel(),
         how, pointer(index), pointer(grad), pointer(out),
@@ -296,7 +307,7 @@ class _StepExpand(torch.autograd.Function):
         ctx.save_for_backward(step)
         ctx.how, ctx.steps = how, step_value.numel()
         if how == HOWS["last"]:
-            return spread(step_value, None, *by_step(step, ctx.steps), None, how)
+            return spread(step_value, step.numel(), None, *by_step(step, ctx.steps), None, how)
         out = step_value.new_empty(step.numel())
         call(
             "step_expand", step_value, pointer(step_value), pointer(step), step.numel(),

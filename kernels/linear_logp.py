@@ -3,10 +3,10 @@
     u = x W^T + b, then `logp`'s formulae. Forward 2 N D V FLOP; backward makes u again, turns it
     into dL/du in place, then dX = dU W and dW += dU^T X, 6 N D V FLOP more.
 
-One chunk of logits, at most SCRATCH bytes, is alive at a time, so memory does not grow with N. dW
-is summed in fp32. Rows whose gradients are both 0 are left out of the backward exactly.
-Half-precision logits are rounded to their type. A kernel that kept logits in registers was slower
-at every tile tried (bench/results/h200-20261126.md).
+One chunk of logits, at most SCRATCH bytes, is alive at a time, so memory does not grow with N;
+where `tiles` makes product and statistics in one kernel, the forward holds no logits. dW is summed
+in fp32. Rows whose gradients are both 0 are left out of the backward exactly. Half-precision logits
+are rounded to their type.
 Legend: N rows, D hidden, V vocabulary.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reasonrl.kernels import tiles
 from reasonrl.kernels.common import add_product, available
 from reasonrl.kernels.logp import row_grad, row_stats
 
@@ -32,9 +33,13 @@ class Head:
         self.x, self.w = x.to(dtype).contiguous(), w.to(dtype).contiguous()  # (N, D), (V, D)
         self.bias, self.target, self.scale = bias, target, scale
 
-    def chunks(self, n: int) -> list[slice]:
-        """n rows in runs of one size, a multiple of 256 where SCRATCH allows it."""
-        most = max(1, SCRATCH // max(1, self.w.shape[0] * self.x.element_size()))
+    def chunks(self, n: int, keep: bool = True) -> list[slice]:
+        """n rows in runs of one size, a multiple of 256 where SCRATCH allows it; keep: their logits
+        are wanted."""
+        each = self.w.shape[0] * self.x.element_size()
+        if not self.kept(keep) and self.tiled(n):
+            each = tiles.row_bytes(self.w.shape[0])
+        most = max(1, SCRATCH // max(1, each))
         parts = -(-n // most)
         size = min(most, -(-n // max(parts, 1) // 256) * 256) if n else 1
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
@@ -44,9 +49,25 @@ class Head:
             return self.x[rows] @ self.w.t()
         return torch.addmm(self.bias.to(self.x.dtype), self.x[rows], self.w.t())
 
-    def stats(self, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """logp (n,), and (max, log of the sum above it, entropy) (n, 3)."""
-        return row_stats(u, self.target[rows], *self.scale)
+    def tiled(self, n: int) -> bool:
+        return tiles.worth(n, self.x, self.w, self.scale[1])
+
+    def kept(self, keep: bool) -> bool:
+        """A bias beside a search for the taken word would not fit the registers."""
+        return keep or self.bias is not None
+
+    def scored(
+        self, rows: Rows, entropy: bool, keep: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The logits (n, V) where they are kept, logp (n,), and (max, log of the sum above it,
+        entropy) (n, 3)."""
+        target = self.target[rows]
+        if not self.tiled(target.numel()):
+            u = self.logits(rows)
+            return u, *row_stats(u, target, *self.scale)
+        bias = None if self.bias is None else self.bias.to(self.x.dtype)
+        args = self.x[rows], self.w, bias, target, self.scale[0], entropy
+        return tiles.score_rows(*args, self.kept(keep))
 
 
 class Gradients:
@@ -81,7 +102,7 @@ class Gradients:
 class LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, entropy):
-        taken, stats = vocab_stats(hidden, weight, target, bias, *scale)
+        taken, stats = vocab_stats(hidden, weight, target, bias, *scale, entropy)
         ctx.save_for_backward(hidden, weight, bias, target, stats)
         ctx.known = scale, entropy
         return taken, stats[:, 2].clone()
@@ -101,13 +122,15 @@ def vocab_stats(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
+    entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """log p (N,) among these words, and (max, log of the sum above it, entropy) (N, 3)."""
+    """log p (N,) among these words, and (max, log of the sum above it, entropy) (N, 3); the last
+    one where it is asked for."""
     head = Head(hidden, weight, bias, target, (temperature, softcap))
     taken = torch.empty(target.numel(), dtype=torch.float32, device=hidden.device)
     stats = torch.empty((target.numel(), 3), dtype=torch.float32, device=hidden.device)
-    for rows in head.chunks(target.numel()):
-        taken[rows], stats[rows] = head.stats(head.logits(rows), rows)
+    for rows in head.chunks(target.numel(), keep=False):
+        _, taken[rows], stats[rows] = head.scored(rows, entropy, keep=False)
     return taken, stats
 
 

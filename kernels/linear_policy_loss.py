@@ -72,8 +72,8 @@ def one_pass(head: Head, grads: Gradients, given: Inputs, spec: Any) -> Tensor: 
     sums = torch.zeros(shape, dtype=torch.float64, device=head.x.device)
     for at in head.chunks(head.x.shape[0] if rows is None else rows.numel()):
         own_rows = at if rows is None else rows[at]
-        u = head.logits(own_rows)
-        taken, stats = head.stats(u, own_rows)
+        u, taken, stats = head.scored(own_rows, bool(spec.entropy_coef))
+        assert u is not None
         c, eta, own = coefficients(
             taken, stats[:, 2].contiguous() if spec.entropy_coef else None, cut(given, at), spec
         )
@@ -88,8 +88,9 @@ def two_pass(head: Head, grads: Gradients, given: Inputs, spec: Any) -> Tensor: 
     rows, given = unmasked(head, given)
     if rows is None:
         rows = torch.arange(head.x.shape[0], device=head.x.device)
-    parts = [rows[at] for at in head.chunks(rows.numel())]
-    stats = [head.stats(head.logits(part), part) for part in parts]
+    entropy = bool(spec.entropy_coef)
+    parts = [rows[at] for at in head.chunks(rows.numel(), keep=False)]
+    stats = [head.scored(part, entropy, keep=False)[1:] for part in parts]
     taken, stats = (torch.cat([s[i] for s in stats]) for i in range(2))
     c, eta, sums = coefficients(
         taken, stats[:, 2].contiguous() if spec.entropy_coef else None, given, spec

@@ -16,6 +16,7 @@ COMMON = "kernels/common.py"
 LOGP = "kernels/logp.py"
 HEAD = "kernels/linear_logp.py"
 ONEPASS = "kernels/linear_policy_loss.py"
+TILES = "kernels/tiles.py"
 
 SPECIFICATION = [
     ("temperature missed", REFERENCE, "softcap is not None else u) / temperature", "softcap is not None else u)"),
@@ -109,4 +110,22 @@ TRITON = [
     ("sums of the last chunk", ONEPASS, "        sums += own\n", "        sums = own\n", "linear_policy"),
     ("dX of a chunk in the wrong rows", HEAD, "self.dx.index_copy_(0, rows, u @ self.head.w)", "self.dx.index_copy_(0, rows.flip(0), u @ self.head.w)", "linear_policy"),
     ("masked rows kept", ONEPASS, "rows = given.mask.nonzero()[:, 0]", "rows = (given.mask | True).nonzero()[:, 0]", "linear_policy"),
+    ("a word past the last", TILES, "        if v0 + BV > vocab:\n", "        if v0 > vocab:\n", "tiles"),
+    ("temperature missed in a tile", TILES, "        if WARM:\n            s = over(s, heat, cold)\n", "        if WARM:\n            s = over(s, 1.0, 1.0)\n", "tiles"),
+    ("temperature of the taken missed", TILES, "            taken = over(taken, heat, cold)\n", "            taken = taken\n", "tiles"),
+    ("bias missed in a tile", TILES, "            u += b.to(tl.float32)[None, :]\n", "            u += 0.0 * b.to(tl.float32)[None, :]\n", "tiles"),
+    ("bias of the first words", TILES, "tl.load(bias_ptr + v0 + col,", "tl.load(bias_ptr + col,", "tiles"),
+    ("a step of the depth missed", TILES, "for k in range(0, hidden, BK):", "for k in range(0, hidden - BK + 1, BK):", "tiles"),
+    ("stale product", TILES, "u = tl.dot(x_desc.load([r0, k]), w_desc.load([v0, k]).T, u)", "u = tl.dot(x_desc.load([r0, k]), w_desc.load([v0, k]).T, 0.0 * u)", "tiles"),
+    ("a group of the last rows", TILES, "size = tl.minimum(down - first, GROUP)", "size = GROUP", "tiles"),
+    ("statistics before rounding", TILES, "s = rounded.to(tl.float32)", "s = u", "tiles"),
+    ("taken of another tile", TILES, "here = (y >= 0) & (y < BV)", "here = (y > 0) & (y < BV)", "tiles"),
+    ("minus infinity times 0", TILES, "gap = tl.maximum(gap, -1e4, propagate_nan=tl.PropagateNan.ALL)", "gap = gap", "tiles"),
+    ("a tile of minus infinity", TILES, "gap = s - tl.where(m == float(\"-inf\"), 0.0, m)[:, None]", "gap = s - m[:, None]", "tiles"),
+    ("moment without e", TILES, "tl.sum(e * gap, 1)", "tl.sum(gap, 1)", "tiles"),
+    ("join keeps the old scale", TILES, "total = old * total + tl.sum(scale * sums, 0)", "total = total + tl.sum(scale * sums, 0)", "tiles"),
+    ("join unscaled", TILES, "total = old * total + tl.sum(scale * sums, 0)", "total = old * total + tl.sum(sums, 0)", "tiles"),
+    ("join without the shift", TILES, "tl.sum(scale * (q + shift * sums), 0)", "tl.sum(scale * q, 0)", "tiles"),
+    ("entropy sign in a join", TILES, "log_sum - moment / total", "log_sum + moment / total", "tiles"),
+    ("statistics of another tile", TILES, "part = part_ptr + j.to(tl.int64) * 3 * n + row", "part = part_ptr + j.to(tl.int64) * 3 + row", "tiles"),
 ]  # fmt: skip

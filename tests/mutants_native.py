@@ -152,5 +152,6 @@ CUDA = [
     ("what enters a thread is not discounted", CUDA_CREDIT, "upto[k].a * entering + upto[k].b", "entering + upto[k].b", "credit"),
     ("returns forget the mask", CUDA_SEGMENTS, "if (on[k]) run = after(run, {gamma, (double)reward[i]});", "run = after(run, {gamma, (double)reward[i]});", "returns"),
     ("std ignores ddof", CUDA_SEGMENTS, "const double freedom = n - ddof > 1.0 ? n - ddof : 1.0;", "const double freedom = n;", "group"),
-    ("first of a step", CUDA_SEGMENTS, "if (s.how == STEP_LAST) best.at = n > 0 ? s.order[end - 1] : -1;", "if (s.how == STEP_LAST) best.at = n > 0 ? s.order[start] : -1;", "step"),
+    ("first of a step", CUDA_SEGMENTS, "if (s.how == STEP_LAST) best.at = n > 0 ? s.token(end - 1) : -1;", "if (s.how == STEP_LAST) best.at = n > 0 ? s.token(start) : -1;", "step"),
+    ("an order that is not there", CUDA_SEGMENTS, "return order == nullptr ? k : order[k];", "return order == nullptr ? k + 1 : order[k];", "step"),
 ]  # fmt: skip

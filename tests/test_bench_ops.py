@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cases_reward, cases_token, growth, ops, race  # noqa: E402
+from bench import cases_reward, cases_token, growth, ops, race, tiles  # noqa: E402
 
 
 def case(sides, **options):
@@ -126,6 +126,15 @@ def test_rounds_on_a_gpu_are_timed_by_do_bench(monkeypatch):
     monkeypatch.setattr(race, "gpu_seconds", lambda side, x: float(side(x)))
     found = race.race({"a": lambda x: 1.0, "b": lambda x: 2.0}, {}, 3, 0)
     assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
+
+
+def test_a_row_of_tiles_shows_a_ratio_or_what_is_wrong():
+    row = {"rows": 512, "width": 64, "vocab": 4096, "keep": True, "chosen": False, "red": ""}
+    row |= {"us": {"library": [30.0, 32.0, 90.0], "tiles": [20.0, 16.0, 30.0]}}
+    row |= {"ratio": [1.5, 2.0, 3.0]}
+    assert "32       20  2.00 (1.50 to 3.00)  (not chosen)" in tiles.shown(row)
+    said = tiles.shown(row | {"red": "entropy"})
+    assert said.endswith("RED: entropy") and "20" not in said
 
 
 def test_credits_move_with_their_tensors():

@@ -22,6 +22,7 @@ from reasonrl import decoding, flash, layers, linear_policy_loss, models
 from reasonrl.attention import Packed, attend
 from reasonrl.batch import pack
 from reasonrl.cli import main
+from reasonrl.kernels import tiles
 from reasonrl.logprobs import rollout_logp
 from reasonrl.loss import LossSpec
 from reasonrl.records import Problem
@@ -273,8 +274,8 @@ def test_flash_says_what_it_cannot():
 
 
 def test_half_products_are_of_this_generation():
-    """On a card of compute capability 9 the products are warp-group ones, not those of the card
-    before it."""
+    """On a card of compute capability 9 the forward's product is ours and the others are the
+    library's warp-group ones, not those of the card before it."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("SKIPPED: not a card of compute capability 9.0")
     x = torch.randn(2048, 896, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -287,4 +288,23 @@ def test_half_products_are_of_this_generation():
         torch.cuda.synchronize()
     names = [event.name for event in seen.events()]
     products = [n for n in names if any(word in n for word in ("nvjet", "gemm", "cutlass"))]
-    assert len(products) >= 3 and all("sm90" in name for name in products), products
+    assert len(products) == 2 and all("sm90" in name for name in products), names
+    assert "tile_kernel" in names and "stats_kernel" not in names, names
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [256, 300, 4096])
+def test_tiles_keep_the_bits_of_a_row(kind, rows):
+    """Whatever rows stand beside it, in whatever order its tiles are walked, every time."""
+    x = torch.randn(rows, 896, device="cuda").to(kind)
+    w = (torch.randn(49152, 896, device="cuda") * 0.05).to(kind)
+    target = torch.randint(0, 49152, (rows,), device="cuda")
+    assert tiles.worth(rows, x, w, None)
+    _, taken, stats = tiles.score_rows(x, w, None, target, 1.0, True, False)
+    u, again, others = tiles.score_rows(x, w, None, target, 1.0, True, True)
+    assert torch.equal(taken, again) and torch.equal(stats, others)
+    want = torch.log_softmax(u.double(), -1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(taken.double(), want, rtol=1e-6, atol=1e-5)
+    few = slice(rows - 130, rows)
+    _, part, _ = tiles.score_rows(x[few], w, None, target[few], 1.0, True, False)
+    assert torch.equal(part, taken[few])

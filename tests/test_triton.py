@@ -21,7 +21,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.builds import build, read_amd, read_nvidia, shipped  # noqa: E402
+from bench.builds import archs, build, read_amd, read_nvidia, shipped  # noqa: E402
 
 # the interpreter multiplies with numpy, whose AVX2 kernel rounds a row by its place in the tile: a
 # product that is made again, as the gradient's is, must come out the same, as it does on a GPU
@@ -49,7 +49,13 @@ ARCHES = [80, 90, 100, "gfx942"]
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_kernels_build_without_stack_or_spills(arch, tmp_path):
-    quick = ("scale", "logp.stats", "logp.grad", "policy.10")
+    quick = (
+        "scale",
+        "logp.stats",
+        "logp.grad",
+        "policy.10",
+        "tiles.product.keep+bias+entropy+warm",
+    )
     gate(arch, "bf16", tmp_path, quick)
 
 
@@ -63,7 +69,7 @@ def test_every_kernel_builds_without_stack_or_spills(arch, dtype, tmp_path):
 def gate(arch, dtype, folder, names):
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what 3.9 does; said, so that it holds
     for name, kernel, types, constants, options in shipped(dtype):
-        if names is not None and name not in names:
+        if names is not None and name not in names or arch not in archs(name):
             continue
         compiled = build(kernel, types, constants, options, arch)
         if isinstance(arch, str):
@@ -76,14 +82,19 @@ def gate(arch, dtype, folder, names):
         assert not bad, f"{name} sm_{arch} {dtype}: {bad}"
         if name.startswith("logp"):  # a row of a vocabulary of a multiple of 16, as the JIT sees it
             assert seen["wide"], f"{name} sm_{arch}: {seen}"
+        if name.startswith("tiles.product"):
+            assert seen["HGMMA"] and seen["UTMALDG"] >= 2, f"{name} sm_{arch}: {seen}"
+            assert bool(seen["UTMASTG"]) == ("keep" in name), f"{name} sm_{arch}: {seen}"
 
 
 def test_a_new_number_or_length_compiles_nothing():
     """Every numeric argument of a kernel is a run-time argument: flags and block sizes alone are
     not."""
-    from reasonrl.kernels import common, logp, policy_loss
+    from reasonrl.kernels import common, logp, policy_loss, tiles
 
     flags = {"CAPPED", "WARM", "ENTROPY", "RATIO", "SURROGATE", "KL", "KL_ON", "DELTA", "DUAL"}
-    flags |= {"OLD", "REF", "W", "ENT", "MASK", "BLOCK"}
-    for kernel in (logp.stats_kernel, logp.grad_kernel, policy_loss.kernel, common.scale_kernel):
+    flags |= {"OLD", "REF", "W", "ENT", "MASK", "BLOCK", "BIAS", "KEEP"}
+    flags |= {"BM", "BV", "BK", "GROUP", "R", "TILES"}
+    kernels = [logp.stats_kernel, logp.grad_kernel, policy_loss.kernel, common.scale_kernel]
+    for kernel in (*kernels, tiles.tile_kernel, tiles.join_kernel):
         assert {p.name for p in kernel.params if p.is_constexpr} <= flags

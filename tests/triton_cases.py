@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from reasonrl import LossSpec, linear_policy_loss, ops, policy_loss
-from reasonrl.kernels import linear_logp
+from reasonrl.kernels import linear_logp, tiles
 from reasonrl.kernels import linear_policy_loss as head_loss
 from reasonrl.kernels import logp as logp_kernels
 from reasonrl.loss import NAMED
@@ -38,10 +38,11 @@ def device():
 
 
 def within(truth, yard, got, k, scale=0.0):
+    ulp = max(ULP, torch.finfo(got.dtype).eps)
     t, y, g = (x.detach().double() for x in (truth, yard, got))
     assert not g.isnan().any()
     if t.numel():
-        floor = 4 * ULP * max(float(t.abs().max()), scale, 1e-30)
+        floor = 4 * ulp * max(float(t.abs().max()), scale, 1e-30)
         allowed = k * float((y - t).abs().max()) + floor
         assert float((g - t).abs().max()) <= allowed
 
@@ -182,3 +183,110 @@ def test_linear_policy_loss(name, worth, monkeypatch):
         for i, values in enumerate(zip(*results, strict=True)):
             within(*values, k=3 if i else 2, scale=0.5 if i == 0 else 2e-1)
         assert results[2][1][~mask].eq(0).all() and results[2][1][9].eq(0).all()
+
+
+# the interpreter's bf16 products are wrong
+TILED = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16,)
+TILES = [(1, 8, 8), (130, 72, 264), (300, 136, 520), (128, 64, 512)]
+
+
+@pytest.mark.parametrize("warm", [1.0, 0.7])
+@pytest.mark.parametrize("tiled", TILED)
+@pytest.mark.parametrize("size", TILES)
+def test_linear_tiles_are_the_statistics_of_their_logits(size, warm, tiled, monkeypatch):
+    """To fp32 accuracy, of the logits that were rounded; kept or not, the same bits."""
+    monkeypatch.setitem(tiles.JOINED, "TILES", 2)  # a vocabulary of many tiles
+    n, depth, width = size
+    x, w, b = torch.randn(n, depth), torch.randn(width, depth) * 0.3, torch.randn(width)
+    x, w, b = (v.to(tiled) for v in (x, w, b))
+    target = torch.randint(0, width, (n,))
+    target[:2] = torch.tensor([width - 1, 0])[:n]
+    for bias in (None, b):
+        u, taken, stats = tiles.score_rows(x, w, bias, target, warm, True, True)
+        exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+        gap = (u.double() - exact).abs() / exact.abs().clamp(min=1.0)
+        assert float(gap.max()) <= 1.01 * torch.finfo(tiled).eps / 2
+        log_p = torch.log_softmax(u.double() / warm, -1)
+        want = log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        for found, true in zip((taken, stats[:, 2]), want, strict=True):
+            torch.testing.assert_close(found.double(), true, rtol=4 * ULP, atol=8 * ULP)
+        for entropy, keep in ((False, True), (True, False), (False, False))[: 3 - 2 * (bias is b)]:
+            _, again, others = tiles.score_rows(x, w, bias, target, warm, entropy, keep)
+            assert torch.equal(again, taken)
+            assert torch.equal(others[:, : 2 + entropy], stats[:, : 2 + entropy])
+
+
+def tile_paths(kind, monkeypatch):
+    """The truth, the library's product and a pass over its result, and tiles."""
+    yield torch.float64, "reference"
+    for by_tiles in (False, True):
+        monkeypatch.setattr(tiles, "worth", lambda n, *_, yes=by_tiles: yes and n > 0)
+        yield kind, "triton"
+
+
+@pytest.mark.parametrize("tiled", TILED)
+@pytest.mark.parametrize("size", TILES)
+def test_linear_logp_by_tiles(size, tiled, monkeypatch):
+    n, depth, width = size
+    x, w, b = torch.randn(n, depth), torch.randn(width, depth) * 0.3, torch.randn(width)
+    x, w, b = (v.to(tiled).double() for v in (x, w, b))
+    target, up, results = torch.randint(0, width, (n,)), torch.randn(2, n), []
+    for dtype, impl in tile_paths(tiled, monkeypatch):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, w, b)]
+        known = {"temperature": 0.8, "entropy": True, "impl": impl}
+        out = ops.linear_logp(*leaves[:2], target, bias=leaves[2], **known)
+        total = sum((g * o).sum() for g, o in zip(up, out, strict=True))
+        results.append((*out, *torch.autograd.grad(total, leaves)))
+    for i, values in enumerate(zip(*results, strict=True)):
+        within(*values, k=3 if i > 1 else 2, scale=8.0 if i < 2 else 1.0)
+
+
+@pytest.mark.parametrize("tiled", TILED)
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_linear_policy_loss_by_tiles(name, tiled, monkeypatch):
+    """One pass, which keeps the logits, and two, whose first keeps none."""
+    n, depth, width = 290, 72, 264
+    monkeypatch.setattr(linear_logp, "SCRATCH", 256 * width * 4)
+    x, mask = tokens(n, 0)
+    hidden, w = torch.randn(n, depth), torch.randn(width, depth) * 0.2
+    hidden, w = (v.to(tiled).double() for v in (hidden, w))
+    target = torch.where(mask, torch.randint(0, width, (n,)), -7)
+    truth = torch.log_softmax(hidden @ w.T, -1)
+    base = truth.gather(-1, target.clamp(min=0)[:, None])[:, 0].float()
+    shift = base - x["logp"]
+    for entropy in (0.0, 0.05):
+        spec = LossSpec.named(name, kl_coef=0.1, entropy_coef=entropy)
+        results = []
+        for dtype, impl in tile_paths(tiled, monkeypatch):
+            leaves = [v.to(dtype).requires_grad_() for v in (hidden, w)]
+            out = linear_policy_loss(
+                *leaves, target, x["old"] + shift, x["advantage"], spec, mask=mask,
+                cu_seqlens=torch.tensor([0, 3, 3, 141, n]), ref_logp=x["ref"] + shift, impl=impl,
+            )  # fmt: skip
+            grads = torch.autograd.grad(out.loss, leaves)
+            results.append((out.loss, *grads, *out.metrics.values()))
+        for i, values in enumerate(zip(*results, strict=True)):
+            within(*values, k=3 if i else 2, scale=0.5 if i == 0 else 2e-1)
+
+
+@pytest.mark.parametrize("tiled", TILED)
+def test_linear_tiles_keep_what_is_not_finite_in_its_row(tiled):
+    x, w = torch.zeros(200, 16), torch.zeros(520, 16)
+    x[:, 0], w[:, 0] = 1.0, torch.linspace(-1, 1, 520)
+    x[7] = math.nan
+    x[9, 0] = -1.0
+    bias = torch.zeros(520)
+    bias[:256] = -math.inf  # a tile of words that nobody may take
+    target = torch.full((200,), 400)
+    x, w = x.to(tiled), w.to(tiled)
+    for b in (None, bias.to(tiled)):
+        args = x, w, b, target, 1.0, True
+        _, taken, stats = tiles.score_rows(*args, b is not None)
+        s = x.double() @ w.double().T + (0 if b is None else b.double())
+        want = torch.log_softmax(s.to(tiled).double(), -1)
+        p = want.exp()
+        entropy = -torch.where(p > 0, p * want, 0.0).sum(-1)
+        rows = torch.arange(200) != 7
+        torch.testing.assert_close(taken[rows].double(), want[rows, 400], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(stats[rows, 2].double(), entropy[rows], rtol=1e-3, atol=1e-3)
+        assert taken[7].isnan() and stats[7, 2].isnan()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from reasonrl import LossSpec
-from reasonrl.kernels import common, policy_loss
+from reasonrl.kernels import common, policy_loss, tiles
 from reasonrl.kernels import logp as logp_kernels
 
 pytestmark = [
@@ -41,13 +41,13 @@ def asked(monkeypatch):
     def size(ptrs):
         return ptrs.get_element_ty().primitive_bitwidth // 8 or 1
 
-    def counted_load(self, ptrs, mask, *rest):
+    def counted_load(self, ptrs, mask, *rest, **named):
         seen["load"] += int(mask.data.sum()) * size(ptrs)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
-    def counted_store(self, ptrs, value, mask, *rest):
+    def counted_store(self, ptrs, value, mask, *rest, **named):
         seen["store"] += int(mask.data.sum()) * size(ptrs)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **named)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
@@ -65,6 +65,20 @@ def test_bytes_of_logp(asked):
     per_program = 8 + 3 * 4 + 2 * 4  # target, statistics, two upstream gradients
     assert asked["load"] == 4 * rows * vocab + rows * blocks * per_program
     assert asked["store"] == 4 * rows * vocab
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_bytes_of_tiles(keep, asked):
+    """x once for every tile of words, w once for every tile of rows; the logits leave once."""
+    n, depth, vocab = 300, 72, 520
+    x, w = torch.randn(n, depth), torch.randn(vocab, depth)
+    target, down, across = torch.arange(n), 3, 3
+    tiles.score_rows(x, w, None, target, 1.0, True, keep)
+    own = 4 * depth * (across * n + down * vocab) + (0 if keep else across * n * 8)
+    join = n * (across * 12 + (8 + 4 if keep else 4))
+    assert asked["load"] == own + join
+    taken = 0 if keep else 4 * n
+    assert asked["store"] == across * n * 12 + keep * 4 * n * vocab + taken + n * 16
 
 
 @pytest.mark.parametrize(
@@ -109,6 +123,33 @@ def test_rows_far_apart():
     )  # fmt: skip
     want = torch.nn.functional.one_hot(target, width) - torch.softmax(small, -1)
     torch.testing.assert_close(u[:, :width].clone(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_tiles_far_apart(monkeypatch):
+    """The statistics of the 21st tile start past 2^31, and so do the logits of the last row."""
+    from triton.runtime import interpreter
+
+    n, across, gap = 36 << 20, 21, 3 * (36 << 20)
+    part = mapped(across * gap, flags=NORESERVE).view(across, 3, n)
+    part[:, :2, -8:] = torch.rand(across, 2, 8) + 0.5
+    part[:, 2, -8:] = -part[:, 0, -8:]
+    known = part[:, :, -8:].clone()
+    target, taken = mapped(n, torch.int64, NORESERVE), mapped(n, flags=NORESERVE)
+    stats, logits = mapped(3 * n, flags=NORESERVE).view(n, 3), mapped(n * 64, flags=NORESERVE)
+    logits.view(n, 64)[-8:] = 0.25
+    builder, last = interpreter.interpreter_builder, n // 8 - 1
+    dim, idx = builder.set_grid_dim, builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *_: dim(n // 8, 1, 1), raising=False)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *_: idx(last, 0, 0), raising=False)
+    tiles.join_kernel[(1,)](
+        logits, target, taken, stats, part, n, 64, across, 1.0, 1.0, WARM=False, KEEP=True,
+        ENTROPY=True, R=8, TILES=128,
+    )  # fmt: skip
+    m = known[:, 0].max(0).values
+    total = (known[:, 1] * (known[:, 0] - m).exp()).sum(0)
+    torch.testing.assert_close(stats[-8:, 0], m)
+    torch.testing.assert_close(stats[-8:, 1], total.log())
+    torch.testing.assert_close(taken[-8:], 0.25 - m - total.log())
 
 
 def test_tokens_beyond_two_to_the_31st():
@@ -181,6 +222,14 @@ def test_nothing_outside_the_tensors_is_touched(last):
         x, x, x, x, x, x, mask, cu, share, share, c, c, sums, 0.8, 1.2, 0.2, 0.2, 0.0, 0.0, 1.0,
         1.05, 0.1, **policy_loss.flags(spec, x, given), BLOCK=512,
     )  # fmt: skip
+    n, depth, vocab = 131, 72, 264
+    x, w, bias = (g(torch.randn(*size)) for size in ((n, depth), (vocab, depth), (vocab,)))
+    target, taken, stats = g(torch.arange(n)), g(torch.zeros(n)), g(torch.zeros(n, 3))
+    part, logits = g(torch.zeros(2, 3, n)), g(torch.zeros(n, vocab))
+    for keep in (False, True):
+        args = target, logits, taken, stats, part, 0.7, True, keep
+        tiles.launch(x, w, bias if keep else None, *args)
+        assert taken.isfinite().all() and stats.isfinite().all()
     out = g(torch.zeros(77))
     common.scale_kernel[(2,)](g(torch.randn(77)), one, out, 77, BLOCK=64)
     assert out.isfinite().all() and u.isfinite().all() and sums.isfinite().all()

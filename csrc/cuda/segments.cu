@@ -96,9 +96,11 @@ __device__ Best better(Best a, Best b, bool smallest) {
 
 struct Steps {
     const float* value;
-    const int64_t *order, *offsets;
+    const int64_t *order, *offsets;  // no order: as they lie in memory
     int64_t steps;
     int how;
+
+    __device__ int64_t token(int64_t k) const { return order == nullptr ? k : order[k]; }
 };
 
 __device__ int64_t my_step() {
@@ -123,7 +125,7 @@ __global__ void step_kernel(Steps s, float* out, int64_t* index) {
     double total = product ? 1.0 : 0.0;
     Best best = {0.0, -1};
     for (int64_t k = start + lane; k < end; k += 32) {
-        const int64_t i = s.order[k];
+        const int64_t i = s.token(k);
         const double x = s.value[i];
         total = product ? total * x : total + x;
         best = better(best, {x, i}, smallest);
@@ -137,7 +139,7 @@ __global__ void step_kernel(Steps s, float* out, int64_t* index) {
     }
     if (lane != 0) return;
     const int64_t n = end - start;
-    if (s.how == STEP_LAST) best.at = n > 0 ? s.order[end - 1] : -1;
+    if (s.how == STEP_LAST) best.at = n > 0 ? s.token(end - 1) : -1;
     const bool chosen = s.how == STEP_MIN || s.how == STEP_MAX || s.how == STEP_LAST;
     if (s.how == STEP_MEAN && n > 0) total /= (double)n;
     index[step] = chosen ? best.at : n;
@@ -151,14 +153,14 @@ __global__ void step_grad_kernel(Steps s, const int64_t* index, const float* gra
     const int64_t start = s.offsets[step], end = s.offsets[step + 1];
     double zeros = 0.0, rest = 1.0;
     for (int64_t k = start + lane; k < end && s.how == STEP_PROD; k += 32) {
-        const float x = s.value[s.order[k]];
+        const float x = s.value[s.token(k)];
         zeros += x == 0.0f ? 1.0 : 0.0;
         rest *= x == 0.0f ? 1.0 : (double)x;
     }
     zeros = warp_fold(zeros, false);
     rest = warp_fold(rest, true);
     for (int64_t k = start + lane; k < end; k += 32) {
-        const int64_t i = s.order[k];
+        const int64_t i = s.token(k);
         double g = grad[step];
         if (s.how == STEP_MEAN) g /= (double)(end - start);
         if (s.how == STEP_MIN || s.how == STEP_MAX) g = index[step] == i ? g : 0.0;

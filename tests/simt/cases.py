@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -242,9 +243,11 @@ def step_cases(cuda, g):
     value[(step == 9).nonzero()[:2]] = 0.0
     value[step < 0] = math.nan
     upstream = torch.randn(22, generator=g)
-    for how in ("sum", "mean", "min", "max", "last", "prod"):
-        x, y = value.clone().requires_grad_(), value.double().requires_grad_()
-        out, true = cuda.step_reduce(x, step, 22, how), reference.step_reduce(y, step, 22, how)
+    orders = (slice(None), step.argsort(stable=True))  # the second: no step before an earlier one
+    for how, lie in product(("sum", "mean", "min", "max", "last", "prod"), orders):
+        ids, x, y = step[lie], value[lie].clone().requires_grad_(), value[lie].double()
+        y.requires_grad_()
+        out, true = cuda.step_reduce(x, ids, 22, how), reference.step_reduce(y, ids, 22, how)
         out.backward(upstream)
         true.backward(upstream.double())
         close(out, true, 8 * EPS)
@@ -258,10 +261,13 @@ def step_cases(cuda, g):
         out.backward(torch.ones(2))
         chosen = 4 if how == "min" else 5
         assert out[0].isnan() and x.grad.tolist() == [float(i in (1, chosen)) for i in range(6)]
-    for where in ("all", "last"):
+    for where, lie in product(("all", "last"), orders):
         grad = torch.randn(300, generator=g)
         x, y = upstream.clone().requires_grad_(), upstream.double().requires_grad_()
-        out, true = cuda.step_expand(x, step, where), reference.step_expand(y, step, where)
+        out, true = (
+            cuda.step_expand(x, step[lie], where),
+            reference.step_expand(y, step[lie], where),
+        )
         out.backward(grad)
         true.backward(grad.double())
         close(out, true, 0.0)
