@@ -4,8 +4,9 @@
 
 rollout  tokens a second beside transformers' `generate` on the same prompts and number of tokens.
          Gate: greedy tokens equal `generate`'s, in fp32; both draw exactly the tokens asked for.
-decode   one token of all rows, over the bare products of its linear layers (weights packed as the
-         rollout packs them). A token's time is that of twice as many tokens less that of as many.
+decode   one token of all rows, over the bare products of its linear layers (weights packed, and of
+         one input joined, as the rollout does). A token's time is that of twice as many tokens less
+         that of as many.
 update   one optimiser step, over the bare products of the same tokens (forward, dX, dW; the head's
          for completion tokens alone; nothing for attention, norms, loss and AdamW).
 growth   step time of one prompt as completions and as tokens double: the time that one takes, over
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 from bench.machine import high_water, machine
 from bench.step_ours import Ours, Settings, now
+from reasonrl import cpu_layers
 from reasonrl.config import BatchLimit
 from reasonrl.records import Rollout
 from reasonrl.rollout import Sampling
@@ -176,8 +178,13 @@ def decode(ours: Ours, settings: Settings, options: argparse.Namespace) -> dict[
 
     rows, products = settings.prompts * settings.group, []
     with ours.policy.inference():
-        for layer in linears(ours.policy.model):
-            products.append((layer, torch.randn(rows, layer.in_features).to(ours.policy.compute)))
+        alone, together = set(linears(ours.policy.model)), []
+        for module, parts in cpu_layers.joinable(ours.policy.model):
+            if joined := vars(module).get("joined"):
+                together.append((joined, parts[0].in_features))
+                alone -= set(parts)
+        for product, width in [*together, *((layer, layer.in_features) for layer in alone)]:
+            products.append((product, torch.randn(rows, width).to(ours.policy.compute)))
 
         def floor() -> None:
             for _ in range(settings.tokens):

@@ -22,6 +22,7 @@ namespace {
      isa::masked_softmax_grad, \
      isa::rms_norm,            \
      isa::rms_norm_grad,       \
+     isa::rotary,              \
      isa::swiglu,              \
      isa::swiglu_grad}
 

@@ -237,26 +237,21 @@ void bind_attention(py::module_& m) {
         "attend_slots",
         [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t keys, uintptr_t values,
            uintptr_t length, uintptr_t out, int64_t rows, int64_t heads, int64_t key_heads,
-           int64_t width, int64_t size, int q_dtype, int k_dtype, int v_dtype, int dtype,
-           float scaling, int threads) {
+           int64_t width, int64_t size, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+           int q_dtype, int k_dtype, int v_dtype, int dtype, float scaling, uintptr_t cos,
+           uintptr_t sin, int angle_dtype, int threads) {
             py::gil_scoped_release release;
-            const SlotTask task{at<const void>(q),
-                                at<const void>(k),
-                                at<const void>(v),
-                                at<void>(keys),
-                                at<void>(values),
-                                at<const int64_t>(length),
-                                at<void>(out),
-                                rows,
-                                heads,
-                                key_heads,
-                                width,
-                                size,
-                                q_dtype,
-                                k_dtype,
-                                v_dtype,
-                                dtype,
-                                scaling};
+            SlotTask task{};
+            task.q = at<const void>(q), task.k = at<const void>(k), task.v = at<const void>(v);
+            task.keys = at<void>(keys), task.values = at<void>(values);
+            task.length = at<const int64_t>(length), task.out = at<void>(out);
+            task.rows = rows, task.heads = heads, task.key_heads = key_heads;
+            task.width = width, task.size = size;
+            task.q_stride = q_stride, task.k_stride = k_stride, task.v_stride = v_stride;
+            task.q_dtype = q_dtype, task.k_dtype = k_dtype, task.v_dtype = v_dtype;
+            task.dtype = dtype, task.scaling = scaling;
+            task.cos = at<const void>(cos), task.sin = at<const void>(sin);
+            task.angle_dtype = angle_dtype;
             ops().attend_slots(task, threads);
         },
         "One new token a row: its key and value placed, its attention over its slot.");
@@ -299,23 +294,55 @@ void bind_layers(py::module_& m) {
         }));
     m.def(
         "rms_norm",
-        [](const NormTask& task, uintptr_t y, int threads) {
-            py::gil_scoped_release release;
-            ops().rms_norm(task, at<void>(y), threads);
-        },
-        "Rows over their root mean square, times a weight.");
-    m.def(
-        "rms_norm_grad",
-        [](const NormTask& task, uintptr_t grad, uintptr_t grad_x, uintptr_t grad_weight,
+        [](const NormTask& task, uintptr_t delta, uintptr_t sum, int dtype, uintptr_t y,
            int threads) {
             py::gil_scoped_release release;
-            ops().rms_norm_grad(task, at<const void>(grad), at<void>(grad_x), at<void>(grad_weight),
-                                threads);
+            ops().rms_norm(task, {at<const void>(delta), at<void>(sum), dtype}, at<void>(y),
+                           threads);
         },
-        "Gradients by the rows and, unless null, by the weight.");
+        "Rows, with a delta unless null, over their root mean square, times a weight.");
+    m.def(
+        "rms_norm_grad",
+        [](const NormTask& task, uintptr_t grad, uintptr_t grad_sum, uintptr_t grad_x,
+           uintptr_t grad_delta, uintptr_t grad_weight, int dtype, int threads) {
+            py::gil_scoped_release release;
+            const NormGrad out = {at<const void>(grad), at<const void>(grad_sum), at<void>(grad_x),
+                                  at<void>(grad_delta), at<void>(grad_weight),    dtype};
+            ops().rms_norm_grad(task, out, threads);
+        },
+        "Gradients by the rows and, unless null, by the delta and the weight.");
+    py::class_<RotaryTask>(m, "RotaryTask", "Queries and keys to turn; see ops.h.")
+        .def(py::init([](uintptr_t q, uintptr_t k, uintptr_t cos, uintptr_t sin, uintptr_t q_out,
+                         uintptr_t k_out, int64_t tokens, int64_t heads, int64_t key_heads,
+                         int64_t size, int64_t q_stride, int64_t k_stride, int dtype,
+                         int angle_dtype, int out_dtype) {
+            return RotaryTask{at<const void>(q),
+                              at<const void>(k),
+                              at<const void>(cos),
+                              at<const void>(sin),
+                              at<void>(q_out),
+                              at<void>(k_out),
+                              tokens,
+                              heads,
+                              key_heads,
+                              size,
+                              q_stride,
+                              k_stride,
+                              dtype,
+                              angle_dtype,
+                              out_dtype};
+        }));
+    m.def(
+        "rotary",
+        [](const RotaryTask& task, bool back, int threads) {
+            py::gil_scoped_release release;
+            ops().rotary(task, back, threads);
+        },
+        "The rotary embedding, or its gradient.");
     py::class_<GateTask>(m, "GateTask", "A gate and what it lets through; see ops.h.")
-        .def(py::init([](uintptr_t gate, uintptr_t up, int64_t count, int dtype) {
-            return GateTask{at<const void>(gate), at<const void>(up), count, dtype};
+        .def(py::init([](uintptr_t gate, uintptr_t up, int64_t rows, int64_t width, int64_t stride,
+                         int dtype) {
+            return GateTask{at<const void>(gate), at<const void>(up), rows, width, stride, dtype};
         }));
     m.def(
         "swiglu",

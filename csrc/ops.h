@@ -91,13 +91,15 @@ struct PolicyOutput {
 
 // One new token for each of B rows whose keys and values stand in slots; see cpu/slots.cpp.
 struct SlotTask {
-    const void *q, *k, *v;  // (B, H, d), (B, K, d), (B, K, d)
+    const void *q, *k, *v;  // (B, H, d), (B, K, d), (B, K, d), rows their strides apart
     void *keys, *values;    // (B, K, W, d)
     const int64_t* length;  // (B,) places in use before
     void* out;              // (B, H, d)
-    int64_t rows, heads, key_heads, width, size;
+    int64_t rows, heads, key_heads, width, size, q_stride, k_stride, v_stride;
     int q_dtype, k_dtype, v_dtype, dtype;  // dtype: of the slots and of `out`
     float scaling;
+    const void *cos, *sin;  // (B, d) by which q and k are to be turned, or null
+    int angle_dtype;
 };
 
 // Scores of B x H x R queries over W places, and what each query sees of them; see cpu/softmax.cpp.
@@ -119,9 +121,31 @@ struct NormTask {
     float eps;
 };
 
+// What a forward adds to its rows before it normalises them, and where the sum goes.
+struct Added {
+    const void* delta;  // (N, D) or null
+    void* sum;          // (N, D) in x's dtype
+    int dtype;
+};
+
+struct NormGrad {
+    const void *grad, *grad_sum;  // (N, D) by the result; in x's dtype by the sum, or null
+    void *grad_x, *grad_delta;    // (N, D) in x's dtype; in `dtype`, or null
+    void* grad_weight;            // (D,) or null
+    int dtype;
+};
+
+// Queries and keys of N tokens to turn by their angles; see cpu/rotary.cpp.
+struct RotaryTask {
+    const void *q, *k, *cos, *sin;  // (N, H, d), (N, K, d), (N, d), (N, d); d is even
+    void *q_out, *k_out;
+    int64_t tokens, heads, key_heads, size, q_stride, k_stride;  // strides: from row to row
+    int dtype, angle_dtype, out_dtype;
+};
+
 struct GateTask {
-    const void *gate, *up;  // (count,)
-    int64_t count;
+    const void *gate, *up;  // (N, D), rows `stride` apart; results have none between them
+    int64_t rows, width, stride;
     int dtype;
 };
 
@@ -150,9 +174,9 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void attend_slots(const SlotTask&, int threads);                                               \
     void masked_softmax(const SoftmaxTask&, int threads);                                          \
     void masked_softmax_grad(const SoftmaxTask&, const void* grad, void* out, int threads);        \
-    void rms_norm(const NormTask&, void* y, int threads);                                          \
-    void rms_norm_grad(const NormTask&, const void* grad, void* grad_x, void* grad_weight,         \
-                       int threads);                                                               \
+    void rms_norm(const NormTask&, const Added&, void* y, int threads);                            \
+    void rms_norm_grad(const NormTask&, const NormGrad&, int threads);                             \
+    void rotary(const RotaryTask&, bool back, int threads);                                        \
     void swiglu(const GateTask&, void* out, int threads);                                          \
     void swiglu_grad(const GateTask&, const void* grad, void* grad_gate, void* grad_up,            \
                      int threads);                                                                 \
@@ -178,6 +202,7 @@ struct Ops {
     decltype(&portable::masked_softmax_grad) masked_softmax_grad;
     decltype(&portable::rms_norm) rms_norm;
     decltype(&portable::rms_norm_grad) rms_norm_grad;
+    decltype(&portable::rotary) rotary;
     decltype(&portable::swiglu) swiglu;
     decltype(&portable::swiglu_grad) swiglu_grad;
 };

@@ -35,8 +35,11 @@ METRICS = (
 ELSEWHERE = {
     "native_linear": ("linear_logp", "linear_policy_loss"),
     "native_vocab": ("vocab_grads", "vocab_stats"),
-    "native_attention": ("masked_softmax", "slot_attention"),
-    "native_layers": ("rms_norm", "swiglu"),
+    "native_attention": ("masked_softmax", "slot_attention", "turned_slot_attention"),
+    "native_layers": (
+        *("rms_norm", "add_rms_norm", "swiglu", "rotary"),
+        *("add_rms_norm_", "joined_swiglu"),  # without a gradient, in less memory
+    ),
     "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }
 

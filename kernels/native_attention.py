@@ -42,9 +42,9 @@ class _MaskedSoftmax(torch.autograd.Function):
 
 
 def slot_attention(
-    q: Tensor,  # (B, H, d)
-    k: Tensor,  # (B, K, d)
-    v: Tensor,  # (B, K, d)
+    q: Tensor,  # (B, H, d), rows any way apart
+    k: Tensor,  # (B, K, d), the same
+    v: Tensor,  # (B, K, d), the same
     keys: Tensor,  # (B, K, W, d), written in place
     values: Tensor,  # (B, K, W, d), written in place
     length: Tensor,  # (B,) int64
@@ -52,8 +52,32 @@ def slot_attention(
 ) -> Tensor:  # (B, H, d)
     """Places k and v behind a row's `length` tokens; attention over all it then holds."""
     out = torch.empty(q.shape, dtype=keys.dtype)
-    sizes = q.shape[0], q.shape[1], *keys.shape[1:]
+    sizes = *q.shape[:2], *keys.shape[1:], q.stride(0), k.stride(0), v.stride(0)
     kinds = (DTYPES[x.dtype] for x in (q, k, v, keys))
     given = (pointer(x) for x in (q, k, v, keys, values, length, out))
-    core().attend_slots(*given, *sizes, *kinds, scaling, threads())
+    core().attend_slots(*given, *sizes, *kinds, scaling, 0, 0, 0, threads())
+    return out
+
+
+def turned_slot_attention(
+    qkv: Tensor,  # (B, (H + 2 K) d), contiguous
+    cos: Tensor,  # (B, d)
+    sin: Tensor,  # (B, d)
+    keys: Tensor,  # (B, K, W, d), written in place
+    values: Tensor,  # (B, K, W, d), written in place
+    length: Tensor,  # (B,) int64
+    scaling: float,
+) -> Tensor:  # (B, H d)
+    """The rotary embedding of q and k, then `slot_attention`, of what one product gave."""
+    (rows, width), (_, heads, room, size) = qkv.shape, keys.shape
+    queries = width // size - 2 * heads
+    out = torch.empty((rows, queries * size), dtype=keys.dtype)
+    start, step = qkv.data_ptr(), size * qkv.element_size()
+    given = start, start + queries * step, start + (queries + heads) * step
+    given += tuple(map(pointer, (keys, values, length, out)))
+    own, kept = DTYPES[qkv.dtype], DTYPES[keys.dtype]
+    core().attend_slots(
+        *given, rows, queries, heads, room, size, width, width, width, own, own, own, kept, scaling,
+        pointer(cos), pointer(sin), DTYPES[cos.dtype], threads(),
+    )  # fmt: skip
     return out

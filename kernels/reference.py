@@ -22,7 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from reasonrl.kernels.reference_attention import masked_softmax, slot_attention  # noqa: F401
 from reasonrl.kernels.reference_credit import credit_advantage
-from reasonrl.kernels.reference_layers import rms_norm, swiglu  # noqa: F401
+from reasonrl.kernels.reference_layers import (  # noqa: F401
+    add_rms_norm,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from reasonrl.kernels.reference_segments import (  # noqa: F401, the other half of the specification
     group_advantage,
     prime_advantage,

@@ -1,10 +1,12 @@
-"""RMSNorm and SwiGLU of a transformers model on a CPU, by a kernel of ours, on this instance alone.
+"""What stands between the products of a transformers model on a CPU, by kernels of ours, on this
+instance alone: RMSNorm, also with the residual before it, SwiGLU, the rotary embedding.
 
 Plain torch makes eight passes for a norm and keeps several copies of its input for the gradient; a
 kernel makes one and keeps the input. Under autocast a norm that only linear layers read gives what
-they would have cast it to. The modules stay what they are: their `forward` is a method bound to
-them, which a deep copy binds to the copy. Away from a CPU, and wherever a weight or an input is no
-plain tensor, they compute as transformers has it.
+they would have cast it to, and turned queries and keys come in the dtype of the values. The modules
+stay what they are: their `forward` is a method bound to them, which a deep copy binds to the copy.
+Away from a CPU, wherever a weight or an input is no plain tensor, and outside of this package's
+attention, they compute as transformers has it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reasonrl import checks
+from reasonrl import attention, checks
 from reasonrl.implementations import native, run
 
 # whose RMSNorm is w * x / rms, and whose decoder layers read their two norms by linear layers alone
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smollm3")
 READ_BY_LINEAR = ("input_layernorm", "post_attention_layernorm")
+TURNED = ("llama", "mistral", "qwen2", "qwen3")  # whose attention turns all its queries and keys
 SILU = ("SiLU", "SiLUActivation")
 TYPES = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,26 +35,74 @@ def fuse(model: nn.Module) -> bool:
     if not importlib.util.find_spec("reasonrl._C"):
         return False
     norms = [(n, m) for n, m in model.named_modules() if _is_norm(m)]
-    gated = [m for m in model.modules() if _is_gated(m)]
+    ways = {_gated: _is_gated, _attention: _turns, _layer: _is_layer}
     for name, norm in norms:
         linear = name.rpartition(".")[2] in READ_BY_LINEAR
         norm.forward = types.MethodType(_narrow_norm if linear else _norm, norm)
-    for mlp in gated:
-        mlp.forward = types.MethodType(_gated, mlp)
-    return bool(norms or gated)
+    found = [(way, m) for m in model.modules() for way, fits in ways.items() if fits(m)]
+    for way, module in found:
+        module.forward = types.MethodType(way, module)
+    return bool(norms or found)
 
 
 def fused(model: nn.Module) -> bool:
     """Whether layers of the model are."""
-    ways = (_norm, _narrow_norm, _gated)
-    return any(getattr(vars(m).get("forward"), "__func__", None) in ways for m in model.modules())
+    ways = (_norm, _narrow_norm, _gated, _attention, _layer)
+    return any(_way(module) in ways for module in model.modules())
 
 
-def _of(module: nn.Module, end: str) -> bool:
+def joinable(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
+    """Fused modules with the plain linear layers that read one input: as one product of their
+    weights, put into `joined`, they cost one call where little is multiplied."""
+    names = {_gated: ("gate_proj", "up_proj"), _attention: ("q_proj", "k_proj", "v_proj")}
+    found = []
+    for module in model.modules():
+        parts: list[Any] = [getattr(module, name) for name in names.get(_way(module), ())]
+        biased = {part.bias is None for part in parts if type(part) is nn.Linear}
+        if parts and all(type(part) is nn.Linear for part in parts) and len(biased) == 1:
+            found.append((module, parts))
+    return found
+
+
+def lean(decoder: Any) -> bool:
+    """Whether a decoder is embedding, known layers whose products are prepared, and norm, and
+    nobody listens to any of its modules."""
+    if not _of(decoder, "Model", TURNED) or _way(decoder.norm) is not _norm:
+        return False
+    for layer in decoder.layers:
+        if _way(layer) is not _layer:
+            return False
+        attn, mlp = layer.self_attn, layer.mlp
+        norms = _way(layer.input_layernorm), _way(layer.post_attention_layernorm)
+        if (_way(attn), _way(mlp), *norms) != (_attention, _gated, _narrow_norm, _narrow_norm):
+            return False
+        if hasattr(attn, "q_norm") or not all("joined" in vars(x) for x in (attn, mlp)):
+            return False
+        if not all("forward" in vars(x) for x in (attn.o_proj, mlp.down_proj)):
+            return False
+    return not any(_heard(module) for module in decoder.modules())
+
+
+def parts_of(norm: Any) -> tuple[Tensor, float]:
+    return norm.weight, norm.variance_epsilon
+
+
+def _way(module: Any) -> Any:
+    """How a module computes, where that is ours."""
+    return getattr(vars(module).get("forward"), "__func__", None)
+
+
+def _heard(module: Any) -> bool:
+    """Whether somebody listens, as a trainer does that brings weights."""
+    hooks = module._forward_pre_hooks, module._forward_hooks
+    return bool(any(hooks) or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _of(module: nn.Module, end: str, known: tuple[str, ...] = KNOWN) -> bool:
     kind = type(module)
     home = kind.__module__.split(".")
     return (
-        kind.__name__.endswith(end) and home[:2] == ["transformers", "models"] and home[2] in KNOWN
+        kind.__name__.endswith(end) and home[:2] == ["transformers", "models"] and home[2] in known
     )
 
 
@@ -68,14 +119,28 @@ def _is_gated(module: Any) -> bool:
     )
 
 
+def _turns(module: Any) -> bool:
+    windows = [getattr(x, "sliding_window", None) for x in (module, getattr(module, "config", 0))]
+    return _of(module, "Attention", TURNED) and windows == [None, None]
+
+
+def _is_layer(module: Any) -> bool:
+    return _of(module, "DecoderLayer", TURNED) and _is_norm(module.post_attention_layernorm)
+
+
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     return _normed(self, hidden_states, torch.promote_types(self.weight.dtype, hidden_states.dtype))
 
 
 def _narrow_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    return _normed(self, hidden_states, _narrow(self, hidden_states))
+
+
+def _narrow(norm: Any, x: Tensor) -> torch.dtype:
+    """What linear layers alone will read."""
     if torch.is_autocast_enabled("cpu"):
-        return _normed(self, hidden_states, torch.get_autocast_dtype("cpu"))
-    return _norm(self, hidden_states)
+        return torch.get_autocast_dtype("cpu")
+    return torch.promote_types(norm.weight.dtype, x.dtype)
 
 
 def _normed(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,13 +150,73 @@ def _normed(norm: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:
+    if joined := vars(self).get("joined"):
+        return self.down_proj(native("swiglu")(*joined(x)))
     gate, up = self.gate_proj(x), self.up_proj(x)
     if _plain(gate, up) and (gate.shape, gate.dtype) == (up.shape, up.dtype):
         return self.down_proj(native("swiglu")(gate.contiguous(), up.contiguous()))
     return self.down_proj(self.act_fn(gate) * up)
 
 
-for method in (_norm, _narrow_norm, _gated):
+def _attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    cos, sin = position_embeddings
+    fits = kwargs.get("plan") is not None and cos.shape[-1] == self.head_dim
+    if not (fits and len(hidden_states) == 1 and _plain(hidden_states, cos)):
+        given = hidden_states, position_embeddings, attention_mask
+        return type(self).forward(self, *given, **kwargs)
+    x, joined = hidden_states[0], vars(self).get("joined")
+    parts = (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = joined(x) if joined else (part(x) for part in parts)
+    q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # (L, heads, d)
+    if hasattr(self, "q_norm"):
+        q, k = self.q_norm(q), self.k_norm(k)
+    q, k = native("rotary")(q, k, cos[0], sin[0], v.dtype)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    lost = self.attention_dropout if self.training else 0.0
+    given = attention_mask, self.scaling, lost
+    out, weights = attention.attention(self, q, k, v, *given, **kwargs)
+    return self.o_proj(out.reshape(1, len(cos[0]), -1)), weights
+
+
+def _layer(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    given = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+    given |= dict(past_key_values=past_key_values, position_embeddings=position_embeddings)
+    x = self.input_layernorm(hidden_states)
+    x, _ = self.self_attn(hidden_states=x, **given, **kwargs)
+    total, x = _added(self.post_attention_layernorm, hidden_states, x)
+    return total + self.mlp(x)
+
+
+def _added(norm: Any, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual and x together, and their norm; by the module itself where somebody listens to
+    it."""
+    fits = _plain(residual, norm.weight) and _plain(x, x) and x.shape == residual.shape
+    if (
+        not fits or _heard(norm) or x.shape[-1:] != norm.weight.shape
+        or torch.promote_types(residual.dtype, x.dtype) != residual.dtype
+    ):  # fmt: skip
+        total = residual + x
+        return total, norm(total)
+    known = *parts_of(norm), _narrow(norm, residual)
+    return native("add_rms_norm")(residual.contiguous(), x.contiguous(), *known)
+
+
+for method in (_norm, _narrow_norm, _gated, _attention, _layer):
     method.__name__ = "forward"  # pickled by this name: read back, a module computes as before
 
 
@@ -122,3 +247,44 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     checks.dtype("gate", gate, checks.ANY_FLOAT)
     checks.tensor("up", up, gate.shape, "gate's shape", (gate.dtype,), gate.device)
     return run("swiglu", impl, gate, up)
+
+
+def add_rms_norm(
+    x: Tensor,  # (..., D)
+    delta: Tensor,  # (..., D)
+    weight: Tensor,  # (D,)
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # (..., D) in x's dtype, (..., D) in `dtype`
+    """x + delta, and `rms_norm` of it."""
+    checks.dtype("x", x, checks.ANY_FLOAT)
+    checks.tensor("delta", delta, x.shape, "the shape of x", checks.ANY_FLOAT, x.device)
+    width = x.shape[-1] if x.dim() else 0
+    checks.tensor("weight", weight, (width,), "(D,)", checks.ANY_FLOAT, x.device)
+    checks.choice("dtype", dtype, checks.ANY_FLOAT)
+    return run("add_rms_norm", impl, x, delta, weight, eps, dtype)
+
+
+def rotary(
+    q: Tensor,  # (N, H, d)
+    k: Tensor,  # (N, K, d)
+    cos: Tensor,  # (N, d)
+    sin: Tensor,  # (N, d)
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # (N, H, d) and (N, K, d) in `dtype`
+    """The rotary embedding (Su et al. 2021, eq. 34) of heads whose halves are pairs; fp32 inside,
+    no gradient by the angles."""
+    checks.dtype("q", q, checks.ANY_FLOAT)
+    if q.dim() != 3 or q.shape[2] % 2:
+        raise ValueError(f"q must be (N, H, d) with an even d, got {tuple(q.shape)}")
+    heads = k.shape[1] if k.dim() == 3 else 0
+    checks.tensor("k", k, (len(q), heads, q.shape[2]), "(N, K, d)", (q.dtype,), q.device)
+    checks.dtype("cos", cos, checks.ANY_FLOAT)
+    for name, angle in (("cos", cos), ("sin", sin)):
+        checks.tensor(name, angle, (len(q), q.shape[2]), "(N, d)", (cos.dtype,), q.device)
+    checks.choice("dtype", dtype, checks.ANY_FLOAT)
+    return run("rotary", impl, q, k, cos, sin, dtype)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl import keys
+from reasonrl import keys, lean
 from reasonrl.attention import Packed
 from reasonrl.batch import first_position, join_positions
 from reasonrl.models import Policy
@@ -66,6 +66,7 @@ class Decoding:
         self.done = torch.ones(batch, dtype=torch.bool, device=device)
         width = max(map(len, prompt_ids), default=0) + sampling.max_tokens
         self.slots = Slots(batch, width, device, policy.attn)
+        self.hidden = lean.of(policy)
         self.look, self.shrink = LOOK.get(device.type, 1), SHRINK.get(device.type, 0.8)
 
     def run(self) -> None:
@@ -125,7 +126,7 @@ class Decoding:
         """One token for every slot."""
         going = ~self.done
         self.slots.place()
-        hidden = self.policy.hidden(self.token, self.slots.position, self.slots)
+        hidden = self.hidden(self.token, self.slots.position, self.slots)
         token, ended = self._pick(hidden, self.row)
         self.count[self.row] = self.count[self.row] + going
         self.slots.step(going)

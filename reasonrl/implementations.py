@@ -23,7 +23,8 @@ IMPLS = ("auto", "native", "triton", "cuda", "reference")
 PARTS = ("vocab_stats", "vocab_grads")  # of linear_logp, where a rank has a part of the vocabulary
 TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss", *PARTS)  # kernels/<name>.py
 VOCABULARY = ("logp", "linear_logp", "linear_policy_loss", *PARTS)  # on a GPU Triton's alone
-ON_A_CPU = ("masked_softmax", "slot_attention", "rms_norm", "swiglu")  # a GPU has its own ways
+LAYERS = ("rms_norm", "add_rms_norm", "swiglu", "rotary")
+ON_A_CPU = ("masked_softmax", "slot_attention", *LAYERS)  # a GPU has its own ways
 
 log = keys.logger("reasonrl")
 

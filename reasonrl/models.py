@@ -35,6 +35,7 @@ from reasonrl import (
     heads,
     layers,
     pretrained,
+    products,
     smollm2,
     tiny,
     vision,
@@ -43,7 +44,6 @@ from reasonrl.records import Batch, InputError
 
 ALL_ATTENTION_FUNCTIONS.register(attention.NAME, attention.attention)
 ALIGNED = 64  # bytes, torch's own choice on a CPU
-PACKED = 1 << 16  # numbers of an fp32 weight from which packing pays
 PRM_FILE = "prm.json"  # what makes a folder a process reward model
 OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")
 
@@ -162,61 +162,15 @@ class Policy:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Linear layers in the compute dtype: cast (and on a CPU packed) once, not per call."""
-        layers = [m for m in self.model.modules() if type(m) is nn.Linear]
-        if self.compute == torch.float32:
-            layers = [m for m in layers if _packs(m.weight, torch.float32)]
+        """Without gradients, linear layers in the compute dtype: cast (and on a CPU packed) once,
+        not per call."""
         was_training = self.model.training
         self.model.eval()
         try:
-            packed, cast = {}, _Cast(self.compute)
-            for layer in layers:
-                setattr(layer, "forward", _prepared(layer, cast, packed))  # noqa: B010
-            with torch.no_grad():
+            with products.prepared(self.model, self.compute), torch.no_grad():
                 yield
         finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
             self.model.train(was_training)
-
-
-class _Cast:
-    """A tensor in the compute dtype; the last one is kept, for layers that share their input."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.known, self.out = dtype, None, torch.empty(0)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.known is None or self.known[0] is not x or self.known[1] != x._version:
-            self.known, self.out = (x, x._version), x.to(self.dtype)
-        return self.out
-
-
-def _prepared(layer: nn.Linear, cast: _Cast, packed: dict[int, Tensor]):
-    dtype = cast.dtype
-    key = layer.weight.data_ptr()  # tied or shared weights are prepared once
-    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-    if key not in packed:
-        weight = layer.weight.detach().to(dtype)
-        if _packs(weight, dtype):
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        packed[key] = weight
-    weight = packed[key]
-    if weight.is_mkldnn:
-        linear = torch.ops.mkldnn._linear_pointwise
-        return lambda x: linear(cast(x), weight, bias, "none", [], "")
-    return lambda x: nn.functional.linear(cast(x), weight, bias)
-
-
-def _packs(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes this weight packed here (bf16 needs AVX-512) and is faster for it: in
-    fp32, for a few rows, up to twice as fast as torch's own product, but not with a small weight.
-    """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 and weight.numel() >= PACKED
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

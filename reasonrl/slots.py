@@ -10,12 +10,16 @@ Shapes: B rows, H query heads, K key/value heads, W tokens a slot, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from reasonrl import checks, flash
 from reasonrl.attention import Packed, attend
-from reasonrl.implementations import run
+from reasonrl.implementations import native, run
+from reasonrl.records import KernelUnavailable
 
 GROW = 32  # tokens
 
@@ -30,6 +34,7 @@ class Slots:
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.ahead = torch.zeros_like(self.length)  # how far positions run before lengths
         self.longest = 0  # an upper bound of the lengths
+        self.kernel: Callable[..., Tensor] | None = None
         self.cache: dict[int, list[Tensor]] = {}  # (B, K, W, d); fixed: (B, W, K, d)
 
     @property
@@ -83,7 +88,8 @@ class Slots:
         keys, values = self._heads_first(layer)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         if not self.fixed:
-            return slot_attention(q, k, v, keys, values, self.length, scaling)
+            self.kernel = self.kernel or _kernel(q, keys)
+            return self.kernel(q, k, v, keys, values, self.length, scaling)
         for cache, new in ((keys, k), (values, v)):
             slot = self.length[:, None, None, None]
             slot = slot.expand(-1, cache.shape[1], 1, cache.shape[3])
@@ -105,6 +111,16 @@ class Slots:
             self.cache[layer] = [x.index_select(0, rows) for x in pair]
         self.length, self.ahead = self.length[rows], self.ahead[rows]
         self.longest = int(self.length.max())
+
+
+def _kernel(q: Tensor, keys: Tensor) -> Callable[..., Tensor]:
+    """The native one itself where it takes these, since every layer of every token calls it."""
+    try:
+        if q.dtype != torch.float64 != keys.dtype:
+            return native("slot_attention")
+    except KernelUnavailable:
+        pass  # `run` says which one it takes instead
+    return partial(run, "slot_attention", "auto")
 
 
 def slot_attention(

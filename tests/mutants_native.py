@@ -24,6 +24,8 @@ WHITEN = "csrc/cpu/whiten.cpp"
 SLOTS = "csrc/cpu/slots.cpp"
 SOFTMAX = "csrc/cpu/softmax.cpp"
 LAYERS = "csrc/cpu/layers.cpp"
+ROTARY = "csrc/cpu/rotary.cpp"
+TURN = "csrc/cpu/rotary.h"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -91,10 +93,10 @@ CPU = [
     ("biased variance", WHITEN, "all.count > 2.0 ? all.count - 1.0 : 1.0", "all.count > 2.0 ? all.count : 1.0", "whiten or prime"),
     ("scores not scaled", SLOTS, "q[c] * t.scaling", "q[c]", "slots or row"),
     ("places behind the length weigh", SLOTS, "s.weight[h * room + at + j] = -FLT_MAX;", "s.weight[h * room + at + j] = 0.0f;", "slots or row"),
-    ("the new key goes one place before", SLOTS, "put<DTYPE>(t.k, t.k_dtype, i, keys, n, s);", "put<DTYPE>(t.k, t.k_dtype, i, keys, n ? n - 1 : 0, s);", "slots or row"),
-    ("the new value is left out", SLOTS, "put<DTYPE>(t.v, t.v_dtype, i, values, n, s);", "", "slots or row"),
+    ("the new key goes one place before", SLOTS, "t.cos, keys, n, s);", "t.cos, keys, n ? n - 1 : 0, s);", "slots or row"),
+    ("the new value is left out", SLOTS, "put<DTYPE>(t.v, t.v_dtype, row * t.v_stride + head * t.size, false, values, n, s);", "", "slots or row"),
     ("a score that is not finite is let through", SLOTS, "(double)sum[k] + (double)broken[k]", "(double)sum[k]", "slots or row"),
-    ("query heads of another key head", SLOTS, "i * group + g", "i + g", "slots or row"),
+    ("query heads of another key head", SLOTS, "head * group + g", "head + g", "slots or row"),
     ("values of the last places alone", SLOTS, "sum[h] = load(s.out.data() + h * s.padded + c);", "sum[h] = Vec{};", "slots or row"),
     ("every other lane", SLOTS, "+ every_second<1>(a, b, lanes)", "+ every_second<0>(a, b, lanes)", "slots or row"),
     ("another row behind the last place", SLOTS, "memset(s.block.data() + n * s.size, 0, LANES * sizeof(float));", "", "slots or row"),
@@ -116,7 +118,24 @@ CPU = [
     ("gate not multiplied", LAYERS, "g * sigmoid(g) * load(up + j)", "sigmoid(g) * load(up + j)", "swiglu"),
     ("slope of the gate alone", LAYERS, "(1.0f + g * (1.0f - s))", "1.0f", "swiglu"),
     ("gradients of gate and up change places", LAYERS, "store(up + j, d * g * s);", "store(up + j, load(gate + j));", "swiglu"),
-    ("last gates left out", LAYERS, "(t.count + SPAN - 1) / SPAN", "t.count / SPAN", "swiglu"),
+    ("last gates left out", LAYERS, "(t.width + SPAN - 1) / SPAN", "t.width / SPAN", "swiglu or gate"),
+    ("gates of the row before", LAYERS, "read_any(t.dtype, t.gate, row * t.stride + at", "read_any(t.dtype, t.gate, row * t.width + at", "gate"),
+    ("results where the inputs stand", LAYERS, "each(row * t.width + at", "each(row * t.stride + at", "gate"),
+    ("the residual is left out", LAYERS, "load(&row.x[j]) + load(&row.g[j]));\n        }\n        row.round", "load(&row.x[j]));\n        }\n        row.round", "residual"),
+    ("a sum that is not rounded", LAYERS, "        row.round(row.x.data());\n        write_any(t.x_dtype, added.sum", "        write_any(t.x_dtype, added.sum", "residual"),
+    ("the sum's own gradient is left out", LAYERS, "if (d.grad_sum) {", "if (false) {", "residual or alone"),
+    ("no gradient by what was added", LAYERS, "if (d.grad_delta) write_any", "if (false) write_any", "residual"),
+    ("turned the other way", TURN, "p * cos[j] - q * sin[j]", "p * cos[j] + q * sin[j]", "rotary"),
+    ("the second half as the first", TURN, "q * cos[j + half] + p * sin[j + half]", "p * cos[j + half] + q * sin[j + half]", "rotary"),
+    ("turned forward again", TURN, "BACK ? p * cos[j] + q * sin[j + half]", "BACK ? p * cos[j] - q * sin[j + half]", "rotary"),
+    ("half of a head turned", TURN, "half = (int64_t)angle.cos.size() / 2", "half = (int64_t)angle.cos.size() / 4", "rotary"),
+    ("keys as far apart as queries", ROTARY, "keys ? t.k_stride : t.q_stride", "t.q_stride", "rotary"),
+    ("the first head alone", ROTARY, "h < width; h += t.size", "h < t.size; h += t.size", "rotary"),
+    ("the first row's angles", ROTARY, "angle.read(t.angle_dtype, t.cos, t.sin, i);", "angle.read(t.angle_dtype, t.cos, t.sin, 0);", "rotary"),
+    ("the first row's angles in a slot", SLOTS, "s.angle.read(t.angle_dtype, t.cos, t.sin, row)", "s.angle.read(t.angle_dtype, t.cos, t.sin, 0)", "slots or row"),
+    ("a key goes to its slot unturned", SLOTS, "head * t.size, t.cos, keys, n, s);", "head * t.size, false, keys, n, s);", "slots or row"),
+    ("a turned query is not rounded", SLOTS, "if (dtype == F32) return;", "return;", "slots or row"),
+    ("values as far apart as if alone", SLOTS, "row * t.v_stride + head * t.size", "i * t.size", "slots or row"),
 ]  # fmt: skip
 
 DEVICE = "csrc/cuda/device.h"

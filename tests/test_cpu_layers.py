@@ -15,7 +15,7 @@ from test_packing import gradients, made_up, packed_loss
 from test_vision import POLICIES, written
 from torch import nn
 
-from reasonrl import attention, cpu_layers, layers, models
+from reasonrl import attention, cpu_layers, layers, lean, models, products
 from reasonrl.batch import pack
 from reasonrl.logprobs import batch_logp
 from reasonrl.loss import LossSpec
@@ -149,6 +149,66 @@ def test_greedy_text_is_generates(native, name):  # noqa: F811
         assert out[0, len(ids) :].tolist() == completion
 
 
+def sampled(policy: Policy) -> Any:
+    problems = [Problem(str(i), "") for i in range(3)]
+    prompts = [[5, 6, 7, 8], [20, 21], [9, 30, 31, 32, 33, 34]]
+    return sample(policy, problems, prompts, 4, Sampling(20), seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "Llama", "Mistral", "Qwen2"])
+def test_without_its_modules_a_token_has_the_same_bits(native, monkeypatch, name, dtype):  # noqa: F811
+    monkeypatch.setattr(products, "PACKED", 1)  # of fp32: also small ones
+    _, fused = twins(name)
+    fused.compute, steps = dtype, []
+    inner = lean.Decoder.__call__
+    monkeypatch.setattr(lean.Decoder, "__call__", lambda *a: steps.append(1) or inner(*a))
+    ours = sampled(fused)
+    assert len(steps) >= 19 and not any("joined" in vars(m) for m in fused.model.modules())
+    monkeypatch.setattr(lean, "of", lambda policy: policy.hidden)
+    count, theirs = len(steps), sampled(fused)
+    assert len(steps) == count and ours.completion_ids == theirs.completion_ids
+    for a, b in zip(ours.logp, theirs.logp, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_whoever_listens_or_changes_a_layer_gets_its_modules(native, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(products, "PACKED", 1)
+
+    def whole(change: Any = None, name: str = "Llama") -> bool:
+        _, fused = twins(name)
+        if change:
+            change(fused.model.model)
+        with fused.inference():
+            return lean.of(fused) != fused.hidden
+
+    def other(decoder: Any) -> None:
+        decoder.layers[1].self_attn.o_proj = nn.Sequential(decoder.layers[1].self_attn.o_proj)
+
+    assert whole()
+    assert not whole(lambda m: m.layers[1].mlp.up_proj.register_forward_hook(lambda *x: None))
+    assert not whole(lambda m: m.layers[0].register_forward_pre_hook(lambda *x: None))
+    assert not whole(lambda m: vars(m.layers[2].mlp).pop("forward"))
+    assert not whole(other)
+    assert not whole(lambda m: m.embed_tokens.bfloat16())  # a residual of another width
+    assert not any(whole(name=name) for name in ("Qwen3", "SmolLM3"))
+    plain, _ = twins("Llama")
+    with plain.inference():
+        assert lean.of(plain) == plain.hidden
+
+
+def test_a_hook_on_a_norm_is_heard_with_its_residual(native):  # noqa: F811
+    plain, fused = twins("Llama")
+    seen: dict[str, list[torch.Tensor]] = {"plain": [], "fused": []}
+    for name, policy in (("plain", plain), ("fused", fused)):
+        norm = policy.model.model.layers[1].post_attention_layernorm
+        norm.register_forward_hook(lambda m, x, y, name=name: seen[name].append(y.detach()))
+    a, b = loss_of(fused), loss_of(plain)
+    assert a.item() == pytest.approx(b.item(), rel=1e-6)
+    (mine,), (theirs,) = seen["fused"], seen["plain"]
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_a_copy_has_layers_of_its_own(native, tmp_path):  # noqa: F811
     _, fused = twins("Llama")
     before = loss_of(fused).item()
@@ -177,7 +237,7 @@ def test_a_model_beside_another_has_its_layers(native):  # noqa: F811
 
 
 def test_inference_leaves_the_layers_as_they_were(native, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(models, "PACKED", 1)
+    monkeypatch.setattr(products, "PACKED", 1)
     _, fused = twins("tiny")
     before = replaced(fused.model)
     with fused.inference():

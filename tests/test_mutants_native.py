@@ -32,7 +32,7 @@ TODAY = random.Random(datetime.date.today().toordinal() + 1)
 ALONE = ("module.cpp", "dispatch.cpp")  # in csrc: no formula stands there
 ONCE = ("segments.cpp", "credit.cpp", "trust.cpp")  # in csrc/cpu
 PER_ISA = tuple(
-    f"{name}.cpp" for name in "layers logp policy returns slots softmax steps whiten".split()
+    f"{name}.cpp" for name in "layers logp policy returns rotary slots softmax steps whiten".split()
 )
 FLAGS = "-std=gnu++17 -O1 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"
 

@@ -14,7 +14,7 @@ from test_parity import within
 
 from reasonrl import implementations
 from reasonrl.attention import masked_softmax
-from reasonrl.kernels import reference
+from reasonrl.kernels import native_attention, native_layers, reference
 from reasonrl.slots import slot_attention
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,6 +108,25 @@ def test_a_broken_row_stays_alone(isa, bad, place, size):  # noqa: F811
     got = slot_attention(q, k, v, keys, values, length, 0.2, impl="native")
     assert got[1, -1].isnan().all()
     assert torch.equal(got[[0, 2, 3]], clean[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("size", [(5, 9, 3, 70, 64), (4, 4, 4, 33, 40), (2, 6, 1, 17, 6)], ids=str)
+def test_slots_of_one_product_with_its_angles(isa, size, kind):  # noqa: F811
+    """The bits of turning q and k first and then reading them apart."""
+    rows, heads, groups, _, d = size
+    *_, keys, values, length = drawn(size, kind)
+    qkv = torch.randn(rows, (heads + 2 * groups) * d).to(kind)
+    turn = torch.rand(rows, d // 2) * 9
+    cos, sin = (torch.cat([x, x], -1) for x in (turn.cos(), turn.sin()))
+    q, k, v = qkv.view(rows, -1, d).split([heads, groups, groups], 1)
+    apart = keys.clone(), values.clone()
+    q, k = native_layers.rotary(q, k, cos, sin, kind)
+    want = slot_attention(q, k, v.contiguous(), *apart, length, 0.3, impl="native")
+    out = native_attention.turned_slot_attention(qkv, cos, sin, keys, values, length, 0.3)
+    assert torch.equal(out.view_as(want), want)
+    for mine, theirs in zip((keys, values), apart, strict=True):
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 
 def test_what_does_not_fit_is_named():
@@ -214,6 +233,6 @@ def test_masks_that_do_not_fit_are_named():
 def test_a_gpu_is_not_expected_to_have_them():
     """Plain attention on a card takes the reference without a warning that a kernel is missing."""
     there = [SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))]
-    for op in ("masked_softmax", "slot_attention", "rms_norm", "swiglu"):
+    for op in implementations.ON_A_CPU:
         assert implementations._order(op, there) == ["reference"]
     assert implementations._order("returns", there) == ["cuda", "reference"]

@@ -11,7 +11,8 @@ from test_native import isa, native  # noqa: F401, fixtures
 from test_parity import within
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from reasonrl.cpu_layers import rms_norm, swiglu
+from reasonrl.cpu_layers import add_rms_norm, rms_norm, rotary, swiglu
+from reasonrl.kernels import native_layers
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 FULL = torch.float32
@@ -83,6 +84,120 @@ def test_norm_by_hand(isa):  # noqa: F811
     # dx = (w - n mean(w n)) / 5, mean(w n) = (6 + 80) / 2
     torch.testing.assert_close(dx, torch.tensor([[(10 - 0.6 * 43) / 5, (100 - 0.8 * 43) / 5]]))
     torch.testing.assert_close(dw, torch.tensor([0.6, 0.8]))
+
+
+def pair(call, leaves, ups):
+    """Two results and the gradients of both by the leaves."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    outs = call(*leaves)
+    total = sum((up.to(out.dtype) * out).double().sum() for up, out in zip(ups, outs, strict=True))
+    return *(out.detach() for out in outs), *torch.autograd.grad(total, leaves)
+
+
+@pytest.mark.parametrize("kinds", [*((k, k, k) for k in KINDS), (FULL, KINDS[1], KINDS[1]),
+    (KINDS[1], FULL, FULL)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_with_a_residual(isa, shape, kinds):  # noqa: F811
+    """Of rows, what is added and the result; a gradient comes by the sum and by its norm."""
+    kind, other, dtype = kinds
+    x, w, up = drawn(shape, kind, FULL)
+    delta, by_sum = torch.randn(shape).to(other), torch.randn(shape).to(kind)
+    wide, results = torch.float64, []
+    for impl, to in (("reference", wide), ("reference", dtype), ("native", dtype)):
+        leaves = (x, delta, w) if to == dtype else (x.to(wide), delta.to(wide), w.to(wide))
+        call = lambda a, b, c, i=impl, t=to: add_rms_norm(a, b, c, EPS, t, impl=i)  # noqa: E731
+        results.append(pair(call, leaves, (by_sum, up.to(dtype))))
+    lost = max(torch.finfo(k).eps for k in {kind, other, dtype} | {FULL})
+    for k, (truth, yard, got) in zip((2, 2, 3, 3, 3), zip(*results, strict=True), strict=True):
+        assert got.dtype == yard.dtype
+        size = float(truth.abs().max()) if truth.numel() else 0.0
+        within(got, truth, yard, k, rounding=0.0 if lost == torch.finfo(FULL).eps else lost * size)
+    if x.numel():
+        assert torch.equal(results[2][0], (x + delta).to(kind))
+        of_sum = rms_norm(results[2][0], w, EPS, dtype, impl="native")  # as it is kept, rounded
+        assert torch.equal(results[2][1], of_sum)
+        here = x.clone()
+        alone = native_layers.add_rms_norm_(here, delta, w, EPS, dtype)
+        assert torch.equal(here, results[2][0]) and torch.equal(alone, results[2][1])
+
+
+def test_a_sum_or_a_norm_alone_has_its_gradient(native):  # noqa: F811
+    x, w, up = drawn((5, 24), FULL, FULL)
+    for part in (0, 1):
+        grads = []
+        for impl in ("native", "reference"):
+            leaves = [v.clone().requires_grad_() for v in (x, up, w)]
+            out = add_rms_norm(*leaves, EPS, FULL, impl=impl)[part]
+            grads.append(torch.autograd.grad(out.square().sum(), leaves, allow_unused=True))
+        for mine, theirs in zip(*grads, strict=True):
+            want = torch.zeros_like(mine) if theirs is None else theirs
+            torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-6)
+
+
+def angles(tokens, size):
+    turn = torch.rand(tokens, size // 2) * 9
+    return torch.cat([turn, turn], -1).cos(), torch.cat([turn, turn], -1).sin()
+
+
+@pytest.mark.parametrize("kinds", [*((k, FULL, k) for k in KINDS), (FULL, FULL, KINDS[1]),
+    (KINDS[1], KINDS[1], KINDS[1]), (KINDS[1], FULL, FULL)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("sizes", [(3, 9, 3, 64), (70, 4, 4, 40), (5, 2, 1, 6), (1, 1, 1, 2),
+    (0, 2, 1, 8)], ids=str)  # fmt: skip
+def test_rotary_and_its_gradients(isa, sizes, kinds):  # noqa: F811
+    """Rows may stand any way apart; q and k of one product do."""
+    (tokens, heads, groups, size), (kind, angle, dtype) = sizes, kinds
+    both = torch.randn(tokens, heads + groups, size).to(kind)
+    cos, sin = (x.to(angle) for x in angles(tokens, size))
+    ups = [torch.randn(tokens, n, size).to(dtype) for n in (heads, groups)]
+    wide, results = torch.float64, []
+    for impl, to in (("reference", wide), ("reference", dtype), ("native", dtype)):
+        own = (x.double() if to == wide else x for x in (both, cos, sin))
+
+        def call(x, cos, sin, impl=impl, to=to):
+            ways = (
+                [native_layers.rotary] if impl == "native" else [lambda *a: rotary(*a, impl=impl)]
+            )
+            return ways[0](x[:, :heads], x[:, heads:], cos, sin, to)
+
+        x, c, s = own
+        results.append(pair(lambda x, c=c, s=s, f=call: f(x, c, s), (x,), ups))
+    rounding = torch.finfo(dtype).eps if torch.finfo(dtype).eps > torch.finfo(FULL).eps else 0.0
+    back = max(rounding, torch.finfo(kind).eps if kind != FULL else 0.0)
+    for k, extra, truth, yard, got in zip(
+        (2, 2, 3), (rounding, rounding, back), *results, strict=True
+    ):
+        assert got.dtype == yard.dtype
+        top = float(truth.abs().max()) if truth.numel() else 0.0
+        within(got, truth, yard, k, rounding=extra * top)
+
+
+def test_rotary_by_hand(isa):  # noqa: F811
+    """A right angle for the first pair, none for the second."""
+    cos, sin = torch.tensor([[0.0, 1.0, 0.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    q, k = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[[5.0, 6.0, 7.0, 8.0]]])
+    found = rotary(q, k, cos, sin, FULL, impl="native")
+    assert found[0].tolist() == [[[-3.0, 2.0, 1.0, 4.0]]]
+    assert found[1].tolist() == [[[-7.0, 6.0, 5.0, 8.0]]]
+
+
+def test_gate_and_up_of_one_product(isa):  # noqa: F811
+    for kind in KINDS:
+        both = torch.randn(7, 2 * 1500).to(kind)
+        want = swiglu(*(x.contiguous() for x in both.chunk(2, -1)), impl="native")
+        assert torch.equal(native_layers.joined_swiglu(both), want)
+        assert torch.equal(native_layers.swiglu(*both.chunk(2, -1)), want)
+
+
+def test_what_layers_refuse_is_named():
+    q, k, cos = torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"q must be \(N, H, d\) with an even d, got \(3, 4, 7\)"):
+        rotary(q[..., :7], k, cos, cos, FULL)
+    with pytest.raises(ValueError, match=r"k must be \(N, K, d\) = \(3, 2, 8\), got \(3, 2, 6\)"):
+        rotary(q, k[..., :6], cos, cos, FULL)
+    with pytest.raises(ValueError, match=r"sin must be \(N, d\) = \(3, 8\), got \(2, 8\)"):
+        rotary(q, k, cos, cos[:2], FULL)
+    with pytest.raises(ValueError, match=r"delta must be the shape of x = \(3, 8\), got \(3, 4\)"):
+        add_rms_norm(cos, cos[:, :4], cos[0], EPS, FULL)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

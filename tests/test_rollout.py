@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reasonrl import decoding, models
+from reasonrl import decoding, models, products
 from reasonrl.attention import Packed
 from reasonrl.records import InputError, Problem
 from reasonrl.rollout import sample
@@ -36,7 +36,7 @@ def problems(n=4):
 
 @pytest.mark.parametrize("packed", [1, 1 << 30])
 def test_greedy_equals_transformers_generate(policy, packed, monkeypatch):
-    monkeypatch.setattr(models, "PACKED", packed)
+    monkeypatch.setattr(products, "PACKED", packed)
     rollout = sample(policy, problems(), PROMPTS, 1, Sampling(40, temperature=0), seed=0)
     policy.model.set_attn_implementation("sdpa")
     try:
@@ -127,7 +127,7 @@ def test_prompts_that_do_not_fit_are_named(policy):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_packed_weights_follow_the_model_and_leave_no_trace(policy, dtype, monkeypatch):
-    monkeypatch.setattr(models, "PACKED", 1)  # of fp32: also small ones
+    monkeypatch.setattr(products, "PACKED", 1)  # of fp32: also small ones
     own = models.Policy(policy.model, policy.tokenizer, dtype)
     first = sample(own, problems(), PROMPTS, 1, Sampling(8, temperature=0), seed=0)
     weight = policy.head.weight.detach().clone()
@@ -142,7 +142,7 @@ def test_packed_weights_follow_the_model_and_leave_no_trace(policy, dtype, monke
 
 
 def test_layers_of_one_input_cast_it_once_and_see_it_change():
-    cast = models._Cast(torch.bfloat16)
+    cast = products.Cast(torch.bfloat16)
     x = torch.ones(3)
     first = cast(x)
     assert cast(x) is first and first.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 //
 //   RMSNorm  n = x / sqrt(mean(x^2) + eps) in x's type,  y = w n
 //            dx = (w dy - n mean(w dy n)) / rms,  dw = sum over rows of dy n
+//            with a residual: x + delta in x's type is kept and takes the place of x
 //   SwiGLU   h = g sigmoid(g) u
 //            du = dh g sigmoid(g),  dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))
 //
@@ -52,8 +53,16 @@ struct Row {
     std::vector<uint16_t> half;
 };
 
-void normalise(const NormTask& t, void* y, int64_t i, Row& row) {
+void normalise(const NormTask& t, const Added& added, void* y, int64_t i, Row& row) {
     row.read(t.x_dtype, t.x, i, row.x);
+    if (added.delta) {
+        row.read(added.dtype, added.delta, i, row.g);
+        for (int64_t j = 0; j < row.padded; j += LANES) {
+            store(&row.x[j], load(&row.x[j]) + load(&row.g[j]));
+        }
+        row.round(row.x.data());
+        write_any(t.x_dtype, added.sum, i * t.width, t.width, row.x.data());
+    }
     Vec sum = {};
     for (int64_t j = 0; j < row.padded; j += LANES) sum += load(&row.x[j]) * load(&row.x[j]);
     const float scale = 1.0f / sqrtf(total_of(sum) / (float)t.width + t.eps);
@@ -71,11 +80,10 @@ void normalise(const NormTask& t, void* y, int64_t i, Row& row) {
 }
 
 // Adds dy n to `part` where there is one.
-void normalise_grad(const NormTask& t, const void* grad, void* grad_x, float* part, int64_t i,
-                    Row& row) {
+void normalise_grad(const NormTask& t, const NormGrad& d, float* part, int64_t i, Row& row) {
     const float scale = t.scale[i];
     row.read(t.x_dtype, t.x, i, row.x);
-    row.read(t.y_dtype, grad, i, row.g);
+    row.read(t.y_dtype, d.grad, i, row.g);
     Vec sum = {};
     for (int64_t j = 0; j < row.padded; j += LANES) {
         const Vec n = load(&row.x[j]) * scale;
@@ -86,12 +94,20 @@ void normalise_grad(const NormTask& t, const void* grad, void* grad_x, float* pa
     for (int64_t j = 0; j < row.padded; j += LANES) {
         store(&row.out[j], scale * (load(&row.w[j]) * load(&row.g[j]) - load(&row.x[j]) * mean));
     }
-    write_any(t.x_dtype, grad_x, i * t.width, t.width, row.out.data());
-    if (!part) return;
-    row.round(row.x.data());
-    for (int64_t j = 0; j < row.padded; j += LANES) {
-        store(&part[j], load(&part[j]) + load(&row.g[j]) * load(&row.x[j]));
+    if (part) {
+        row.round(row.x.data());
+        for (int64_t j = 0; j < row.padded; j += LANES) {
+            store(&part[j], load(&part[j]) + load(&row.g[j]) * load(&row.x[j]));
+        }
     }
+    if (d.grad_sum) {
+        row.read(t.x_dtype, d.grad_sum, i, row.g);
+        for (int64_t j = 0; j < row.padded; j += LANES) {
+            store(&row.out[j], load(&row.out[j]) + load(&row.g[j]));
+        }
+    }
+    write_any(t.x_dtype, d.grad_x, i * t.width, t.width, row.out.data());
+    if (d.grad_delta) write_any(d.dtype, d.grad_delta, i * t.width, t.width, row.out.data());
 }
 
 // SPAN numbers of gate and up, or of their gradients.
@@ -99,52 +115,50 @@ constexpr int64_t SPAN = BLOCK;
 
 template <class F>
 void by_span(const GateTask& t, int threads, F each) {
-    const int64_t spans = (t.count + SPAN - 1) / SPAN;
+    const int64_t spans = (t.width + SPAN - 1) / SPAN;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> gate(SPAN), up(SPAN), grad(SPAN);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < spans; i++) {
-            const int64_t n = std::min(SPAN, t.count - i * SPAN);
-            read_any(t.dtype, t.gate, i * SPAN, n, gate.data());
-            read_any(t.dtype, t.up, i * SPAN, n, up.data());
-            each(i * SPAN, n, gate.data(), up.data(), grad.data());
+        for (int64_t i = 0; i < t.rows * spans; i++) {
+            const int64_t row = i / spans, at = i % spans * SPAN;
+            const int64_t n = std::min(SPAN, t.width - at);
+            read_any(t.dtype, t.gate, row * t.stride + at, n, gate.data());
+            read_any(t.dtype, t.up, row * t.stride + at, n, up.data());
+            each(row * t.width + at, n, gate.data(), up.data(), grad.data());
         }
     }
 }
 
 }  // namespace
 
-void rms_norm(const NormTask& t, void* y, int threads) {
+void rms_norm(const NormTask& t, const Added& added, void* y, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Row row(t);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < t.rows; i++) normalise(t, y, i, row);
+        for (int64_t i = 0; i < t.rows; i++) normalise(t, added, y, i, row);
     }
 }
 
-void rms_norm_grad(const NormTask& t, const void* grad, void* grad_x, void* grad_weight,
-                   int threads) {
+void rms_norm_grad(const NormTask& t, const NormGrad& d, int threads) {
     const int64_t chunks = (t.rows + CHUNK - 1) / CHUNK, padded = vectors(t.width);
-    std::vector<float> parts(grad_weight ? chunks * padded : 0), whole(padded);
+    std::vector<float> parts(d.grad_weight ? chunks * padded : 0), whole(padded);
 #pragma omp parallel num_threads(threads)
     {
         Row row(t);
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < chunks; c++) {
-            float* part = grad_weight ? parts.data() + c * padded : nullptr;
+            float* part = d.grad_weight ? parts.data() + c * padded : nullptr;
             const int64_t end = std::min(t.rows, (c + 1) * CHUNK);
-            for (int64_t i = c * CHUNK; i < end; i++) {
-                normalise_grad(t, grad, grad_x, part, i, row);
-            }
+            for (int64_t i = c * CHUNK; i < end; i++) normalise_grad(t, d, part, i, row);
         }
     }
-    if (!grad_weight) return;
+    if (!d.grad_weight) return;
     for (int64_t c = 0; c < chunks; c++) {
         for (int64_t j = 0; j < t.width; j++) whole[j] += parts[c * padded + j];
     }
-    write_any(t.weight_dtype, grad_weight, 0, t.width, whole.data());
+    write_any(t.weight_dtype, d.grad_weight, 0, t.width, whole.data());
 }
 
 void swiglu(const GateTask& t, void* out, int threads) {

@@ -3,13 +3,14 @@
 //   keys[b, :, n] = k, values[b, :, n] = v, o = softmax(scaling q K^T) V over places 0 .. n =
 //   length[b]
 //
+// with q and k turned by the row's angles first where there are any (rotary.cpp), in their types.
 // An item is a row's key head with its query heads. Nothing behind a row's own length is read, and
 // each item is summed in float32 in one order: other rows, widths and threads change no bit of it.
 #include <float.h>
 
 #include <vector>
 
-#include "block.h"
+#include "rotary.h"
 #include "vector.h"
 
 namespace reasonrl {
@@ -22,6 +23,8 @@ constexpr float LOWEST = -87.0f;  // less is no weight
 struct Scratch {
     int64_t size, padded;  // of a head: as it is, and in whole vectors
     std::vector<float> query, out, block, weight;
+    std::vector<uint16_t> half;
+    Angles angle;
 
     Scratch(int64_t size, int64_t longest)
         : size(size),
@@ -29,7 +32,19 @@ struct Scratch {
           query(HEADS * padded),
           out(HEADS * padded),
           block(LANES * size + LANES),
-          weight(HEADS * (longest + LANES)) {}
+          weight(HEADS * (longest + LANES)),
+          half(size),
+          angle(size) {}
+
+    // A head as it stands, or turned and rounded to its type.
+    void read(int dtype, const void* from, int64_t at, bool turned, float* x) {
+        read_any(dtype, from, at, size, x);
+        if (!turned) return;
+        turn<false>(x, angle);
+        if (dtype == F32) return;
+        write_any(dtype, half.data(), 0, size, x);
+        read_any(dtype, half.data(), 0, size, x);
+    }
 };
 
 template <int ODD, int... K>
@@ -129,13 +144,13 @@ INLINE void add_values(Scratch& s, const void* value, const float* weight, int64
 
 // N query heads from `head` on over n places of the slot's key head; `next`: the keys after it.
 template <int DTYPE, bool DIRECT, int N>
-void heads(const SlotTask& t, const void* keys, const void* values, const void* next, int64_t head,
-           int64_t n, Scratch& s) {
+void heads(const SlotTask& t, const void* keys, const void* values, const void* next, int64_t row,
+           int64_t head, int64_t n, Scratch& s) {
     constexpr int SEEN = DIRECT ? DTYPE : (int)F32;
     const int64_t room = (n + LANES - 1) / LANES * LANES;
     for (int h = 0; h < N; h++) {
         float* q = s.query.data() + h * s.padded;
-        read_any(t.q_dtype, t.q, (head + h) * s.size, s.size, q);
+        s.read(t.q_dtype, t.q, row * t.q_stride + (head + h) * s.size, t.cos, q);
         for (int64_t c = 0; c < s.padded; c++) q[c] = c < s.size ? q[c] * t.scaling : 0.0f;
     }
     for (int64_t at = 0; at < n; at += LANES) {
@@ -160,14 +175,15 @@ void heads(const SlotTask& t, const void* keys, const void* values, const void* 
     for (int h = 0; h < N; h++) {
         float* o = s.out.data() + h * s.padded;
         for (int64_t c = 0; c < s.size; c++) o[c] *= share[h];
-        write<DTYPE>(t.out, (head + h) * s.size, (int)s.size, o);
+        write<DTYPE>(t.out, (row * t.heads + head + h) * s.size, (int)s.size, o);
     }
 }
 
 // The new key or value to its place.
 template <int DTYPE>
-void put(const void* from, int dtype, int64_t item, void* slot, int64_t place, Scratch& s) {
-    read_any(dtype, from, item * s.size, s.size, s.block.data());
+void put(const void* from, int dtype, int64_t at, bool turned, void* slot, int64_t place,
+         Scratch& s) {
+    s.read(dtype, from, at, turned, s.block.data());
     write<DTYPE>(slot, place * s.size, (int)s.size, s.block.data());
 }
 
@@ -184,12 +200,13 @@ void attend(const SlotTask& t, int64_t longest, int threads) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < items; i++) {
             char *keys = (char*)t.keys + i * slot, *values = (char*)t.values + i * slot;
-            const int64_t n = t.length[i / t.key_heads];
-            put<DTYPE>(t.k, t.k_dtype, i, keys, n, s);
-            put<DTYPE>(t.v, t.v_dtype, i, values, n, s);
+            const int64_t row = i / t.key_heads, head = i % t.key_heads, n = t.length[row];
+            if (t.cos) s.angle.read(t.angle_dtype, t.cos, t.sin, row);
+            put<DTYPE>(t.k, t.k_dtype, row * t.k_stride + head * t.size, t.cos, keys, n, s);
+            put<DTYPE>(t.v, t.v_dtype, row * t.v_stride + head * t.size, false, values, n, s);
             for (int64_t g = 0; g < group; g += HEADS) {
                 const int64_t left = group - g < HEADS ? group - g : HEADS;
-                of[left - 1](t, keys, values, keys + slot, i * group + g, n + 1, s);
+                of[left - 1](t, keys, values, keys + slot, row, head * group + g, n + 1, s);
             }
         }
     }
