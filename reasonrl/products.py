@@ -1,5 +1,5 @@
-"""Linear layers while nobody learns: weights are cast to the compute dtype once, on a CPU packed as
-oneDNN reads them, and those of one input are joined where a fused module of `cpu_layers` reads them.
+"""Linear layers while nobody learns: weights are cast to the compute dtype once, on a CPU packed
+as oneDNN reads them, and those of one input are joined where a module of `cpu_layers` reads them.
 """
 
 from __future__ import annotations
