@@ -51,12 +51,18 @@ def slot_attention(
     scaling: float,
 ) -> Tensor:  # (B, H, d)
     """Places k and v behind a row's `length` tokens; attention over all it then holds."""
+    q, k, v = (whole_rows(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=keys.dtype)
     sizes = *q.shape[:2], *keys.shape[1:], q.stride(0), k.stride(0), v.stride(0)
     kinds = (DTYPES[x.dtype] for x in (q, k, v, keys))
     given = (pointer(x) for x in (q, k, v, keys, values, length, out))
     core().attend_slots(*given, *sizes, *kinds, scaling, 0, 0, 0, threads())
     return out
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """x (N, heads, d) as it is where the heads of a row stand together, else a copy."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def turned_slot_attention(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
+from reasonrl.kernels.native_attention import whole_rows
 
 
 def rms_norm(
@@ -159,6 +160,7 @@ def rotary(
 
 
 def _turned(q, k, cos, sin, dtype: torch.dtype, back: bool) -> tuple[Tensor, Tensor]:
+    q, k = whole_rows(q), whole_rows(k)
     q_out, k_out = torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype)
     kinds = (DTYPES[x] for x in (q.dtype, cos.dtype, dtype))
     given = (pointer(x) for x in (q, k, cos, sin, q_out, k_out))

@@ -176,7 +176,7 @@ def _attention(
     q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # (L, heads, d)
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
-    q, k = native("rotary")(q, k, cos[0], sin[0], v.dtype)
+    q, k = native("rotary")(q, k.to(q.dtype), cos[0], sin[0], v.dtype)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     lost = self.attention_dropout if self.training else 0.0
     given = attention_mask, self.scaling, lost

@@ -67,8 +67,9 @@ def of(policy: Policy) -> Callable[[Tensor, Tensor, Slots], Tensor]:
     """The decoder without its modules where it fits, inside of `policy.inference()`; else
     `policy.hidden`."""
     decoder: Any = policy.model.get_decoder()
-    kind = decoder.get_input_embeddings().weight.dtype
-    if not cpu_layers.lean(decoder) or kind not in (torch.float32, policy.compute):
+    if not cpu_layers.lean(decoder):
+        return policy.hidden
+    if decoder.embed_tokens.weight.dtype not in (torch.float32, policy.compute):
         return policy.hidden
     return Decoder(decoder, [_layer(layer) for layer in decoder.layers], policy.compute)
 

@@ -125,6 +125,9 @@ def test_slots_of_one_product_with_its_angles(isa, size, kind):  # noqa: F811
     want = slot_attention(q, k, v.contiguous(), *apart, length, 0.3, impl="native")
     out = native_attention.turned_slot_attention(qkv, cos, sin, keys, values, length, 0.3)
     assert torch.equal(out.view_as(want), want)
+    apart = keys.clone(), values.clone()  # heads of a row need not stand together
+    q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+    assert torch.equal(native_attention.slot_attention(q, k, v, *apart, length, 0.3), want)
     for mine, theirs in zip((keys, values), apart, strict=True):
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
