@@ -83,6 +83,7 @@ STAIR = [
             "attention",
             "sampling",
             "importance",
+            "heap",
             "vocab_parallel",
             "layers",
             "cpu_layers",
