@@ -33,6 +33,7 @@ from reasonrl import (
     checkpoint,
     cpu_layers,
     heads,
+    heap,
     layers,
     pretrained,
     products,
@@ -171,6 +172,8 @@ class Policy:
                 yield
         finally:
             self.model.train(was_training)
+            if heap.worth(self.model):
+                heap.trim()
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -29,7 +29,7 @@ def tiny():
     return models.load("tiny", dtype="fp32", width=32, layers=4)
 
 
-def test_at_two_thirds_and_one_third_of_the_layers(monkeypatch):
+def test_at_three_places_among_the_layers(monkeypatch):
     policy, seen = tiny(), []
     assert heap.trim_in_backward(policy.model) == 0  # too small to be worth it
     monkeypatch.setattr(heap, "WORTH", 1)
@@ -39,13 +39,23 @@ def test_at_two_thirds_and_one_third_of_the_layers(monkeypatch):
     def grads():
         return [x for x in layers if all(p.grad is not None for p in x.parameters())]
 
-    assert heap.trim_in_backward(policy.model) == 2
+    assert heap.trim_in_backward(policy.model) == 3
     seen.clear()
     policy.model.set_attn_implementation("sdpa")
     for _ in range(2):  # as often as there are micro-batches
         policy.model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
-    assert len(seen) == 4 and seen[0] < seen[1] < len(layers)
+    assert len(seen) == 6 and seen[0] < seen[1] < seen[2] < len(layers)
     assert policy.frozen().model.model.layers[1].input_layernorm.weight.grad is None
+
+
+def test_after_a_rollout(monkeypatch):
+    seen, policy = [], tiny()
+    monkeypatch.setattr(heap, "trim", lambda: seen.append(1))
+    for worth in (1, heap.WORTH):
+        monkeypatch.setattr(heap, "WORTH", worth)
+        with policy.inference():
+            assert not seen or worth > 1
+    assert len(seen) == 1
 
 
 def test_layers_that_learn_nothing_are_left_alone(monkeypatch):
