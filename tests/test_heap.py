@@ -29,10 +29,11 @@ def tiny():
     return models.load("tiny", dtype="fp32", width=32, layers=4)
 
 
-def test_at_three_places_among_the_layers(monkeypatch):
+def test_at_places_among_the_layers(monkeypatch):
     policy, seen = tiny(), []
     assert heap.trim_in_backward(policy.model) == 0  # too small to be worth it
     monkeypatch.setattr(heap, "WORTH", 1)
+    monkeypatch.setattr(heap, "AT", (0.75, 0.5, 0.2))
     monkeypatch.setattr(heap, "trim", lambda: seen.append(len(grads())) or True)
     layers = policy.model.model.layers
 
