@@ -127,6 +127,7 @@ def worth(n: int, x: Tensor, w: Tensor, softcap: float | None) -> bool:
         and n * w.shape[0] >= SCORES
         and x.shape[1] <= DEPTH
         and x.shape[1] % 8 == w.shape[0] % 8 == w.data_ptr() % 16 == x.data_ptr() % 16 == 0
+        and torch.version.hip is None  # which counts its generations alike
         and _generation(x.device) == (9, 0)
     )
 

@@ -83,10 +83,6 @@ def lean(decoder: Any) -> bool:
     return not any(_heard(module) for module in decoder.modules())
 
 
-def parts_of(norm: Any) -> tuple[Tensor, float]:
-    return norm.weight, norm.variance_epsilon
-
-
 def _way(module: Any) -> Any:
     """How a module computes, where that is ours."""
     return getattr(vars(module).get("forward"), "__func__", None)
@@ -212,7 +208,7 @@ def _added(norm: Any, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     ):  # fmt: skip
         total = residual + x
         return total, norm(total)
-    known = *parts_of(norm), _narrow(norm, residual)
+    known = norm.weight, norm.variance_epsilon, _narrow(norm, residual)
     return native("add_rms_norm")(residual.contiguous(), x.contiguous(), *known)
 
 

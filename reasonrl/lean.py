@@ -22,16 +22,17 @@ from reasonrl.models import Policy
 from reasonrl.slots import Slots
 
 Product = Callable[[Tensor], Tensor]
-Norm = tuple[Tensor, float]  # weight, eps
+Norm = tuple[Tensor, float, torch.dtype]  # weight, eps, dtype of the result
 
 
 @dataclass(frozen=True)
 class Layer:
-    norms: tuple[Norm, Norm]
     qkv: Product
     out: Product
+    norm: Norm
     both: Product  # gate and up
     down: Product
+    after: Norm  # the next layer's first, or the decoder's own
     index: int
     scaling: float
 
@@ -39,28 +40,26 @@ class Layer:
 class Decoder:
     """`Policy.hidden` of one token a row whose prompt's keys and values are in the slots."""
 
-    def __init__(self, decoder: Any, layers: list[Layer], dtype: torch.dtype):
-        self.decoder, self.layers, self.dtype = decoder, layers, dtype
+    def __init__(self, decoder: Any, dtype: torch.dtype):
+        self.decoder = decoder
         self.attend, self.swiglu = native("turned_slot_attention"), native("joined_swiglu")
         self.norm, self.add_norm = native("rms_norm"), native("add_rms_norm_")
+        own, residual = decoder.norm.weight.dtype, decoder.embed_tokens.weight.dtype
+        firsts = [_norm(layer.input_layernorm, dtype) for layer in decoder.layers]
+        self.first, *later = *firsts, _norm(decoder.norm, torch.promote_types(own, residual))
+        self.layers = [_layer(*each, dtype) for each in zip(decoder.layers, later, strict=True)]
 
     def __call__(self, ids: Tensor, position: Tensor, slots: Slots) -> Tensor:
         """(B,), (B,) -> (B, D)."""
-        x: Tensor = self.decoder.embed_tokens(ids)
-        delta = torch.empty(0)
+        x: Tensor = self.decoder.embed_tokens(ids)  # the residual, added to in place
         cos, sin = (a[0] for a in self.decoder.rotary_emb(x[None], position[None]))
-        for n, layer in enumerate(self.layers):
-            first, second = layer.norms
-            if n == 0:
-                y = self.norm(x, *first, self.dtype)
-            else:
-                y = self.add_norm(x, delta, *first, self.dtype)
+        y = self.norm(x, *self.first)
+        for layer in self.layers:
             keys, values = slots.cache[layer.index]
             seen = self.attend(layer.qkv(y), cos, sin, keys, values, slots.length, layer.scaling)
-            y = self.add_norm(x, layer.out(seen), *second, self.dtype)
-            delta = layer.down(self.swiglu(layer.both(y)))
-        weight, eps = cpu_layers.parts_of(self.decoder.norm)
-        return self.add_norm(x, delta, weight, eps, torch.promote_types(weight.dtype, x.dtype))
+            y = self.add_norm(x, layer.out(seen), *layer.norm)
+            y = self.add_norm(x, layer.down(self.swiglu(layer.both(y))), *layer.after)
+        return y
 
 
 def of(policy: Policy) -> Callable[[Tensor, Tensor, Slots], Tensor]:
@@ -71,12 +70,16 @@ def of(policy: Policy) -> Callable[[Tensor, Tensor, Slots], Tensor]:
         return policy.hidden
     if decoder.embed_tokens.weight.dtype not in (torch.float32, policy.compute):
         return policy.hidden
-    return Decoder(decoder, [_layer(layer) for layer in decoder.layers], policy.compute)
+    return Decoder(decoder, policy.compute)
 
 
-def _layer(layer: Any) -> Layer:
+def _norm(norm: Any, dtype: torch.dtype) -> Norm:
+    return norm.weight, norm.variance_epsilon, dtype
+
+
+def _layer(layer: Any, after: Norm, dtype: torch.dtype) -> Layer:
     attn, mlp = layer.self_attn, layer.mlp
-    first, second = layer.input_layernorm, layer.post_attention_layernorm
-    norms = cpu_layers.parts_of(first), cpu_layers.parts_of(second)
-    products = attn.joined.product, attn.o_proj.forward, mlp.joined.product, mlp.down_proj.forward
-    return Layer(norms, *products, attn.layer_idx, attn.scaling)
+    return Layer(
+        attn.joined.product, attn.o_proj.forward, _norm(layer.post_attention_layernorm, dtype),
+        mlp.joined.product, mlp.down_proj.forward, after, attn.layer_idx, attn.scaling,
+    )  # fmt: skip

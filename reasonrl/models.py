@@ -33,7 +33,6 @@ from reasonrl import (
     checkpoint,
     cpu_layers,
     heads,
-    heap,
     layers,
     pretrained,
     products,
@@ -172,8 +171,6 @@ class Policy:
                 yield
         finally:
             self.model.train(was_training)
-            if heap.worth(self.model):
-                heap.trim()
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

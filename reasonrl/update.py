@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from reasonrl import heap, importance
+from reasonrl import importance
 from reasonrl.batch import lengths, pack, places, rows_of
 from reasonrl.config import Config
 from reasonrl.heads import Head
@@ -109,8 +109,6 @@ class Learner:
             weight_decay=config.optim.weight_decay,
             fused=policy.device.type in ("cpu", "cuda"),
         )
-        if accelerator.num_processes == 1:
-            heap.trim_in_backward(self.shards.trained.model)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.reference: Policy | None = None
         self.skipped = 0  # steps in a row that the NaN policy left out

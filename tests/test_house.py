@@ -83,7 +83,6 @@ STAIR = [
             "attention",
             "sampling",
             "importance",
-            "heap",
             "vocab_parallel",
             "layers",
             "cpu_layers",

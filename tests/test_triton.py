@@ -87,6 +87,36 @@ def gate(arch, dtype, folder, names):
             assert bool(seen["UTMASTG"]) == ("keep" in name), f"{name} sm_{arch}: {seen}"
 
 
+def test_where_tiles_are_chosen(monkeypatch):
+    """Half types on cards of compute capability 9.0, which a HIP build would claim as well."""
+    import torch
+
+    from reasonrl.kernels import tiles
+
+    class There:
+        """A matrix that says it lies on a card."""
+
+        def __init__(self, *shape, size=2, address=256):
+            self.shape, self.is_cuda, self.device = shape, True, "there"
+            self.element_size, self.data_ptr = lambda: size, lambda: address
+
+    generation = [(9, 0)]
+    monkeypatch.setattr(tiles, "_generation", lambda device: generation[0])
+
+    def chosen(n=2048, depth=896, vocab=49152, softcap=None, **given):
+        return tiles.worth(n, There(n, depth, **given), There(vocab, depth, **given), softcap)
+
+    assert chosen() and chosen(depth=4096)
+    assert not any((chosen(depth=4104), chosen(depth=900), chosen(vocab=49153), chosen(n=128)))
+    assert not any((chosen(softcap=30.0), chosen(size=4), chosen(address=8)))
+    for other in ((8, 0), (10, 0)):
+        generation[0] = other
+        assert not chosen()
+    generation[0] = (9, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not chosen()
+
+
 def test_a_new_number_or_length_compiles_nothing():
     """Every numeric argument of a kernel is a run-time argument: flags and block sizes alone are
     not."""
