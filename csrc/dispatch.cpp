@@ -24,7 +24,9 @@ namespace {
      isa::rms_norm_grad,       \
      isa::rotary,              \
      isa::swiglu,              \
-     isa::swiglu_grad}
+     isa::swiglu_grad,         \
+     isa::spread,              \
+     isa::gather}
 
 #ifdef WITH_X86
 const Ops SETS[] = {REASONRL_OPS(avx512), REASONRL_OPS(avx2), REASONRL_OPS(portable)};

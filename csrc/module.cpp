@@ -1,8 +1,9 @@
-// The bindings; those of CUDA stand in cuda/bind.h. Pointers arrive as integers (tensor.data_ptr(),
-// 0 = absent), sizes as they are; the Python side has checked shapes, dtypes, contiguity and values
-// before it hands a pointer over.
+// The bindings; those of layers stand in cpu/bind.h, of CUDA in cuda/bind.h. Pointers arrive as
+// integers (tensor.data_ptr(), 0 = absent), sizes as they are; the Python side has checked shapes,
+// dtypes, contiguity and values before it hands a pointer over.
 #include "bind.h"
 
+#include "cpu/bind.h"
 #include "cpu/groups.h"
 #include "ops.h"
 #ifdef WITH_CUDA
@@ -230,136 +231,6 @@ void bind_segments(py::module_& m) {
                         at<float>(out), threads);
         },
         "A step's value at every token of it, or at its last.");
-}
-
-void bind_attention(py::module_& m) {
-    m.def(
-        "attend_slots",
-        [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t keys, uintptr_t values,
-           uintptr_t length, uintptr_t out, int64_t rows, int64_t heads, int64_t key_heads,
-           int64_t width, int64_t size, int64_t q_stride, int64_t k_stride, int64_t v_stride,
-           int q_dtype, int k_dtype, int v_dtype, int dtype, float scaling, uintptr_t cos,
-           uintptr_t sin, int angle_dtype, int threads) {
-            py::gil_scoped_release release;
-            SlotTask task{};
-            task.q = at<const void>(q), task.k = at<const void>(k), task.v = at<const void>(v);
-            task.keys = at<void>(keys), task.values = at<void>(values);
-            task.length = at<const int64_t>(length), task.out = at<void>(out);
-            task.rows = rows, task.heads = heads, task.key_heads = key_heads;
-            task.width = width, task.size = size;
-            task.q_stride = q_stride, task.k_stride = k_stride, task.v_stride = v_stride;
-            task.q_dtype = q_dtype, task.k_dtype = k_dtype, task.v_dtype = v_dtype;
-            task.dtype = dtype, task.scaling = scaling;
-            task.cos = at<const void>(cos), task.sin = at<const void>(sin);
-            task.angle_dtype = angle_dtype;
-            ops().attend_slots(task, threads);
-        },
-        "One new token a row: its key and value placed, its attention over its slot.");
-    py::class_<SoftmaxTask>(m, "SoftmaxTask", "Scores and what is seen of them; see ops.h.")
-        .def(py::init([](uintptr_t weight, uintptr_t sees, int64_t batch, int64_t heads,
-                         int64_t queries, int64_t width, int dtype, bool shared, float scaling) {
-            return SoftmaxTask{at<void>(weight),
-                               at<const uint8_t>(sees),
-                               batch,
-                               heads,
-                               queries,
-                               width,
-                               dtype,
-                               shared,
-                               scaling};
-        }));
-    m.def(
-        "masked_softmax",
-        [](const SoftmaxTask& task, int threads) {
-            py::gil_scoped_release release;
-            ops().masked_softmax(task, threads);
-        },
-        "Scores become weights, in place.");
-    m.def(
-        "masked_softmax_grad",
-        [](const SoftmaxTask& task, uintptr_t grad, uintptr_t out, int threads) {
-            py::gil_scoped_release release;
-            ops().masked_softmax_grad(task, at<const void>(grad), at<void>(out), threads);
-        },
-        "Gradient by the scores, from the weights.");
-}
-
-void bind_layers(py::module_& m) {
-    py::class_<NormTask>(m, "NormTask", "Rows to normalise; see ops.h.")
-        .def(py::init([](uintptr_t x, uintptr_t weight, uintptr_t scale, int64_t rows,
-                         int64_t width, int x_dtype, int weight_dtype, int y_dtype, float eps) {
-            return NormTask{
-                at<const void>(x), at<const void>(weight), at<float>(scale), rows, width,
-                x_dtype,           weight_dtype,           y_dtype,          eps};
-        }));
-    m.def(
-        "rms_norm",
-        [](const NormTask& task, uintptr_t delta, uintptr_t sum, int dtype, uintptr_t y,
-           int threads) {
-            py::gil_scoped_release release;
-            ops().rms_norm(task, {at<const void>(delta), at<void>(sum), dtype}, at<void>(y),
-                           threads);
-        },
-        "Rows, with a delta unless null, over their root mean square, times a weight.");
-    m.def(
-        "rms_norm_grad",
-        [](const NormTask& task, uintptr_t grad, uintptr_t grad_sum, uintptr_t grad_x,
-           uintptr_t grad_delta, uintptr_t grad_weight, int dtype, int threads) {
-            py::gil_scoped_release release;
-            const NormGrad out = {at<const void>(grad), at<const void>(grad_sum), at<void>(grad_x),
-                                  at<void>(grad_delta), at<void>(grad_weight),    dtype};
-            ops().rms_norm_grad(task, out, threads);
-        },
-        "Gradients by the rows and, unless null, by the delta and the weight.");
-    py::class_<RotaryTask>(m, "RotaryTask", "Queries and keys to turn; see ops.h.")
-        .def(py::init([](uintptr_t q, uintptr_t k, uintptr_t cos, uintptr_t sin, uintptr_t q_out,
-                         uintptr_t k_out, int64_t tokens, int64_t heads, int64_t key_heads,
-                         int64_t size, int64_t q_stride, int64_t k_stride, int dtype,
-                         int angle_dtype, int out_dtype) {
-            return RotaryTask{at<const void>(q),
-                              at<const void>(k),
-                              at<const void>(cos),
-                              at<const void>(sin),
-                              at<void>(q_out),
-                              at<void>(k_out),
-                              tokens,
-                              heads,
-                              key_heads,
-                              size,
-                              q_stride,
-                              k_stride,
-                              dtype,
-                              angle_dtype,
-                              out_dtype};
-        }));
-    m.def(
-        "rotary",
-        [](const RotaryTask& task, bool back, int threads) {
-            py::gil_scoped_release release;
-            ops().rotary(task, back, threads);
-        },
-        "The rotary embedding, or its gradient.");
-    py::class_<GateTask>(m, "GateTask", "A gate and what it lets through; see ops.h.")
-        .def(py::init([](uintptr_t gate, uintptr_t up, int64_t rows, int64_t width, int64_t stride,
-                         int dtype) {
-            return GateTask{at<const void>(gate), at<const void>(up), rows, width, stride, dtype};
-        }));
-    m.def(
-        "swiglu",
-        [](const GateTask& task, uintptr_t out, int threads) {
-            py::gil_scoped_release release;
-            ops().swiglu(task, at<void>(out), threads);
-        },
-        "silu(gate) * up.");
-    m.def(
-        "swiglu_grad",
-        [](const GateTask& task, uintptr_t grad, uintptr_t grad_gate, uintptr_t grad_up,
-           int threads) {
-            py::gil_scoped_release release;
-            ops().swiglu_grad(task, at<const void>(grad), at<void>(grad_gate), at<void>(grad_up),
-                              threads);
-        },
-        "Gradients by the gate and by what it lets through.");
 }
 
 }  // namespace

@@ -132,6 +132,7 @@ struct NormGrad {
     const void *grad, *grad_sum;  // (N, D) by the result; in x's dtype by the sum, or null
     void *grad_x, *grad_delta;    // (N, D) in x's dtype; in `dtype`, or null
     void* grad_weight;            // (D,) or null
+    void* again;                  // (N, D) what the forward gave, or null
     int dtype;
 };
 
@@ -143,10 +144,37 @@ struct RotaryTask {
     int dtype, angle_dtype, out_dtype;
 };
 
+// Heads of L rows to spread over N blocks of W places; see cpu/blocks.cpp.
+struct SpreadTask {
+    const void* rows;       // (L, H, d), rows `stride` apart
+    const void *cos, *sin;  // (L, d) by which heads are turned, or null; then d is even
+    const int64_t* place;   // (N, W) the row in each place; below 0: none
+    void* out;              // (N, H, W, d)
+    int64_t blocks, width, heads, size, stride;
+    int dtype, angle_dtype;
+};
+
+// The sums of L rows over their places in up to two tensors of blocks.
+struct GatherTask {
+    const void* blocks[2];         // (N, H, W, d) each
+    const void *cos, *sin;         // (L, d) by which heads are turned back, or null
+    const int64_t *first, *place;  // (L + 1,), (E,): 2 (n W + w) + which tensor
+    void* out;                     // (L, H, d), rows `stride` apart
+    int64_t width[2], rows, heads, size, stride;
+    int dtype, angle_dtype;
+};
+
 struct GateTask {
-    const void *gate, *up;  // (N, D), rows `stride` apart; results have none between them
+    const void *gate, *up;  // (N, D), rows `stride` apart; the result has none between them
     int64_t rows, width, stride;
     int dtype;
+};
+
+struct GateGrad {
+    const void* grad;           // (N, D), no rows between
+    void *grad_gate, *grad_up;  // (N, D), rows `stride` apart
+    void* again;                // (N, D) what the forward gave, or null
+    int64_t stride;
 };
 
 // Neighbouring tokens of one step: mostly all of it.
@@ -178,8 +206,9 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void rms_norm_grad(const NormTask&, const NormGrad&, int threads);                             \
     void rotary(const RotaryTask&, bool back, int threads);                                        \
     void swiglu(const GateTask&, void* out, int threads);                                          \
-    void swiglu_grad(const GateTask&, const void* grad, void* grad_gate, void* grad_up,            \
-                     int threads);                                                                 \
+    void swiglu_grad(const GateTask&, const GateGrad&, int threads);                               \
+    void spread(const SpreadTask&, int threads);                                                   \
+    void gather(const GatherTask&, int threads);                                                   \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)
@@ -205,6 +234,8 @@ struct Ops {
     decltype(&portable::rotary) rotary;
     decltype(&portable::swiglu) swiglu;
     decltype(&portable::swiglu_grad) swiglu_grad;
+    decltype(&portable::spread) spread;
+    decltype(&portable::gather) gather;
 };
 
 const Ops& ops();

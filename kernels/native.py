@@ -40,6 +40,7 @@ ELSEWHERE = {
         *("rms_norm", "add_rms_norm", "swiglu", "rotary"),
         *("add_rms_norm_", "joined_swiglu"),  # without a gradient, in less memory
     ),
+    "native_decoder": ("decoder_layer",),
     "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }
 

@@ -76,7 +76,7 @@ def _norm_grad(ctx, grad, grad_sum, delta: torch.dtype | None):
     grad_delta = None if alike else torch.empty(x.shape, dtype=delta)
     grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[-3] else None
     task = core().NormTask(pointer(x), pointer(weight), pointer(scale), *ctx.known)
-    given = (pointer(g) for g in (grad, grad_sum, grad_x, grad_delta, grad_weight))
+    given = (pointer(g) for g in (grad, grad_sum, grad_x, grad_delta, grad_weight, None))
     core().rms_norm_grad(task, *given, 0 if alike else DTYPES[delta], threads())
     return grad_x, grad_x if alike else grad_delta, grad_weight
 
@@ -141,8 +141,8 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad = grad.contiguous()
         grad_gate, grad_up = torch.empty_like(grad), torch.empty_like(grad)
-        task = _task(gate, up)
-        core().swiglu_grad(task, pointer(grad), pointer(grad_gate), pointer(grad_up), threads())
+        given = (pointer(g) for g in (grad, grad_gate, grad_up, None))
+        core().swiglu_grad(_task(gate, up), *given, gate.shape[-1], threads())
         return grad_gate, grad_up
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reasonrl import checks, flash
+from reasonrl import checks, flash, places
 from reasonrl.implementations import run
 from reasonrl.records import InputError
 from reasonrl.watchdog import beat
@@ -75,6 +75,17 @@ class Packed:
     @cached_property
     def blocks(self) -> Blocks:
         return Blocks(self.layout, self.device)
+
+    @cached_property
+    def places(self) -> places.Packing:
+        return places.packing(self.layout)
+
+    def by_blocks(self, heads: int) -> bool:
+        """Whether attention of so many heads is plain products here, and keeps nothing beyond."""
+        known = (
+            self.cache is None and self.attn != "flash" and torch.device(self.device).type == "cpu"
+        )
+        return known and all(heads * part.scores <= SMALL for part in self.places.parts)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q (H, L, d), k and v (K, L, d) -> (L, H, d)."""

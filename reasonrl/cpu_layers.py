@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reasonrl import attention, checks
+from reasonrl import attention, checks, whole_layer
 from reasonrl.implementations import native, run
 
 # whose RMSNorm is w * x / rms, and whose decoder layers read their two norms by linear layers alone
@@ -70,17 +70,21 @@ def lean(decoder: Any) -> bool:
     if not _of(decoder, "Model", TURNED) or _way(decoder.norm) is not _norm:
         return False
     for layer in decoder.layers:
-        if _way(layer) is not _layer:
-            return False
         attn, mlp = layer.self_attn, layer.mlp
-        norms = _way(layer.input_layernorm), _way(layer.post_attention_layernorm)
-        if (_way(attn), _way(mlp), *norms) != (_attention, _gated, _narrow_norm, _narrow_norm):
+        if not _known(layer) or hasattr(attn, "q_norm"):
             return False
-        if hasattr(attn, "q_norm") or not all("joined" in vars(x) for x in (attn, mlp)):
+        if not all("joined" in vars(x) for x in (attn, mlp)):
             return False
         if not all("forward" in vars(x) for x in (attn.o_proj, mlp.down_proj)):
             return False
     return not any(_heard(module) for module in decoder.modules())
+
+
+def _known(layer: Any) -> bool:
+    """Whether a layer and its parts compute as this file has them."""
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    ways = [_way(part) for part in (layer, layer.self_attn, layer.mlp, *norms)]
+    return ways == [_layer, _attention, _gated, _narrow_norm, _narrow_norm]
 
 
 def _way(module: Any) -> Any:
@@ -190,6 +194,11 @@ def _layer(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Tensor:
+    if _known(self) and not any(_heard(part) for part in self.modules() if part is not self):
+        plan = kwargs.get("plan")
+        out = whole_layer.computed(self, hidden_states, position_embeddings, plan)
+        if out is not None:
+            return out
     given = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
     given |= dict(past_key_values=past_key_values, position_embeddings=position_embeddings)
     x = self.input_layernorm(hidden_states)

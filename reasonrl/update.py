@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from reasonrl import importance
+from reasonrl import heap, importance
 from reasonrl.batch import lengths, pack, places, rows_of
 from reasonrl.config import Config
 from reasonrl.heads import Head
@@ -98,6 +98,8 @@ class Learner:
     def __init__(self, policy: Policy, config: Config, accelerator: Accelerator):
         self.config, self.accelerator, self.policy = config, accelerator, policy
         _set_up_deepspeed(accelerator, config)
+        if policy.device.type == "cpu":
+            heap.keep()
         self.shards = Shards(policy, accelerator)
         module = Trainable(self.shards.trained, config.sample.temperature)
         parameters = [p for p in module.parameters() if p.requires_grad]

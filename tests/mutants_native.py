@@ -26,6 +26,7 @@ SOFTMAX = "csrc/cpu/softmax.cpp"
 LAYERS = "csrc/cpu/layers.cpp"
 ROTARY = "csrc/cpu/rotary.cpp"
 TURN = "csrc/cpu/rotary.h"
+BLOCKS = "csrc/cpu/blocks.cpp"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -120,7 +121,7 @@ CPU = [
     ("gradients of gate and up change places", LAYERS, "store(up + j, d * g * s);", "store(up + j, load(gate + j));", "swiglu"),
     ("last gates left out", LAYERS, "(t.width + SPAN - 1) / SPAN", "t.width / SPAN", "swiglu or gate"),
     ("gates of the row before", LAYERS, "read_any(t.dtype, t.gate, row * t.stride + at", "read_any(t.dtype, t.gate, row * t.width + at", "gate"),
-    ("results where the inputs stand", LAYERS, "each(row * t.width + at", "each(row * t.stride + at", "gate"),
+    ("results where the inputs stand", LAYERS, "write_any(t.dtype, out, row * t.width + at", "write_any(t.dtype, out, row * t.stride + at", "gate"),
     ("the residual is left out", LAYERS, "load(&row.x[j]) + load(&row.g[j]));\n        }\n        row.round", "load(&row.x[j]));\n        }\n        row.round", "residual"),
     ("a sum that is not rounded", LAYERS, "        row.round(row.x.data());\n        write_any(t.x_dtype, added.sum", "        write_any(t.x_dtype, added.sum", "residual"),
     ("the sum's own gradient is left out", LAYERS, "if (d.grad_sum) {", "if (false) {", "residual or alone"),
@@ -135,6 +136,21 @@ CPU = [
     ("the first row's angles in a slot", SLOTS, "s.angle.read(t.angle_dtype, t.cos, t.sin, row)", "s.angle.read(t.angle_dtype, t.cos, t.sin, 0)", "slots or row"),
     ("a key goes to its slot unturned", SLOTS, "head * t.size, t.cos, keys, n, s);", "head * t.size, false, keys, n, s);", "slots or row"),
     ("a turned query is not rounded", SLOTS, "if (dtype == F32) return;", "return;", "slots or row"),
+    ("gradients with no rows between", LAYERS, "d.grad_up, row * d.stride + at", "d.grad_up, row * t.width + at", "again"),
+    ("SwiGLU made again without its gate", LAYERS, "store(by + j, g * s * u);", "store(by + j, s * u);", "again"),
+    ("SwiGLU of every row in the first", LAYERS, "d.again, row * t.width + at", "d.again, at", "again"),
+    ("a norm made again without its weight", LAYERS, "store(&row.x[j], load(&row.w[j]) * load(&row.x[j]));", "store(&row.x[j], load(&row.x[j]));", "again"),
+    ("norms of every row in the first", LAYERS, "d.again, i * t.width, t.width", "d.again, 0, t.width", "again"),
+    ("heads of no token are left as they were", BLOCKS, "memset(out, 0, bytes);", "", "packed or unturned"),
+    ("blocks of another head", BLOCKS, "((n * t.heads + h) * t.width + w) * t.size;\n                char", "((n * t.heads) * t.width + w) * t.size;\n                char", "packed or unturned"),
+    ("heads not turned", BLOCKS, "turn<false>(heads.data() + h * t.size, angle);", "", "packed"),
+    ("the first row's angles in a block", BLOCKS, "angle.read(t.angle_dtype, t.cos, t.sin, row);\n                read_any", "angle.read(t.angle_dtype, t.cos, t.sin, 0);\n                read_any", "packed"),
+    ("rows that stand together", BLOCKS, "(row * t.stride + h * t.size) * item", "(row * t.heads * t.size + h * t.size) * item", "packed or unturned"),
+    ("the last place alone", BLOCKS, "into[j] += head[j]", "into[j] = head[j]", "packed or unturned"),
+    ("every place in the first tensor", BLOCKS, "const int64_t part = t.place[e] & 1,", "const int64_t part = 0,", "packed"),
+    ("gradients not turned back", BLOCKS, "turn<true>(sum.data() + h * t.size, angle);", "{}", "packed"),
+    ("the sum of the row before", BLOCKS, "std::fill(sum.begin(), sum.end(), 0.0f);", "{}", "unturned"),
+    ("sums that stand together", BLOCKS, "t.out, row * t.stride, t.heads * t.size", "t.out, row * t.heads * t.size, t.heads * t.size", "packed"),
     ("values as far apart as if alone", SLOTS, "row * t.v_stride + head * t.size", "i * t.size", "slots or row"),
 ]  # fmt: skip
 

@@ -30,14 +30,16 @@ SIZES: dict[str, Any] = {
 NAMES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 
 
-def built(name: str) -> Policy:
+def built(name: str, **options: Any) -> Policy:
     """SmolLM2's architecture is Llama's with tied words; every norm has a weight of its own."""
     _, tokenizer = models.tiny.build(width=32, layers=1)
     kind = getattr(transformers, f"{name}Config")
     marks: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name == "Mistral":
         marks["sliding_window"] = None
-    config = kind(vocab_size=len(tokenizer), tie_word_embeddings=name == "Llama", **SIZES, **marks)
+    config = kind(
+        vocab_size=len(tokenizer), tie_word_embeddings=name == "Llama", **SIZES, **marks, **options
+    )
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for place, parameter in model.named_parameters():

@@ -87,6 +87,8 @@ STAIR = [
             "layers",
             "cpu_layers",
             "products",
+            "places",
+            "whole_layer",
             "chat",
             "tiny",
             "tiny_vl",
@@ -99,7 +101,7 @@ STAIR = [
     },
     {"ops"},
     {"implementations"},
-    {"checks", "compiled", "flash", "keys", "progress", "records", "watchdog"},
+    {"checks", "compiled", "flash", "heap", "keys", "progress", "records", "watchdog"},
 ]
 LEVEL = {name: level for level, row in enumerate(STAIR) for name in row}
 NEVER = {"models", "rollout", "batch", "checkpoint", "log", "config"}  # never rewards or algos

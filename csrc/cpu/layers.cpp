@@ -94,11 +94,17 @@ void normalise_grad(const NormTask& t, const NormGrad& d, float* part, int64_t i
     for (int64_t j = 0; j < row.padded; j += LANES) {
         store(&row.out[j], scale * (load(&row.w[j]) * load(&row.g[j]) - load(&row.x[j]) * mean));
     }
+    if (part || d.again) row.round(row.x.data());
     if (part) {
-        row.round(row.x.data());
         for (int64_t j = 0; j < row.padded; j += LANES) {
             store(&part[j], load(&part[j]) + load(&row.g[j]) * load(&row.x[j]));
         }
+    }
+    if (d.again) {
+        for (int64_t j = 0; j < row.padded; j += LANES) {
+            store(&row.x[j], load(&row.w[j]) * load(&row.x[j]));
+        }
+        write_any(t.y_dtype, d.again, i * t.width, t.width, row.x.data());
     }
     if (d.grad_sum) {
         row.read(t.x_dtype, d.grad_sum, i, row.g);
@@ -125,7 +131,7 @@ void by_span(const GateTask& t, int threads, F each) {
             const int64_t n = std::min(SPAN, t.width - at);
             read_any(t.dtype, t.gate, row * t.stride + at, n, gate.data());
             read_any(t.dtype, t.up, row * t.stride + at, n, up.data());
-            each(row * t.width + at, n, gate.data(), up.data(), grad.data());
+            each(row, at, n, gate.data(), up.data(), grad.data());
         }
     }
 }
@@ -162,25 +168,27 @@ void rms_norm_grad(const NormTask& t, const NormGrad& d, int threads) {
 }
 
 void swiglu(const GateTask& t, void* out, int threads) {
-    by_span(t, threads, [&](int64_t at, int64_t n, float* gate, float* up, float*) {
+    by_span(t, threads, [&](int64_t row, int64_t at, int64_t n, float* gate, float* up, float*) {
         for (int64_t j = 0; j < n; j += LANES) {
             const Vec g = load(gate + j);
             store(gate + j, g * sigmoid(g) * load(up + j));
         }
-        write_any(t.dtype, out, at, n, gate);
+        write_any(t.dtype, out, row * t.width + at, n, gate);
     });
 }
 
-void swiglu_grad(const GateTask& t, const void* grad, void* grad_gate, void* grad_up, int threads) {
-    by_span(t, threads, [&](int64_t at, int64_t n, float* gate, float* up, float* by) {
-        read_any(t.dtype, grad, at, n, by);
+void swiglu_grad(const GateTask& t, const GateGrad& d, int threads) {
+    by_span(t, threads, [&](int64_t row, int64_t at, int64_t n, float* gate, float* up, float* by) {
+        read_any(t.dtype, d.grad, row * t.width + at, n, by);
         for (int64_t j = 0; j < n; j += LANES) {
-            const Vec g = load(gate + j), d = load(by + j), s = sigmoid(g);
-            store(gate + j, d * load(up + j) * s * (1.0f + g * (1.0f - s)));
+            const Vec g = load(gate + j), u = load(up + j), d = load(by + j), s = sigmoid(g);
+            store(gate + j, d * u * s * (1.0f + g * (1.0f - s)));
             store(up + j, d * g * s);
+            store(by + j, g * s * u);
         }
-        write_any(t.dtype, grad_gate, at, n, gate);
-        write_any(t.dtype, grad_up, at, n, up);
+        write_any(t.dtype, d.grad_gate, row * d.stride + at, n, gate);
+        write_any(t.dtype, d.grad_up, row * d.stride + at, n, up);
+        if (d.again) write_any(t.dtype, d.again, row * t.width + at, n, by);
     });
 }
 
