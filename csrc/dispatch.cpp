@@ -26,7 +26,8 @@ namespace {
      isa::swiglu,              \
      isa::swiglu_grad,         \
      isa::spread,              \
-     isa::gather}
+     isa::gather,              \
+     isa::draw}
 
 #ifdef WITH_X86
 const Ops SETS[] = {REASONRL_OPS(avx512), REASONRL_OPS(avx2), REASONRL_OPS(portable)};

@@ -244,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
     bind_segments(m);
     bind_attention(m);
     bind_layers(m);
+    bind_draw(m);
 #ifdef WITH_CUDA
     bind_cuda(m);
 #endif

@@ -164,6 +164,17 @@ struct GatherTask {
     int dtype, angle_dtype;
 };
 
+// Rows of logits to draw a token from each; see cpu/draw.cpp.
+struct DrawTask {
+    const void* logits;     // (B, V)
+    const double* uniform;  // (B,) in [0, 1)
+    int64_t* token;         // (B,)
+    float* logp;            // (B,)
+    int64_t rows, vocab;
+    int dtype;
+    float temperature;
+};
+
 struct GateTask {
     const void *gate, *up;  // (N, D), rows `stride` apart; the result has none between them
     int64_t rows, width, stride;
@@ -208,6 +219,7 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void swiglu(const GateTask&, void* out, int threads);                                          \
     void swiglu_grad(const GateTask&, const GateGrad&, int threads);                               \
     void spread(const SpreadTask&, int threads);                                                   \
+    void draw(const DrawTask&, int threads);                                                       \
     void gather(const GatherTask&, int threads);                                                   \
     }
 REASONRL_DECLARE(portable)
@@ -236,6 +248,7 @@ struct Ops {
     decltype(&portable::swiglu_grad) swiglu_grad;
     decltype(&portable::spread) spread;
     decltype(&portable::gather) gather;
+    decltype(&portable::draw) draw;
 };
 
 const Ops& ops();

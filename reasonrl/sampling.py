@@ -6,11 +6,17 @@ neighbours' lengths. Legend: B rows (completions), V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from reasonrl.implementations import native
+from reasonrl.records import KernelUnavailable
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 256  # vocabulary entries summed together by the two-level inverse transform
 
 
@@ -48,6 +54,9 @@ def own_seed(seed: int, row: int, bits: int = 63) -> int:
 
 def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """One token a row: logits (B, V), uniform (B,) -> token, logp, logp as sampled, all (B,)."""
+    if sampling.temperature > 0 and not sampling.truncates and (draw := _native(logits)):
+        token, logp = draw(logits, uniform.contiguous(), sampling.temperature)
+        return token, logp, logp
     scores = logits.float()
     if sampling.temperature not in (0.0, 1.0):
         scores = scores / sampling.temperature
@@ -63,6 +72,20 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
     token, mass = _inverse(kept, uniform)
     picked = weight.gather(-1, token[:, None])[:, 0].log()
     return token, picked - total.log(), picked - mass.log()
+
+
+def _native(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel for these logits, where there is one."""
+    known = logits.is_cpu and logits.dtype in DTYPES and type(logits) is Tensor
+    return _kernel() if known and logits.is_contiguous() else None
+
+
+@cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    try:
+        return native("draw")
+    except KernelUnavailable:
+        return None
 
 
 def _truncate(weight: Tensor, total: Tensor, sampling: Sampling) -> Tensor:

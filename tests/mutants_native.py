@@ -27,6 +27,7 @@ LAYERS = "csrc/cpu/layers.cpp"
 ROTARY = "csrc/cpu/rotary.cpp"
 TURN = "csrc/cpu/rotary.h"
 BLOCKS = "csrc/cpu/blocks.cpp"
+DRAW = "csrc/cpu/draw.cpp"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -151,6 +152,17 @@ CPU = [
     ("gradients not turned back", BLOCKS, "turn<true>(sum.data() + h * t.size, angle);", "{}", "packed"),
     ("the sum of the row before", BLOCKS, "std::fill(sum.begin(), sum.end(), 0.0f);", "{}", "unturned"),
     ("sums that stand together", BLOCKS, "t.out, row * t.stride, t.heads * t.size", "t.out, row * t.heads * t.size, t.heads * t.size", "packed"),
+    ("drawn without its temperature", DRAW, "x[j] /= task.temperature;", "x[j] += 0.0f;", "uniform or choose"),
+    ("drawn with the inverse of its temperature", DRAW, "x[j] /= task.temperature;", "x[j] *= task.temperature;", "uniform or choose"),
+    ("words behind the end may be drawn", DRAW, "x[j] = -INFINITY;", "x[j] = 0.0f;", "uniform or choose or often"),
+    ("a block's own sum for the sum so far", DRAW, "ends[b] = total;", "ends[b] = total - (b ? ends[b - 1] : 0.0);", "uniform or choose"),
+    ("a block begins at nothing", DRAW, "block ? ends[block - 1] : 0.0", "0.0 * block", "uniform or choose"),
+    ("the first block alone", DRAW, "block * BLOCK + at;", "at;", "uniform or choose"),
+    ("a word without weight is drawn", DRAW, "if (!(x[j] > 0.0f)) continue;", "", "uniform or often"),
+    ("a uniform number of 1 for all", DRAW, "task.uniform[row] * total", "0.5 * total", "uniform or often"),
+    ("log p of the weight alone", DRAW, "(y[at] - top) - log(total)", "(y[at] - top)", "uniform"),
+    ("not a number is let through", DRAW, "broken |= ~(v < Vec{} + INFINITY);", "", "distribution"),
+    ("nothing possible is let through", DRAW, "return top == -INFINITY ? NAN : top;", "return top;", "distribution"),
     ("values as far apart as if alone", SLOTS, "row * t.v_stride + head * t.size", "i * t.size", "slots or row"),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-// The bindings of what a decoder's layers need; see module.cpp.
+// The bindings of what a decoder's layers and its sampling need; see module.cpp.
 #pragma once
 
 #include "../bind.h"
@@ -194,6 +194,25 @@ inline void bind_layers(py::module_& m) {
             ops().swiglu_grad(task, out, threads);
         },
         "Gradients by the gate and by what it lets through.");
+}
+
+inline void bind_draw(py::module_& m) {
+    m.def(
+        "draw",
+        [](uintptr_t logits, uintptr_t uniform, uintptr_t token, uintptr_t logp, int64_t rows,
+           int64_t vocab, int dtype, float temperature, int threads) {
+            py::gil_scoped_release release;
+            const DrawTask task = {at<const void>(logits),
+                                   at<const double>(uniform),
+                                   at<int64_t>(token),
+                                   at<float>(logp),
+                                   rows,
+                                   vocab,
+                                   dtype,
+                                   temperature};
+            ops().draw(task, threads);
+        },
+        "A token a row, and its log p.");
 }
 
 }  // namespace reasonrl
