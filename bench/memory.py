@@ -9,17 +9,14 @@ back. The CPU's attention of short rows keeps its scores: `--attention plain` of
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import high_water, machine, reset_high_water, resident
+from bench.machine import high_water, machine, reset_high_water, resident, settle
 from reasonrl import smollm2
 
 MIB = 1 << 20
@@ -115,27 +112,20 @@ def measure(case: Case) -> dict[str, float]:
         case.model, case.prompts, case.group, case.tokens, case.prompt_tokens, repeats=1, threads=1
     )
     Ours(Settings("tiny", 1, 2, 8, 8, repeats=1), case.dtype).step(0)
-    _settle()
+    settle()
     before = resident()
     side = Ours(settings, case.dtype)
     side.step(0)  # AdamW's state
-    _settle()
+    settle()
     reset_high_water()
     size, problems = side.settings, side.problems[case.prompts :]
     rollout = side.algo.rollout(problems, size.group, Sampling(size.tokens), 1)
     peaks = {"rollout": float(high_water() - before)}
     advantage = side.algo.advantage(side.algo.score(rollout), rollout)
-    _settle()
+    settle()
     reset_high_water()
     side.learner.step(rollout, advantage, side.spec, RATE)
     return peaks | {"update": float(high_water() - before)}
-
-
-def _settle() -> None:
-    """Give freed memory back, so that a peak is that of what follows."""
-    gc.collect()
-    if sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":

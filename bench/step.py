@@ -12,7 +12,6 @@ produced exactly the tokens asked for from the same prompts, both moved their pa
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
 import os
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import high_water, machine
+from bench.machine import high_water, machine, settle
 from bench.step_ours import Ours, Settings
 
 SIDES = ("ours", "trl")
@@ -80,7 +79,7 @@ def measure(
     rows = []
     for dtype in dtypes:
         rows += run_pair(settings, dtype, sides, deadline)
-        gc.collect()  # trainers are cycles: two pairs of models at once would fill the memory
+        settle()  # trainers are cycles: two pairs of models at once would fill the memory
     if memory:
         for row in rows:
             row |= _peak(settings, row, deadline)

@@ -2,8 +2,8 @@
 where everything in it is as that function has it and nobody listens to a part of it.
 
 Against its modules: q, k, v and gate, up are one product each; weights are cast a layer at a time,
-so that no second set stands in memory; 14 KB a token and layer are kept for the gradient of
-SmolLM2-135M instead of 23.
+so that no second set stands in memory; 16 KB a token are kept for the gradient of a layer of
+SmolLM2-135M instead of 22.
 """
 
 from __future__ import annotations
