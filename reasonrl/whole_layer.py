@@ -30,7 +30,7 @@ def computed(layer: Any, x: Tensor, angles: tuple[Tensor, Tensor], plan: Any) ->
     linears = [getattr(attn if i < 4 else mlp, name) for i, name in enumerate(PRODUCTS)]
     size, width = attn.head_dim, x.shape[-1]
     cos, sin = angles
-    if not (
+    if torch.compiler.is_compiling() or not (
         isinstance(plan, attention.Packed) and plan.by_blocks(linears[0].out_features // size)
         and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape) and not hasattr(attn, "q_norm")
         and not (attn.training and attn.attention_dropout)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cpu_layers import NAMES, built, far, loss_of, twins
+from test_cpu_layers import NAMES, SIZES, built, far, loss_of, twins
 from test_native import native  # noqa: F401, fixture
 from test_packing import gradients
 from torch import nn
@@ -134,3 +134,13 @@ def test_what_a_layer_cannot_be_one_function_of(whole, monkeypatch, change):
             monkeypatch.setattr(attention, "SMALL", 100)
         assert loss_of(fused).item() == pytest.approx(want, rel=1e-2 if "half" in change else 1e-6)
     assert whole.count(True) == (3 if change == "kept keys" else 0 if change in ALL else 2)
+
+
+def test_a_compiler_sees_the_modules(native, monkeypatch):  # noqa: F811
+    _, fused = twins("Llama")
+    decoder, x = fused.model.model, torch.randn(1, 5, SIZES["hidden_size"])
+    angles = decoder.rotary_emb(x, torch.arange(5)[None])
+    given = decoder.layers[0], x, angles, attention.Packed([(0, 3, [2])], "cpu")
+    assert whole_layer.computed(*given) is not None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert whole_layer.computed(*given) is None
