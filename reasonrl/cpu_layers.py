@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from reasonrl import attention, checks, whole_layer
 from reasonrl.implementations import native, run
+from reasonrl.whole_layer import DTYPES, TYPES
 
 # whose RMSNorm is w * x / rms, and whose decoder layers read their two norms by linear layers alone
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smollm3")
 READ_BY_LINEAR = ("input_layernorm", "post_attention_layernorm")
 TURNED = ("llama", "mistral", "qwen2", "qwen3")  # whose attention turns all its queries and keys
 SILU = ("SiLU", "SiLUActivation")
-TYPES = (Tensor, nn.Parameter)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fuse(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from reasonrl.implementations import native
 from reasonrl.watchdog import beat
 
 TYPES = (Tensor, nn.Parameter)
-ANGLES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -35,7 +35,7 @@ def computed(layer: Any, x: Tensor, angles: tuple[Tensor, Tensor], plan: Any) ->
         and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape) and not hasattr(attn, "q_norm")
         and not (attn.training and attn.attention_dropout)
         and all(_plain(norm.weight, (width,)) for norm in norms)
-        and all(map(_is_plain, linears)) and cos.dtype in ANGLES and cos.dtype == sin.dtype
+        and all(map(_is_plain, linears)) and cos.dtype in DTYPES and cos.dtype == sin.dtype
         and cos.shape == sin.shape == (1, x.shape[1], size)
     ):  # fmt: skip
         return None
