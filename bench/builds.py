@@ -24,6 +24,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bench import builds_layers
+
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_ARCHS = ("80", "90", "100", "120")
 TRITON_ARCHS = (80, 90, 100, "gfx942")
@@ -183,6 +185,7 @@ def shipped(dtype: str):
     for ratio, surrogate in ((0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (1, 3), (0, 4)):
         flags = on | {"RATIO": ratio, "SURROGATE": surrogate, "KL": 3, "BLOCK": 512}
         yield f"policy.{ratio}{surrogate}", policy_loss.kernel, policy, flags, {"num_warps": 4}
+    yield from builds_layers.shipped(dtype)
 
 
 def build(kernel, types, constants, options, arch):
@@ -191,7 +194,7 @@ def build(kernel, types, constants, options, arch):
     from triton.compiler import ASTSource
 
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    even = ("n", "vocab", "stride", "hidden")
+    even = ("n", "vocab", "stride", "hidden", "width", "size", "half")
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)

@@ -39,6 +39,7 @@ class Settings:
     checkpointing: bool = False  # the rival's gradient checkpointing: less memory, more time
     threads: int = 0  # 0: torch's own choice
     device: str = "cpu"  # or cuda
+    liger: str = "auto"  # our side's fused layers: auto, as a run's default, ours, off
 
     def words(self) -> list[str]:
         """As command-line options."""
@@ -95,7 +96,7 @@ class Ours:
     """The loop's own rooms in the loop's own order, timed."""
 
     def __init__(self, settings: Settings, dtype: str):
-        where = {"device": settings.device, "liger": "auto"}  # as a run's defaults
+        where = {"device": settings.device, "liger": settings.liger}
         loaded = models.load(settings.model, dtype=dtype, **where)
         self.policy = NeverEnds(loaded.model, loaded.tokenizer, loaded.compute)
         self.settings = settings

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reasonrl import checks, flash, places
+from reasonrl import calls, checks, flash, places
 from reasonrl.implementations import run
 from reasonrl.records import InputError
 from reasonrl.watchdog import beat
@@ -73,6 +73,10 @@ class Packed:
         return flash.spans(self.layout, self.device)
 
     @cached_property
+    def calls(self) -> calls.Calls:
+        return calls.calls(self.layout, self.device)
+
+    @cached_property
     def blocks(self) -> Blocks:
         return Blocks(self.layout, self.device)
 
@@ -86,6 +90,12 @@ class Packed:
             self.cache is None and self.attn != "flash" and torch.device(self.device).type == "cpu"
         )
         return known and all(heads * part.scores <= SMALL for part in self.places.parts)
+
+    def by_flash(self, dtype: torch.dtype, size: int) -> bool:
+        """Whether heads of that size and type go by flash kernels here, and nothing is kept."""
+        device = torch.device(self.device)
+        known = self.cache is None and self.attn != "sdpa" and device.type == "cuda"
+        return known and dtype in flash.HALF and flash.unfit(size, device) is None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q (H, L, d), k and v (K, L, d) -> (L, H, d)."""

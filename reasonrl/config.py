@@ -78,7 +78,8 @@ class Config(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn: Literal["auto", "flash", "sdpa"] = "auto"  # of packed batches on a GPU
-    liger: Literal["auto", "off"] = "auto"  # fused layers: liger-kernel's on a GPU, ours on a CPU
+    # fused layers: on a CPU ours, on a GPU liger-kernel's; ours: on a GPU too, and decoding by ours
+    liger: Literal["auto", "ours", "off"] = "auto"
     graphs: Literal["auto", "off"] = "auto"  # rollouts on a GPU replay recorded steps
     threads: Positive | None = None
     nan_patience: Positive = 3  # skipped steps in a row before the run stops

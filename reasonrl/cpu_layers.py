@@ -18,25 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reasonrl import attention, checks, whole_layer
+from reasonrl import attention, checks, structure, whole_layer
 from reasonrl.implementations import native, run
 from reasonrl.whole_layer import DTYPES, TYPES
-
-# whose RMSNorm is w * x / rms, and whose decoder layers read their two norms by linear layers alone
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smollm3")
-READ_BY_LINEAR = ("input_layernorm", "post_attention_layernorm")
-TURNED = ("llama", "mistral", "qwen2", "qwen3")  # whose attention turns all its queries and keys
-SILU = ("SiLU", "SiLUActivation")
 
 
 def fuse(model: nn.Module) -> bool:
     """Whether layers of the model are fused now."""
     if not importlib.util.find_spec("reasonrl._C"):
         return False
-    norms = [(n, m) for n, m in model.named_modules() if _is_norm(m)]
-    ways = {_gated: _is_gated, _attention: _turns, _layer: _is_layer}
+    norms = [(n, m) for n, m in model.named_modules() if structure.is_norm(m)]
+    ways = {_gated: structure.is_gated, _attention: structure.turns, _layer: structure.is_layer}
     for name, norm in norms:
-        linear = name.rpartition(".")[2] in READ_BY_LINEAR
+        linear = name.rpartition(".")[2] in structure.READ_BY_LINEAR
         norm.forward = types.MethodType(_narrow_norm if linear else _norm, norm)
     found = [(way, m) for m in model.modules() for way, fits in ways.items() if fits(m)]
     for way, module in found:
@@ -47,7 +41,7 @@ def fuse(model: nn.Module) -> bool:
 def fused(model: nn.Module) -> bool:
     """Whether layers of the model are."""
     ways = (_norm, _narrow_norm, _gated, _attention, _layer)
-    return any(_way(module) in ways for module in model.modules())
+    return any(structure.way(module) in ways for module in model.modules())
 
 
 def joinable(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
@@ -56,7 +50,7 @@ def joinable(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
     names = {_gated: ("gate_proj", "up_proj"), _attention: ("q_proj", "k_proj", "v_proj")}
     found = []
     for module in model.modules():
-        parts: list[Any] = [getattr(module, name) for name in names.get(_way(module), ())]
+        parts: list[Any] = [getattr(module, name) for name in names.get(structure.way(module), ())]
         biased = {part.bias is None for part in parts if type(part) is nn.Linear}
         if parts and all(type(part) is nn.Linear for part in parts) and len(biased) == 1:
             found.append((module, parts))
@@ -66,7 +60,10 @@ def joinable(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
 def lean(decoder: Any) -> bool:
     """Whether a decoder is embedding, known layers whose products are prepared, and norm, and
     nobody listens to any of its modules."""
-    if not _of(decoder, "Model", TURNED) or _way(decoder.norm) is not _norm:
+    if (
+        not structure.of(decoder, "Model", structure.TURNED)
+        or structure.way(decoder.norm) is not _norm
+    ):
         return False
     for layer in decoder.layers:
         attn, mlp = layer.self_attn, layer.mlp
@@ -76,55 +73,14 @@ def lean(decoder: Any) -> bool:
             return False
         if not all("forward" in vars(x) for x in (attn.o_proj, mlp.down_proj)):
             return False
-    return not any(_heard(module) for module in decoder.modules())
+    return not any(structure.heard(module) for module in decoder.modules())
 
 
 def _known(layer: Any) -> bool:
     """Whether a layer and its parts compute as this file has them."""
     norms = layer.input_layernorm, layer.post_attention_layernorm
-    ways = [_way(part) for part in (layer, layer.self_attn, layer.mlp, *norms)]
+    ways = [structure.way(part) for part in (layer, layer.self_attn, layer.mlp, *norms)]
     return ways == [_layer, _attention, _gated, _narrow_norm, _narrow_norm]
-
-
-def _way(module: Any) -> Any:
-    """How a module computes, where that is ours."""
-    return getattr(vars(module).get("forward"), "__func__", None)
-
-
-def _heard(module: Any) -> bool:
-    """Whether somebody listens, as a trainer does that brings weights."""
-    hooks = module._forward_pre_hooks, module._forward_hooks
-    return bool(any(hooks) or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _of(module: nn.Module, end: str, known: tuple[str, ...] = KNOWN) -> bool:
-    kind = type(module)
-    home = kind.__module__.split(".")
-    return (
-        kind.__name__.endswith(end) and home[:2] == ["transformers", "models"] and home[2] in known
-    )
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return _of(module, "RMSNorm") and hasattr(module, "variance_epsilon")
-
-
-def _is_gated(module: Any) -> bool:
-    parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
-    return (
-        _of(module, "MLP")
-        and all(hasattr(module, part) for part in parts)
-        and type(module.act_fn).__name__ in SILU
-    )
-
-
-def _turns(module: Any) -> bool:
-    windows = [getattr(x, "sliding_window", None) for x in (module, getattr(module, "config", 0))]
-    return _of(module, "Attention", TURNED) and windows == [None, None]
-
-
-def _is_layer(module: Any) -> bool:
-    return _of(module, "DecoderLayer", TURNED) and _is_norm(module.post_attention_layernorm)
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -193,7 +149,9 @@ def _layer(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    if _known(self) and not any(_heard(part) for part in self.modules() if part is not self):
+    if _known(self) and not any(
+        structure.heard(part) for part in self.modules() if part is not self
+    ):
         plan = kwargs.get("plan")
         out = whole_layer.computed(self, hidden_states, position_embeddings, plan)
         if out is not None:
@@ -211,7 +169,7 @@ def _added(norm: Any, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     it."""
     fits = _plain(residual, norm.weight) and _plain(x, x) and x.shape == residual.shape
     if (
-        not fits or _heard(norm) or x.shape[-1:] != norm.weight.shape
+        not fits or structure.heard(norm) or x.shape[-1:] != norm.weight.shape
         or torch.promote_types(residual.dtype, x.dtype) != residual.dtype
     ):  # fmt: skip
         total = residual + x

@@ -70,9 +70,14 @@ def missing(q: Tensor) -> str | None:
         return f"tensors on CUDA, got {q.device.type}"
     if q.dtype not in HALF:
         return f"bf16 or fp16, got {q.dtype}"
-    if q.shape[-1] > WIDEST or q.shape[-1] % 8:
-        return f"a head width that is a multiple of 8 up to {WIDEST}, got {q.shape[-1]}"
-    if torch.cuda.get_device_capability(q.device)[0] < 8:
+    return unfit(q.shape[-1], q.device)
+
+
+def unfit(size: int, device: torch.device) -> str | None:
+    """The same for heads of that size, of a half type, on a GPU."""
+    if size > WIDEST or size % 8:
+        return f"a head width that is a multiple of 8 up to {WIDEST}, got {size}"
+    if torch.cuda.get_device_capability(device)[0] < 8:
         return "an Ampere GPU or a later one"
     return None
 

@@ -24,7 +24,11 @@ PARTS = ("vocab_stats", "vocab_grads")  # of linear_logp, where a rank has a par
 TRITON = ("logp", "linear_logp", "policy_loss", "linear_policy_loss", *PARTS)  # kernels/<name>.py
 VOCABULARY = ("logp", "linear_logp", "linear_policy_loss", *PARTS)  # on a GPU Triton's alone
 LAYERS = ("rms_norm", "add_rms_norm", "swiglu", "rotary")
-ON_A_CPU = ("masked_softmax", "slot_attention", *LAYERS)  # a GPU has its own ways
+ON_A_CPU = ("masked_softmax", "slot_attention", *LAYERS)  # a GPU has its own ways:
+ON_A_GPU = {
+    "add_rms_norm_": "layers", "gate": "layers", "place_and_attend": "slots", "draw": "draw",
+    "decoder_layer": "gpu_decoder",
+}  # fmt: skip
 
 log = keys.logger("reasonrl")
 
@@ -64,6 +68,12 @@ def native(op: str) -> Callable[..., Any]:
     return _function(op, "native", [torch.empty(0)], ())
 
 
+@cache
+def triton(op: str) -> Callable[..., Any]:
+    """A function of layers or decoding on a GPU itself, likewise."""
+    return _found(op, "triton", ON_A_GPU[op])
+
+
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
     """All tensors among the arguments, those of a credit with them."""
     inner = [list(vars(x).values()) if _is_credit(x) else [x] for x in args]
@@ -100,9 +110,12 @@ def _function(
             f"impl='triton' has no {op} of a credit; credit_advantage(credit) makes a tensor of it"
         )
     file = "linear_logp" if op in PARTS else op
-    module = f"reasonrl.kernels.{file if impl == 'triton' else impl}"
+    return _found(op, impl, file if impl == "triton" else impl)
+
+
+def _found(op: str, impl: str, file: str) -> Callable[..., Any]:
     try:
-        found = importlib.import_module(module)
+        found = importlib.import_module(f"reasonrl.kernels.{file}")
         reason = found.available()
         call = getattr(found, op, None) if reason is None else None
     except ModuleNotFoundError as missing:

@@ -1,5 +1,5 @@
-"""Fused RMSNorm and SwiGLU in a transformers model, on this instance alone: on a CPU by kernels of
-ours (`cpu_layers`), on a GPU by liger-kernel.
+"""Fused layers in a transformers model, on this instance alone: on a CPU by kernels of ours
+(`cpu_layers`), on a GPU whole ones by ours (`gpu_layers`) and RMSNorm and SwiGLU by liger-kernel.
 
 Liger's are Triton kernels for CUDA; a layer then makes one pass over memory where plain torch makes
 several. The package also puts its classes into transformers' module, for models built later: that
@@ -13,25 +13,39 @@ import importlib.util
 import sys
 from typing import Any
 
-from reasonrl import cpu_layers
-from reasonrl.records import InputError
+from reasonrl import cpu_layers, gpu_layers, structure
+from reasonrl.records import InputError, KernelUnavailable
 
-LIGER = ("auto", "off")
+LIGER = ("auto", "ours", "off")
 
 
 def fuse(model: Any, liger: str) -> bool:
-    """Whether the model's layers are fused now: `auto` does where the architecture is known and,
-    for a model on CUDA, liger-kernel is installed."""
+    """Whether layers of the model are fused now. `auto` fuses where the architecture is known: on a
+    CPU by ours, on a GPU by liger-kernel where it is installed; `ours` has whole layers and
+    decoding by ours on a GPU as well, InputError where that cannot be."""
     if liger not in LIGER:
         raise InputError(f"liger: expected one of {', '.join(LIGER)}, got {liger!r}")
-    if liger == "auto" and model.device.type == "cpu":
-        return cpu_layers.fuse(model)
-    if (
-        liger == "off"
-        or model.device.type != "cuda"
-        or not importlib.util.find_spec("liger_kernel")
-    ):
+    if liger == "off":
         return False
+    if model.device.type == "cpu":
+        return cpu_layers.fuse(model)
+    if model.device.type != "cuda":
+        return False
+    found = importlib.util.find_spec("liger_kernel") is not None and _ligers(model)
+    return _ours(model) if liger == "ours" else found
+
+
+def _ours(model: Any) -> bool:
+    try:
+        if gpu_layers.fuse(model):
+            return True
+    except KernelUnavailable as missing:
+        raise InputError(f"liger: ours: {missing}") from None
+    known = ", ".join(structure.TURNED)
+    raise InputError(f"liger: ours knows the layers of {known}, got {model.config.model_type}")
+
+
+def _ligers(model: Any) -> bool:
     from liger_kernel.transformers import monkey_patch
 
     if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl import cpu_layers
+from reasonrl import cpu_layers, lean_gpu
 from reasonrl.implementations import native
 from reasonrl.models import Policy
 from reasonrl.slots import Slots
@@ -65,6 +65,8 @@ class Decoder:
 def of(policy: Policy) -> Callable[[Tensor, Tensor, Slots], Tensor]:
     """The decoder without its modules where it fits, inside of `policy.inference()`; else
     `policy.hidden`."""
+    if policy.device.type == "cuda":
+        return lean_gpu.decoder(policy) or policy.hidden
     decoder: Any = policy.model.get_decoder()
     if not cpu_layers.lean(decoder):
         return policy.hidden

@@ -192,8 +192,8 @@ def load(
     """The policy called `name`; InputError where the folder holds no usable model.
 
     device: auto = a GPU where there is one; attn: auto | flash | sdpa (`attention`); liger: auto |
-    off (`layers`); graphs: auto | off (`decoding`); options: the sizes of a model built here;
-    vision_tower: frozen | trained, for one with images.
+    ours | off (`layers`); graphs: auto | off (`decoding`); options: the sizes of a model built
+    here; vision_tower: frozen | trained, for one with images.
     """
     if attn not in attention.KINDS:
         raise InputError(f"attn: expected one of {', '.join(attention.KINDS)}, got {attn!r}")

@@ -1,17 +1,21 @@
 """Linear layers while nobody learns: weights are cast to the compute dtype once, on a CPU packed
-as oneDNN reads them, and those of one input are joined where a module of `cpu_layers` reads them.
+as oneDNN reads them, and those of one input are joined where a module of `cpu_layers`, or on a GPU
+a decoder without modules (`lean_gpu`), reads them so.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reasonrl import cpu_layers
+from reasonrl import cpu_layers, gpu_layers
 
+HALF = (torch.bfloat16, torch.float16)
 PACKED = 1 << 16  # numbers of an fp32 weight from which packing pays
 
 
@@ -21,25 +25,38 @@ def prepared(model: nn.Module, compute: torch.dtype) -> Iterator[None]:
     layers = [m for m in model.modules() if type(m) is nn.Linear]
     if compute == torch.float32:
         layers = [m for m in layers if _packs(m.weight, torch.float32)]
-    joined = [
-        (module, parts)
-        for module, parts in cpu_layers.joinable(model)
-        if all(_packs(part.weight, compute) for part in parts)
-    ]
+    joined = _joinable(model, compute)
     together = {id(part) for _, parts in joined for part in parts}
     layers = [m for m in layers if id(m) not in together]
     packed, cast = {}, Cast(compute)
     try:
         for module, parts in joined:
-            setattr(module, "joined", Joined(parts, compute))  # noqa: B010
+            one = Joined(parts, compute)
+            setattr(module, "joined", one)  # noqa: B010
+            if not one.packed:  # else the module reads the whole
+                for part, how in zip(parts, one.parts(cast), strict=True):
+                    setattr(part, "forward", how)  # noqa: B010
         for layer in layers:
             setattr(layer, "forward", _prepared(layer, cast, packed))  # noqa: B010
         yield
     finally:
-        for module, _ in joined:
+        for module, parts in joined:
             module.__dict__.pop("joined", None)
+            for part in parts:
+                part.__dict__.pop("forward", None)
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+def _joinable(model: Any, compute: torch.dtype) -> list[tuple[nn.Module, list[nn.Linear]]]:
+    """Modules with the layers of one input that are joined: on a CPU where all are packed, on a GPU
+    where weights are cast anyway and the decoder is one that reads them so."""
+    if any(True for _ in model.parameters()) and next(model.parameters()).is_cuda:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        fits = compute in HALF and decoder is not None and gpu_layers.lean(decoder)
+        return gpu_layers.joinable(decoder) if fits else []
+    found = cpu_layers.joinable(model)
+    return [one for one in found if all(_packs(part.weight, compute) for part in one[1])]
 
 
 class Cast:
@@ -67,7 +84,7 @@ def _prepared(layer: nn.Linear, cast: Cast, packed: dict[int, Tensor]):
     if weight.is_mkldnn:
         linear = torch.ops.mkldnn._linear_pointwise
         return lambda x: linear(cast(x), weight, bias, "none", [], "")
-    return lambda x: nn.functional.linear(cast(x), weight, bias)
+    return partial(_linear, cast, weight, bias)
 
 
 class Joined:
@@ -76,16 +93,30 @@ class Joined:
     def __init__(self, parts: Sequence[nn.Linear], dtype: torch.dtype):
         self.dtype, self.widths = dtype, [part.out_features for part in parts]
         weight = torch.cat([part.weight.detach().to(dtype) for part in parts])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.packed = _packs(weight, dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
         biases = [part.bias for part in parts if part.bias is not None]
         self.bias = torch.cat([b.detach().to(dtype) for b in biases]) if biases else None
         self.linear = torch.ops.mkldnn._linear_pointwise
 
     def product(self, x: Tensor) -> Tensor:
-        return self.linear(x.to(self.dtype), self.weight, self.bias, "none", [], "")
+        x = x.to(self.dtype)
+        if not self.packed:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return self.linear(x, self.weight, self.bias, "none", [], "")
+
+    def parts(self, cast: Cast) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Each layer's own product, by its rows of the joined weight."""
+        biases = [None] * len(self.widths) if self.bias is None else self.bias.split(self.widths)
+        for weight, bias in zip(self.weight.split(self.widths), biases, strict=True):
+            yield partial(_linear, cast, weight, bias)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.product(x).split(self.widths, -1)
+
+
+def _linear(cast: Cast, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return nn.functional.linear(cast(x), weight, bias)
 
 
 def _packs(weight: Tensor, dtype: torch.dtype) -> bool:

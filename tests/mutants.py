@@ -1,6 +1,6 @@
 """Wrong kernels that the tests must catch: what stands in a source, what the mutant writes instead.
 
-One list for the specification, one for the Triton kernels; test_mutants.py plants them one at a
+One list for the specification, two for the Triton kernels; test_mutants.py plants them one at a
 time. `old` stands exactly once in its file, so a change of the source fails here first.
 """
 
@@ -128,4 +128,47 @@ TRITON = [
     ("join without the shift", TILES, "tl.sum(scale * (q + shift * sums), 0)", "tl.sum(scale * q, 0)", "tiles"),
     ("entropy sign in a join", TILES, "log_sum - moment / total", "log_sum + moment / total", "tiles"),
     ("statistics of another tile", TILES, "part = part_ptr + j.to(tl.int64) * 3 * n + row", "part = part_ptr + j.to(tl.int64) * 3 + row", "tiles"),
+]  # fmt: skip
+
+NORMS, SLOTS, DRAW, PACKED, DECODER = (
+    f"kernels/{name}.py" for name in ("layers", "slots", "draw", "packed", "decoder")
+)
+LAYERS = [
+    ("delta not added", NORMS, "x += tl.load(delta_ptr + at", "x += 0.0 * tl.load(delta_ptr + at", "norms"),
+    ("mean over the block", NORMS, "tl.sum(x * x, 0) / width", "tl.sum(x * x, 0) / BLOCK", "norms"),
+    ("eps missed", NORMS, "/ width + eps)", "/ width)", "norms"),
+    ("tail of a norm's row counted", NORMS, "x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)\n    if", "x = tl.load(x_ptr + at, mask=real, other=1.0).to(tl.float32)\n    if", "norms"),
+    ("norm's mean term dropped", NORMS, "scale * (g - n * (tl.sum(g * n, 0) / width))", "scale * g", "norms"),
+    ("gradient beside it missed", NORMS, "d += tl.load(beside_ptr + at", "d += 0.0 * tl.load(beside_ptr + at", "norms"),
+    ("weight's gradient weighted", NORMS, "part += g * n", "part += w * g * n", "norms"),
+    ("one row of a share", NORMS, "at += tl.num_programs(0).to(tl.int64) * width", "at += 0", "norms"),
+    ("gate without silu", NORMS, "h = a / (1.0 + tl.exp(-a)) * b", "h = 1.0 / (1.0 + tl.exp(-a)) * b", "gate"),
+    ("silu's slope", NORMS, "(share + silu * (1.0 - share))", "(share + silu * share)", "gate"),
+    ("up takes the gate's place", NORMS, "tl.store(out_ptr + at + width, (g * silu)", "tl.store(out_ptr + at + width, (g * share)", "gate"),
+    ("turned backwards", SLOTS, "(a * cos_a - b * sin_a).to(kind), (b * cos_b + a * sin_b)", "(a * cos_a + b * sin_a).to(kind), (b * cos_b - a * sin_b)", "placed or modules"),
+    ("heads' norm of a half", SLOTS, "(tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None]", "(2.0 * tl.sum(a * a, 1))[:, None]", "placed"),
+    ("keys' norm is the queries'", SLOTS, "qkv_ptr, k_norm_ptr, at", "qkv_ptr, q_norm_ptr, at", "placed"),
+    ("the new token is not seen", SLOTS, "total += 1.0", "total += 0.0", "placed"),
+    ("placed a step early", SLOTS, "new = first + count * step", "new = first + tl.maximum(count - 1, 0) * step", "placed"),
+    ("one place too many", SLOTS, "end = tl.minimum(count, begin + each)", "end = tl.minimum(count + 1, begin + each + 1)", "placed"),
+    ("old sums not rescaled", SLOTS, "out = out * old[:, None]", "out = out * 1.0", "placed"),
+    ("second half of the score missed", SLOTS, "s = tl.dot(qb, more, s", "s = tl.dot(qb * 0.0, more, s", "placed"),
+    ("parts joined evenly", SLOTS, "share = tl.exp(lse - tl.max(lse, 0))", "share = tl.exp(0.0 * (lse - tl.max(lse, 0)))", "placed"),
+    ("scaling of the new one missed", SLOTS, "tl.sum(qb.to(tl.float32) * kb.to(tl.float32), 1)) * scaling", "tl.sum(qb.to(tl.float32) * kb.to(tl.float32), 1))", "placed"),
+    ("temperature of the draw missed", DRAW, "y = over(y, heat, cold)", "y = y", "uniform_number"),
+    ("blocks by their own largest", DRAW, "mass = tl.where(broken, 0.0, sums * factor)", "mass = tl.where(broken, 0.0, sums)", "uniform_number"),
+    ("aims at the end of a block", DRAW, "tl.where(ends <= aim, 1, 0)", "tl.where(ends < aim, 1, 0)", "meant"),
+    ("impossible words drawn", DRAW, "tl.minimum(tl.sum(tl.where(before + tl.cumsum(w, 0) <= aim, 1, 0), 0), last)", "tl.sum(tl.where(before + tl.cumsum(w, 0) <= aim, 1, 0), 0)", "uniform_number"),
+    ("log p of the block", DRAW, "(taken - top).to(tl.float64) - tl.log(tl.where(broken, 1.0, total))", "(taken - top).to(tl.float64) - tl.log(tl.where(broken, 1.0, tl.sum(w, 0)))", "uniform_number"),
+    ("merged without the joint", PACKED, "joint = top + log_of(tl.exp(own - top) + tl.exp(above - top))", "joint = top", "masked"),
+    ("prompts merged too", PACKED, "if tl.load(role_ptr + row) == COMPLETION:", "if tl.load(role_ptr + row) >= 0:", "masked"),
+    ("joint sum not kept", PACKED, "+ row, joint, mask", "+ row, own, mask", "masked"),
+    ("prompt's share of dk missed", PACKED, "b += part_of(k_ptr, k_more_ptr, at + half, real, role == PROMPT)", "b += part_of(k_ptr, k_more_ptr, at + half, real, role < 0)", "masked"),
+    ("dv of the second call read by all", PACKED, "a = part_of(v_ptr, v_more_ptr, at, real, role == PROMPT)", "a = part_of(v_ptr, v_more_ptr, at, real, role >= 0)", "masked"),
+    ("gradient turned forwards", PACKED, "(a * cos_a + b * sin_b).to(kind)", "(a * cos_a - b * sin_b).to(kind)", "masked"),
+    ("values turned too", PACKED, "real = (h < turned)[:, None]", "real = (h < all_heads)[:, None]", "masked"),
+    ("residual's gradient missed", DECODER, "above = grad.to(known.dtype)\n", "above = 0 * grad.to(known.dtype)\n", "decoder_layer"),
+    ("one eps for both norms", DECODER, "known.eps[1]", "0.3", "decoder_layer"),
+    ("bias of all or none", DECODER, "if all(bias is None", "if any(True for bias in biases) or all(bias is None", "decoder_layer"),
+    ("norm's input of the first taken for the second", DECODER, "total, layer.w.norm2, scale2", "x, layer.w.norm2, scale2", "decoder_layer"),
 ]  # fmt: skip

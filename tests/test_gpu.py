@@ -18,7 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from reasonrl import decoding, flash, layers, linear_policy_loss, models
+from reasonrl import (
+    decoding,
+    flash,
+    layers,
+    linear_policy_loss,
+    models,
+)  # fmt: skip
 from reasonrl.attention import Packed, attend
 from reasonrl.batch import pack
 from reasonrl.cli import main
@@ -48,6 +54,7 @@ def gpu(require):
     [
         ("cuda", ["test_parity.py"], "test_policy_loss or returns or steps or group or without"),
         ("triton", ["test_parity.py", "triton_cases.py"], TRITON),
+        ("triton", ["triton_layer_cases.py"], "not never"),
     ],
 )
 def test_parity(impl, files, which):
@@ -163,7 +170,9 @@ def test_packed_training_equals_separate_sequences_in_fp32():
         assert float((grad - truth[name]).norm()) <= 1e-5 * float(truth[name].norm()) + 1e-9, name
 
 
-@pytest.mark.parametrize("change", [{"attn": "flash"}, {"attn": "sdpa"}, {"liger": "auto"}])
+@pytest.mark.parametrize(
+    "change", [{"attn": "flash"}, {"attn": "sdpa"}, {"liger": "auto"}, {"liger": "ours"}]
+)
 def test_bf16_training_keeps_to_fp32(change):
     """The gradient's direction, by flash kernels, by the masked path, with fused layers."""
     rollout = made_up(((40, 7, 19), (12, 33, 3)))
@@ -199,8 +208,8 @@ def test_greedy_equals_transformers_generate():
         assert out[0, len(prompt) :].tolist() == list(row)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_recorded_step_writes_what_a_plain_one_writes(dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, liger", [("fp32", "off"), ("bf16", "off"), ("bf16", "ours")])
+def test_a_recorded_step_writes_what_a_plain_one_writes(dtype, liger, monkeypatch):
     """The same kernels in the same order: the same tokens, also where prompts enter late, rows
     leave and the step is recorded anew."""
     recorded = []
@@ -210,7 +219,7 @@ def test_a_recorded_step_writes_what_a_plain_one_writes(dtype, monkeypatch):
     rows = [Problem(str(i), "") for i in range(12)]
     found = []
     for graphs in ("off", "auto"):
-        policy = tiny(dtype=dtype, graphs=graphs)
+        policy = tiny(dtype=dtype, graphs=graphs, liger=liger)
         with torch.no_grad():
             policy.head.weight[policy.tokenizer.eos_token_id] *= 3  # rows of all lengths
         plan = Sampling(64, temperature=1.2)

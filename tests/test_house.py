@@ -50,7 +50,7 @@ STAIR = [
     },
     {
         *"models rollout batch checkpoint log config lora logprobs heads vision".split(),
-        *"prm prm_heads asking encoder asker decoding lean slots engine".split(),
+        *"prm prm_heads asking encoder asker decoding lean lean_gpu slots engine".split(),
     },
     {
         *(
@@ -86,6 +86,9 @@ STAIR = [
             "vocab_parallel",
             "layers",
             "cpu_layers",
+            "gpu_layers",
+            "structure",
+            "calls",
             "products",
             "places",
             "whole_layer",

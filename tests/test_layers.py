@@ -10,10 +10,13 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import torch
+from transformers import GemmaConfig, GemmaForCausalLM
 
-from reasonrl import layers, models
+from reasonrl import gpu_layers, layers, models, structure
 from reasonrl.records import InputError
 
+SMALL = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma2")
 
 
@@ -24,7 +27,7 @@ def liger(require):
 
 
 def test_options_are_checked():
-    with pytest.raises(InputError, match="liger: expected one of auto, off, got 'on'"):
+    with pytest.raises(InputError, match="liger: expected one of auto, ours, off, got 'on'"):
         models.load("tiny", width=32, layers=1, liger="on")
     with pytest.raises(InputError, match="attn: expected one of auto, flash, sdpa, got 'flash2'"):
         models.load("tiny", width=32, layers=1, attn="flash2")
@@ -53,6 +56,52 @@ def test_one_instance_alone_is_changed(liger, monkeypatch):
     assert type(policy.model).forward is policy.model.forward.__func__  # its losses are not ours
     monkeypatch.undo()
     assert "Liger" not in repr(models.load("tiny", width=32, layers=1).model)
+
+
+def test_whole_layers_of_a_gpu_are_asked_for_by_name(monkeypatch):
+    policy = models.load("tiny", width=32, layers=2)
+    monkeypatch.setattr(type(policy.model), "device", models.torch.device("cuda"))
+    with pytest.raises(InputError, match="liger: ours: impl='triton' cannot run decoder_layer: "):
+        layers.fuse(policy.model, "ours")
+    monkeypatch.setattr(gpu_layers, "triton", lambda op: None)
+    monkeypatch.setattr(layers, "_ligers", lambda model: True)
+    for liger in ("auto", "off"):
+        layers.fuse(policy.model, liger)
+        assert not any("forward" in vars(layer) for layer in policy.model.model.layers)
+    assert layers.fuse(policy.model, "ours")
+    whole = [structure.way(layer) for layer in policy.model.model.layers]
+    assert whole == [gpu_layers._layer] * 2
+    other = GemmaForCausalLM(GemmaConfig(**{k: 16 for k in SMALL}, num_hidden_layers=1))
+    monkeypatch.setattr(type(other), "device", models.torch.device("cuda"))
+    with pytest.raises(InputError, match="liger: ours knows the layers of llama.*, got gemma$"):
+        layers.fuse(other, "ours")
+
+
+def test_a_decoder_goes_without_modules_where_all_of_it_is_known(monkeypatch):
+    monkeypatch.setattr(gpu_layers, "triton", lambda op: None)
+
+    def lean(change=lambda model: None, **options):
+        model = models.load("tiny", width=32, layers=2, **options).model
+        gpu_layers.fuse(model)
+        change(model.model)
+        return gpu_layers.lean(model.model)
+
+    def biased(decoder):
+        decoder.layers[1].self_attn.k_proj.bias = torch.nn.Parameter(torch.zeros(32))
+
+    def listened(decoder):
+        decoder.layers[0].mlp.register_forward_hook(lambda *given: None)
+
+    def own(decoder):
+        decoder.layers[1].mlp.forward = lambda x: x
+
+    def wrapped(decoder):
+        decoder.layers[0].self_attn.o_proj = torch.nn.Sequential(decoder.layers[0].self_attn.o_proj)
+
+    assert lean()
+    for change in (biased, listened, own, wrapped):
+        assert not lean(change), change.__name__
+    assert not gpu_layers.lean(models.load("tiny", width=32, layers=2).model.model)
 
 
 def test_a_model_beside_the_policy_takes_its_attention_and_dtype():

@@ -25,12 +25,12 @@ def load():
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.SPECIFICATION, module.TRITON
+    return module.SPECIFICATION, module.TRITON, module.LAYERS
 
 
-SPECIFICATION, TRITON = load()
+SPECIFICATION, TRITON, LAYERS = load()
 TODAY = random.Random(datetime.date.today().toordinal())
-ALL = [*SPECIFICATION, *TRITON]
+ALL = [*SPECIFICATION, *TRITON, *LAYERS]
 
 
 def planted(folder: Path, file: str, old: str, new: str) -> Path:
@@ -52,7 +52,9 @@ def caught(folder: Path, mutant: tuple) -> bool:
     _, file, old, new, *only = mutant
     where = planted(folder, file, old, new)
     names = (
-        ["triton_cases.py"] if only else ["test_loss.py", "test_advantage.py", "test_reference.py"]
+        ["triton_layer_cases.py" if mutant in LAYERS else "triton_cases.py"]
+        if only
+        else ["test_loss.py", "test_advantage.py", "test_reference.py"]
     )
     chosen = only[0] if only else "not never_holds"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]

@@ -34,7 +34,9 @@ def triton_here(require):
     require("triton", None if found else "pip install triton")
 
 
-@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_memory_cases.py"])
+@pytest.mark.parametrize(
+    "cases", ["triton_cases.py", "triton_layer_cases.py", "triton_memory_cases.py"]
+)
 def test_in_the_interpreter(cases):
     env = os.environ | BLAS | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     where = str(HERE / cases)
@@ -55,6 +57,10 @@ def test_kernels_build_without_stack_or_spills(arch, tmp_path):
         "logp.grad",
         "policy.10",
         "tiles.product.keep+bias+entropy+warm",
+        "layers.norm_grad.1024",
+        "slots.attend.128.4",
+        "draw.pick",
+        "packed.back",
     )
     gate(arch, "bf16", tmp_path, quick)
 
@@ -120,11 +126,19 @@ def test_where_tiles_are_chosen(monkeypatch):
 def test_a_new_number_or_length_compiles_nothing():
     """Every numeric argument of a kernel is a run-time argument: flags and block sizes alone are
     not."""
-    from reasonrl.kernels import common, logp, policy_loss, tiles
+    from reasonrl.kernels import common, draw, layers, logp, packed, policy_loss, slots, tiles
 
     flags = {"CAPPED", "WARM", "ENTROPY", "RATIO", "SURROGATE", "KL", "KL_ON", "DELTA", "DUAL"}
     flags |= {"OLD", "REF", "W", "ENT", "MASK", "BLOCK", "BIAS", "KEEP"}
     flags |= {"BM", "BV", "BK", "GROUP", "R", "TILES"}
-    kernels = [logp.stats_kernel, logp.grad_kernel, policy_loss.kernel, common.scale_kernel]
-    for kernel in (*kernels, tiles.tile_kernel, tiles.join_kernel):
-        assert {p.name for p in kernel.params if p.is_constexpr} <= flags
+    flags |= {"ADDED", "KEPT", "LEARNT", "NORMED", "QUERIES", "HALF", "PARTS", "SIZE", "HEADS"}
+    flags |= {"MANY"}
+    kernels = [
+        kernel
+        for module in (common, draw, layers, logp, packed, policy_loss, slots, tiles)
+        for name, kernel in vars(module).items()
+        if name.endswith("kernel") and hasattr(kernel, "params")
+    ]
+    assert len(kernels) >= 17
+    for kernel in kernels:
+        assert {p.name for p in kernel.params if p.is_constexpr} <= flags, kernel

@@ -15,9 +15,10 @@ import os
 
 import pytest
 import torch
+from triton_layer_cases import angles, backward, forward
 
-from reasonrl import LossSpec
-from reasonrl.kernels import common, policy_loss, tiles
+from reasonrl import LossSpec, calls
+from reasonrl.kernels import common, draw, layers, packed, policy_loss, slots, tiles
 from reasonrl.kernels import logp as logp_kernels
 
 pytestmark = [
@@ -233,3 +234,49 @@ def test_nothing_outside_the_tensors_is_touched(last):
     out = g(torch.zeros(77))
     common.scale_kernel[(2,)](g(torch.randn(77)), one, out, 77, BLOCK=64)
     assert out.isfinite().all() and u.isfinite().all() and sums.isfinite().all()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_nothing_outside_of_the_tensors_of_a_layer_is_touched(last, monkeypatch):
+    def g(x):
+        return guarded(x, last)
+
+    plain = torch.Tensor.new_empty
+
+    def like(x, *size, dtype=None, device=None):
+        if device is not None:  # the interpreter's own
+            return plain(x, *size, device=device)
+        return g(torch.zeros(*(size or x.shape), dtype=dtype or x.dtype))
+
+    def matrix(*size):
+        return g(torch.randn(*size))
+
+    monkeypatch.setattr(torch, "empty_like", like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", like)
+    monkeypatch.setattr(packed, "_forward", forward)
+    monkeypatch.setattr(packed, "_backward", backward)
+    monkeypatch.setattr(slots, "FEW", 99)
+    monkeypatch.setattr(slots, "PART", 16)
+    monkeypatch.setattr(draw, "BLOCK", 64)
+    x, delta, weight = matrix(5, 37), matrix(5, 37), matrix(37)
+    _, total, scale = layers.norm(x, delta, weight, 1e-6, torch.float32)
+    found = [*layers.norm_grad(total, weight, scale, delta, x, True)]
+    both = matrix(5, 2 * 37)
+    found += [layers.gate(both), *layers.gate_grad(both, x)]
+    (heads, groups, size), rows, width = (6, 2, 10), 3, 50
+    turn = [g(angle) for angle in angles(rows, size)]
+    kept, norms = [matrix(rows, width, groups, size) for _ in range(2)], [matrix(size)] * 2
+    length = g(torch.tensor([0, width - 1, 20]))
+    qkv = matrix(rows, (heads + 2 * groups) * size)
+    found.append(slots.place_and_attend(qkv, *turn, *kept, length, 0.3, norms, 1e-6))
+    found += draw.draw(matrix(3, 150), g(torch.rand(3, dtype=torch.float64)), 0.7)
+    at = calls.calls([(0, 3, [2, 1]), (6, 2, [])], "cpu")
+    turn, qkv = [g(angle) for angle in angles(8, size)], matrix(8, heads + 2 * groups, size)
+    packed.turn_(qkv, *turn, groups)
+    parts = qkv.split([heads, groups, groups], 1)
+    out, lse, states = packed.attend(*parts, at, 0.3)
+    found += [
+        out,
+        packed.attend_grad(matrix(8, heads, size), *parts, out, lse, states, turn, at, 0.3),
+    ]
+    assert all(x.isfinite().all() for x in found)

@@ -1,0 +1,53 @@
+"""What stands between the products of a decoder layer (decoder.py) on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from reasonrl.kernels import layers, packed
+from reasonrl.kernels.common import available
+from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Turn
+
+__all__ = ["available", "decoder_layer"]
+
+
+def decoder_layer(
+    x: Tensor,  # (L, D) fp32, contiguous
+    cos: Tensor,  # (L, d)
+    sin: Tensor,  # (L, d)
+    known: Sequence,  # of a half type, with calls.Calls
+    weights: Sequence[Tensor],  # fp32, contiguous, in the order of decoder.Weights
+    biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
+) -> Tensor:  # (L, D) fp32
+    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases)
+
+
+def attend(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Tensor, list[Tensor]]:
+    """What was seen; its log-sum-exp and random states. q and k are turned where they are."""
+    heads = qkv.unflatten(1, (-1, known.size))
+    packed.turn_(heads, *turn, key_heads)
+    given = _split(heads, key_heads)
+    out, lse, states = packed.attend(*given, known.packing, known.scaling)
+    return out.flatten(1), [lse, *(x for state in states for x in state)]
+
+
+def attend_grad(
+    grad: Tensor, qkv: Tensor, seen: Tensor, kept: Sequence[Tensor], turn: Turn, known: Known,
+    key_heads: int,
+) -> Tensor:  # fmt: skip
+    lse, *rest = kept
+    calls = 1 if known.packing.shared is None else 2
+    each = len(rest) // calls
+    states = [rest[i * each : (i + 1) * each] for i in range(calls)]
+    grad, seen, heads = (x.unflatten(1, (-1, known.size)) for x in (grad, seen, qkv))
+    given = grad, *_split(heads, key_heads), seen, lse, states
+    return packed.attend_grad(*given, turn, known.packing, known.scaling).flatten(1)
+
+
+def _split(heads: Tensor, key_heads: int) -> tuple[Tensor, ...]:
+    return heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], 1)
+
+
+BETWEEN = Between(layers.norm, layers.norm_grad, layers.gate, layers.gate_grad, attend, attend_grad)

@@ -1,0 +1,56 @@
+"""What a module of transformers computes, told by its class and parts; and who listens to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+# whose RMSNorm is w * x / rms, and whose decoder layers read their two norms by linear layers alone
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smollm3")
+READ_BY_LINEAR = ("input_layernorm", "post_attention_layernorm")
+TURNED = ("llama", "mistral", "qwen2", "qwen3")  # whose attention turns all its queries and keys
+SILU = ("SiLU", "SiLUActivation")
+
+
+def way(module: Any) -> Any:
+    """The function that was bound to this instance as `forward`; None where it is the class'."""
+    return getattr(vars(module).get("forward"), "__func__", None)
+
+
+def heard(module: Any) -> bool:
+    """Whether somebody listens, as a trainer does that brings weights."""
+    hooks = module._forward_pre_hooks, module._forward_hooks
+    return bool(any(hooks) or module._backward_hooks or module._backward_pre_hooks)
+
+
+def of(module: nn.Module, end: str, known: tuple[str, ...] = KNOWN) -> bool:
+    kind = type(module)
+    home = kind.__module__.split(".")
+    return (
+        kind.__name__.endswith(end) and home[:2] == ["transformers", "models"] and home[2] in known
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    return of(module, "RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def is_gated(module: Any) -> bool:
+    """Whether it is down(silu(gate) up)."""
+    parts = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return (
+        of(module, "MLP")
+        and all(hasattr(module, part) for part in parts)
+        and type(module.act_fn).__name__ in SILU
+    )
+
+
+def turns(module: Any) -> bool:
+    """Whether it is attention without a window that turns all its queries and keys."""
+    windows = [getattr(x, "sliding_window", None) for x in (module, getattr(module, "config", 0))]
+    return of(module, "Attention", TURNED) and windows == [None, None]
+
+
+def is_layer(module: Any) -> bool:
+    return of(module, "DecoderLayer", TURNED) and is_norm(module.post_attention_layernorm)
