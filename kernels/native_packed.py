@@ -1,20 +1,24 @@
 """Attention over packed tokens on the CPU: heads are spread over blocks and turned on the way,
 torch multiplies, our softmax between, and blocks are summed back into the tokens' rows.
 
-Kept for the gradient: what came in, and the weights of the softmax. `packing` (places.Packing) says
-where each token stands. Legend: L tokens, H query and K key heads of size d, N blocks of W queries
+Products are made in runs whose scores stay in a cache. Kept for the gradient: what came in, and the
+weights of the softmax where they are few. `packing` (places.Packing) says where each token stands.
+Legend: L tokens, H query and K key heads of size d, N blocks of W queries
 among S keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
+
+KEPT = 1 << 24  # scores of a layer up to which their weights are kept: 32 MiB in bf16
+TOGETHER = 1 << 22  # scores of a run
 
 
 class Heads(NamedTuple):
@@ -46,16 +50,20 @@ class Heads(NamedTuple):
 
 def attend(
     q: Heads, k: Heads, v: Heads, packing: Any, scaling: float
-) -> tuple[Tensor, list[Tensor]]:  # (L, H, d) and the weights of every part
+) -> tuple[Tensor, list[Tensor]]:  # (L, H, d) and the weights of every run, where they are kept
     """softmax(scaling q k^T where seen) v."""
     outs, weights = [], []
+    keep = sum(part.scores for part in packing.parts) * q.x.shape[1] <= KEPT
     for part in packing.parts:
         qb, kb, vb = q.spread(part.queries), k.spread(part.keys), v.spread(part.keys)
-        p = torch.bmm(_rows(qb, kb), kb.flatten(0, 1).transpose(1, 2))
-        task = core().SoftmaxTask(pointer(p), pointer(part.sees), *_known(qb, kb, part, scaling))
-        core().masked_softmax(task, threads())
-        outs.append(torch.bmm(p, vb.flatten(0, 1)).view(qb.shape))
-        weights.append(p)
+        rows, keys, values = _rows(qb, kb), kb.flatten(0, 1), vb.flatten(0, 1)
+        out = torch.empty_like(rows)
+        for run in _runs(qb, kb, part):
+            p = run.soften(rows, keys, scaling)
+            torch.bmm(p, values[run.at], out=out[run.at])
+            if keep:
+                weights.append(p)
+        outs.append(out.view(qb.shape))
     out = torch.empty(q.x.shape, dtype=q.x.dtype)
     Heads(out).gather(outs, packing.queries)
     return out, weights
@@ -71,17 +79,26 @@ def attend_grad(
     scaling: float,
     into: Sequence[Tensor],  # of the shapes of q, k and v, tokens any way apart
 ) -> None:
-    """The gradients by q, k and v as they came in, from the weights that `attend` gave."""
-    by_q, by_k, by_v = [], [], []
-    for part, p in zip(packing.parts, weights, strict=True):
+    """The gradients by q, k and v as they came in, from what `attend` gave; weights that it did not
+    keep are made again."""
+    by_q, by_k, by_v, kept = [], [], [], iter(weights)
+    for part in packing.parts:
         qb, kb, vb = q.spread(part.queries), k.spread(part.keys), v.spread(part.keys)
+        rows, keys, values = _rows(qb, kb), kb.flatten(0, 1), vb.flatten(0, 1)
         above = _rows(Heads(grad).spread(part.queries), kb)
-        by_v.append(torch.bmm(p.transpose(1, 2), above).view(vb.shape))
-        ds = torch.bmm(above, vb.flatten(0, 1).transpose(1, 2))
-        task = core().SoftmaxTask(pointer(p), 0, *_known(qb, kb, part, scaling))
-        core().masked_softmax_grad(task, pointer(ds), pointer(ds), threads())
-        by_q.append(torch.bmm(ds, kb.flatten(0, 1)).view(qb.shape))
-        by_k.append(torch.bmm(ds.transpose(1, 2), _rows(qb, kb)).view(kb.shape))
+        parts = [torch.empty_like(x) for x in (rows, keys, values)]
+        for run in _runs(qb, kb, part):
+            p, up = next(kept, None), above[run.at]
+            p = run.soften(rows, keys, scaling) if p is None else p
+            by_rows, by_keys, by_values = (x[run.at] for x in parts)
+            torch.bmm(p.transpose(1, 2), up, out=by_values)
+            ds = torch.bmm(up, values[run.at].transpose(1, 2))
+            task = core().SoftmaxTask(pointer(p), 0, *run.known, scaling)
+            core().masked_softmax_grad(task, pointer(ds), pointer(ds), threads())
+            torch.bmm(ds, keys[run.at], out=by_rows)
+            torch.bmm(ds.transpose(1, 2), rows[run.at], out=by_keys)
+        for found, x, blocks in zip((by_q, by_k, by_v), parts, (qb, kb, vb), strict=True):
+            found.append(x.view(blocks.shape))
     for x, source, blocks, back in (
         (into[0], q, by_q, packing.queries),
         (into[1], k, by_k, packing.keys),
@@ -90,13 +107,36 @@ def attend_grad(
         Heads(x, source.cos, source.sin).gather(blocks, back)
 
 
+class Run(NamedTuple):
+    """Some of a part's products: of whole blocks, or of one key head of one block."""
+
+    at: slice  # of the N K products
+    sees: Tensor
+    known: tuple[int, int, int, int, int, bool]  # of a SoftmaxTask, but the scaling
+
+    def soften(self, rows: Tensor, keys: Tensor, scaling: float) -> Tensor:
+        p = torch.bmm(rows[self.at], keys[self.at].transpose(1, 2))
+        task = core().SoftmaxTask(pointer(p), pointer(self.sees), *self.known, scaling)
+        core().masked_softmax(task, threads())
+        return p
+
+
+def _runs(q: Tensor, k: Tensor, part: Any) -> Iterator[Run]:
+    """Products whose scores together stay in a cache, where one alone does."""
+    (blocks, heads, queries, _), key_heads, width = q.shape, k.shape[1], k.shape[2]
+    shared, each = len(part.sees) != blocks, heads * queries * width
+    some, apart = max(1, TOGETHER // max(1, each)), key_heads if each > TOGETHER else 1
+    for first in range(0, blocks, some):
+        last = min(first + some, blocks)
+        sees = part.sees if shared else part.sees[first:last]
+        known = last - first, heads // apart, queries, width, DTYPES[q.dtype], shared
+        for head in range(apart):
+            step = key_heads // apart
+            start = first * key_heads + head
+            yield Run(slice(start, start + (last - first) * step), sees, known)
+
+
 def _rows(q: Tensor, k: Tensor) -> Tensor:  # (N, H, W, d) -> (N K, H / K W, d)
     """The query heads of one key head stand together."""
     blocks, heads, _, size = k.shape
     return q.view(blocks * heads, -1, size)
-
-
-def _known(q: Tensor, k: Tensor, part: Any, scaling: float):
-    blocks, heads, queries, _ = q.shape
-    shared = len(part.sees) != blocks
-    return blocks, heads, queries, k.shape[2], DTYPES[q.dtype], shared, scaling

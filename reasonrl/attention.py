@@ -84,12 +84,13 @@ class Packed:
     def places(self) -> places.Packing:
         return places.packing(self.layout)
 
-    def by_blocks(self, heads: int) -> bool:
-        """Whether attention of so many heads is plain products here, and keeps nothing beyond."""
+    def by_blocks(self, group: int) -> bool:
+        """Whether attention with `group` query heads to a key head is plain products here, none of
+        which is too large."""
         known = (
             self.cache is None and self.attn != "flash" and torch.device(self.device).type == "cpu"
         )
-        return known and all(heads * part.scores <= SMALL for part in self.places.parts)
+        return known and all(group * part.block <= SMALL for part in self.places.parts)
 
     def by_flash(self, dtype: torch.dtype, size: int) -> bool:
         """Whether heads of that size and type go by flash kernels here, and nothing is kept."""

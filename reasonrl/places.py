@@ -26,7 +26,12 @@ class Part:
     @property
     def scores(self) -> int:
         """Of one head."""
-        return self.queries.numel() * self.keys.shape[1]
+        return len(self.queries) * self.block
+
+    @property
+    def block(self) -> int:
+        """Scores of a block, of one head."""
+        return self.queries.shape[1] * self.keys.shape[1]
 
 
 @dataclass(frozen=True)

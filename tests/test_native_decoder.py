@@ -116,6 +116,40 @@ def test_packed_attention_and_its_gradients(isa, layout, sizes, kind):  # noqa: 
         within(got, truth, yard, 3, rounding=extra, scale=float(truth.abs().max()) * 4)
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 24])
+@pytest.mark.parametrize("together, runs", [(1, 12), (300, 9), (700, 3)])
+def test_products_in_runs_and_weights_made_again(native, monkeypatch, together, runs, kept):  # noqa: F811
+    """The same numbers, a run at a time, by whole blocks or by one key head of a block."""
+    layout = [(0, 5, [3, 7, 1]), (16, 2, [4])]
+    (heads, groups, size), total = (4, 2, 6), length(layout)
+    qkv, up = torch.randn(total, heads + 2 * groups, size), torch.randn(total, heads, size)
+    turn, packing = angles(total, size), places.packing(layout)
+    q, k, v = qkv.split([heads, groups, groups], 1)
+    given = Heads(q, *turn), Heads(k, *turn), Heads(v)
+    made, soften = [], native_packed.Run.soften
+    monkeypatch.setattr(
+        native_packed.Run, "soften", lambda run, *x: made.append(run.at) or soften(run, *x)
+    )
+
+    def both():
+        out, weights = native_packed.attend(*given, packing, 0.3)
+        into = torch.full_like(qkv, torch.nan)
+        parts = into.split([heads, groups, groups], 1)
+        native_packed.attend_grad(up, *given, weights, packing, 0.3, parts)
+        return out, into, weights
+
+    *want, weights = both()
+    assert len(made) == len(weights) == 2
+    made.clear()
+    monkeypatch.setattr(native_packed, "TOGETHER", together)
+    monkeypatch.setattr(native_packed, "KEPT", kept)
+    *found, weights = both()
+    assert len(weights) == (len(made) if kept else 0)
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    assert len(made) == runs * (1 if kept else 2) and made[:runs] == made[-runs:]
+
+
 def test_unturned_heads_keep_their_bits(isa):  # noqa: F811
     """Spread and summed back, each row is itself as often as it stands somewhere."""
     x = torch.randn(7, 3, 10)[:, :2]  # rows further apart than their heads are wide
