@@ -27,7 +27,11 @@ namespace {
      isa::swiglu_grad,         \
      isa::spread,              \
      isa::gather,              \
-     isa::draw}
+     isa::draw,                \
+     isa::packed_words,        \
+     isa::pack,                \
+     isa::decode_logits,       \
+     isa::decode_tokens}
 
 #ifdef WITH_X86
 const Ops SETS[] = {REASONRL_OPS(avx512), REASONRL_OPS(avx2), REASONRL_OPS(portable)};
@@ -64,6 +68,14 @@ const Ops& ops() {
     if (!chosen) chosen = find(getenv("REASONRL_ISA"));
     if (!chosen) chosen = find(nullptr);
     return *chosen;
+}
+
+bool has_dots() {
+#ifdef WITH_X86
+    return !strcmp(ops().name, "avx512") && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
 }
 
 bool use_isa(const char* name) {

@@ -4,6 +4,7 @@
 #include "bind.h"
 
 #include "cpu/bind.h"
+#include "cpu/bind_decode.h"
 #include "cpu/groups.h"
 #include "ops.h"
 #ifdef WITH_CUDA
@@ -245,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_layers(m);
     bind_draw(m);
+    bind_decode(m);
 #ifdef WITH_CUDA
     bind_cuda(m);
 #endif

@@ -6,6 +6,7 @@
 
 #include <stdint.h>
 
+#include "decode.h"
 #include "math.h"
 
 namespace reasonrl {
@@ -100,6 +101,8 @@ struct SlotTask {
     float scaling;
     const void *cos, *sin;  // (B, d) by which q and k are to be turned, or null
     int angle_dtype;
+    const int64_t* slot;  // (B,) where a row's keys stand, or null: in its own
+    const int64_t* turn;  // (B,) its row of cos and sin, or null: its own
 };
 
 // Scores of B x H x R queries over W places, and what each query sees of them; see cpu/softmax.cpp.
@@ -220,6 +223,11 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void swiglu_grad(const GateTask&, const GateGrad&, int threads);                               \
     void spread(const SpreadTask&, int threads);                                                   \
     void draw(const DrawTask&, int threads);                                                       \
+    int64_t packed_words(int dtype, int64_t inputs, int64_t outputs);                              \
+    void pack(const PackTask&, int threads);                                                       \
+    void decode_logits(const DecodeModel&, const DecodeRows&, void* logits, int threads);          \
+    void decode_tokens(const DecodeModel&, const DecodeState&, int64_t tokens, int64_t until,      \
+                       int threads);                                                               \
     void gather(const GatherTask&, int threads);                                                   \
     }
 REASONRL_DECLARE(portable)
@@ -249,6 +257,10 @@ struct Ops {
     decltype(&portable::spread) spread;
     decltype(&portable::gather) gather;
     decltype(&portable::draw) draw;
+    decltype(&portable::packed_words) packed_words;
+    decltype(&portable::pack) pack;
+    decltype(&portable::decode_logits) decode_logits;
+    decltype(&portable::decode_tokens) decode_tokens;
 };
 
 const Ops& ops();

@@ -58,22 +58,33 @@ def joinable(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
 
 
 def lean(decoder: Any) -> bool:
-    """Whether a decoder is embedding, known layers whose products are prepared, and norm, and
-    nobody listens to any of its modules."""
-    if (
-        not structure.of(decoder, "Model", structure.TURNED)
-        or structure.way(decoder.norm) is not _norm
-    ):
+    """Whether a decoder is `known` and its products are prepared."""
+    if not known(decoder):
         return False
     for layer in decoder.layers:
         attn, mlp = layer.self_attn, layer.mlp
-        if not _known(layer) or hasattr(attn, "q_norm"):
-            return False
         if not all("joined" in vars(x) for x in (attn, mlp)):
             return False
         if not all("forward" in vars(x) for x in (attn.o_proj, mlp.down_proj)):
             return False
+    return True
+
+
+def known(decoder: Any) -> bool:
+    """Whether a decoder is embedding, known layers and norm, and nobody listens to any of its
+    modules."""
+    if not structure.of(decoder, "Model", structure.TURNED):
+        return False
+    if structure.way(decoder.norm) is not _norm:
+        return False
+    if not all(_known(x) and not hasattr(x.self_attn, "q_norm") for x in decoder.layers):
+        return False
     return not any(structure.heard(module) for module in decoder.modules())
+
+
+def plain(layer: Any) -> bool:
+    """Whether it is a linear layer that computes as torch has it, and nobody listens to it."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not structure.heard(layer)
 
 
 def _known(layer: Any) -> bool:

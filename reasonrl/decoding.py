@@ -64,10 +64,13 @@ class Decoding:
         self.row = torch.arange(batch, device=device)  # (B,) which completion a slot holds
         self.token = torch.zeros_like(self.row)
         self.done = torch.ones(batch, dtype=torch.bool, device=device)
-        width = max(map(len, prompt_ids), default=0) + sampling.max_tokens
-        self.slots = Slots(batch, width, device, policy.attn)
-        self.hidden = lean.of(policy)
         self.look, self.shrink = LOOK.get(device.type, 1), SHRINK.get(device.type, 0.8)
+        self.open(batch, max(map(len, prompt_ids), default=0) + sampling.max_tokens)
+
+    def open(self, slots: int, width: int) -> None:
+        """Empty slots of `width` tokens, and the decoder that fills them."""
+        self.slots = Slots(slots, width, self.policy.device, self.policy.attn)
+        self.hidden = lean.of(self.policy)
 
     def run(self) -> None:
         """Until every completion has ended or has T tokens: `tokens`, `count`, `logp` then hold
@@ -109,15 +112,20 @@ class Decoding:
         length = torch.tensor([len(x) for x in ids], device=at.device)
         self.slots.put(at, plan, owner, length, position)
         row = torch.arange(len(at), device=at.device) + first * self.group
-        token, ended = self._pick(last.index_select(0, owner), row)
+        logits = self.policy.logits(last.index_select(0, owner))
+        self._begin(at, row, logits)
+
+    def _begin(self, at: Tensor, row: Tensor, logits: Tensor) -> None:
+        """Completions `row` and their first tokens into the slots `at`."""
+        token, ended = self._pick(logits, row)
         self.count[row] = 1
         self.row[at], self.token[at], self.done[at] = row, token, ended
 
-    def _pick(self, hidden: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    def _pick(self, logits: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of completions `row`, kept; and whether it is their last."""
         at = self.count[row]
         draw = self.uniform[row, at.clamp(max=self.sampling.max_tokens - 1)]
-        token, logp, sampled = choose(self.policy.logits(hidden), draw, self.sampling)
+        token, logp, sampled = choose(logits, draw, self.sampling)
         self.tokens[row, at], self.logp[row, at] = token, logp
         self.sampling_logp[row, at] = sampled
         return token, (token[:, None] == self.eos).any(-1) | (at + 1 >= self.sampling.max_tokens)
@@ -127,7 +135,7 @@ class Decoding:
         going = ~self.done
         self.slots.place()
         hidden = self.hidden(self.token, self.slots.position, self.slots)
-        token, ended = self._pick(hidden, self.row)
+        token, ended = self._pick(self.policy.logits(hidden), self.row)
         self.count[self.row] = self.count[self.row] + going
         self.slots.step(going)
         self.token.copy_(token)

@@ -161,13 +161,14 @@ class Policy:
                     part.save_pretrained(folder)
 
     @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
+    def inference(self, prepare: bool = True) -> Iterator[None]:
         """Without gradients, linear layers in the compute dtype: cast (and on a CPU packed) once,
-        not per call."""
+        not per call; prepare False: as they are, for who packs them otherwise."""
         was_training = self.model.training
         self.model.eval()
+        ready = products.prepared(self.model, self.compute) if prepare else contextlib.nullcontext()
         try:
-            with products.prepared(self.model, self.compute), torch.no_grad():
+            with ready, torch.no_grad():
                 yield
         finally:
             self.model.train(was_training)

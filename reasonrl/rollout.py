@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reasonrl import burst
 from reasonrl.decoding import Decoding
 from reasonrl.models import Policy
 from reasonrl.records import InputError, Problem, Rollout
@@ -57,8 +58,10 @@ def sample(
     else:
         own = [streams(one, 0, group, sampling.max_tokens) for one in seed]
         uniform = torch.cat(own) if own else torch.empty(0, sampling.max_tokens)
-    with policy.inference(), policy.autocast():
-        batch = Decoding(policy, prompt_ids, images, group, sampling, uniform, rows)
+    whole = burst.takes(policy)
+    kind = burst.Burst if whole else Decoding
+    with policy.inference(prepare=not whole), policy.autocast():
+        batch = kind(policy, prompt_ids, images, group, sampling, uniform, rows)
         if sampling.max_tokens > 0:
             batch.run()
     count = batch.count.tolist()

@@ -33,7 +33,7 @@ ALONE = ("module.cpp", "dispatch.cpp")  # in csrc: no formula stands there
 ONCE = ("segments.cpp", "credit.cpp", "trust.cpp")  # in csrc/cpu
 PER_ISA = tuple(
     f"{name}.cpp"
-    for name in "blocks draw layers logp policy returns rotary slots softmax steps whiten".split()
+    for name in "blocks decode draw layers logp policy returns rotary slots softmax steps whiten".split()
 )
 FLAGS = "-std=gnu++17 -O1 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"
 
@@ -116,6 +116,7 @@ def caught_on_the_cpu(base: Path, folder: Path, mutant: tuple, pybind: list[str]
         "native_layers",
         "native_decoder",
         "native_draw",
+        "native_decode",
         "trust",
     )
     command += [str(TESTS / f"test_{name}.py") for name in names]

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "block.h"
+#include "share.h"
 #include "vector.h"
 
 namespace reasonrl {
@@ -26,12 +27,12 @@ struct Row {
     explicit Row(const DrawTask& t)
         : task(t), row(0), x(BLOCK), ends((t.vocab + BLOCK - 1) / BLOCK) {}
 
-    // Scaled logits of a block, -inf behind the row's end; how many there are.
+    // Scaled logits of a block, -inf behind the row's end in its last vector; how many there are.
     int64_t read(int64_t block) {
         const int64_t at = block * BLOCK, left = task.vocab - at;
         const int64_t n = left < BLOCK ? left : BLOCK;
         read_any(task.dtype, task.logits, row * task.vocab + at, n, x.data());
-        for (int64_t j = n; j < BLOCK; j++) x[j] = -INFINITY;
+        for (int64_t j = n; j < vectors(n); j++) x[j] = -INFINITY;
         if (task.temperature != 1.0f) {
             for (int64_t j = 0; j < n; j++) x[j] /= task.temperature;
         }
@@ -43,8 +44,8 @@ struct Row {
         Vec most = Vec{} - INFINITY;
         VecI broken = {};
         for (int64_t b = 0; b < (int64_t)ends.size(); b++) {
-            read(b);
-            for (int64_t j = 0; j < BLOCK; j += LANES) {
+            const int64_t n = read(b);
+            for (int64_t j = 0; j < n; j += LANES) {
                 const Vec v = load(&x[j]);
                 most = max_of(most, v);
                 broken |= ~(v < Vec{} + INFINITY);
@@ -58,10 +59,10 @@ struct Row {
         return top == -INFINITY ? NAN : top;
     }
 
-    // The weights of a block take the place of its logits.
-    Vec weigh(float top) {
+    // The weights of a block take the place of its n logits.
+    Vec weigh(float top, int64_t n) {
         Vec sum = {};
-        for (int64_t j = 0; j < BLOCK; j += LANES) {
+        for (int64_t j = 0; j < n; j += LANES) {
             const Vec v = load(&x[j]) - top;
             const Vec w = where(v > -87.0f, exp_of(max_of(v, Vec{} - 87.0f)));
             store(&x[j], w);
@@ -76,8 +77,8 @@ struct Row {
         if (top != top) return;
         double total = 0.0;
         for (int64_t b = 0; b < (int64_t)ends.size(); b++) {
-            read(b);
-            const Vec sum = weigh(top);
+            const int64_t n = read(b);
+            const Vec sum = weigh(top, n);
             for (int k = 0; k < LANES; k++) total += (double)sum[k];
             ends[b] = total;
         }
@@ -86,7 +87,7 @@ struct Row {
         while (block + 1 < (int64_t)ends.size() && !(ends[block] > aim)) block++;
         const int64_t n = read(block);
         std::vector<float> y(x);
-        weigh(top);
+        weigh(top, n);
         double sum = block ? ends[block - 1] : 0.0;
         int64_t at = 0;  // rounding may aim past the block's own sum: its last with any weight
         for (int64_t j = 0; j < n; j++) {
@@ -101,15 +102,19 @@ struct Row {
 
 }  // namespace
 
+void draw_share(const DrawTask& t, int64_t begin, int64_t end) {
+    Row one(t);
+    for (int64_t i = begin; i < end; i++) {
+        one.row = i;
+        one.draw();
+    }
+}
+
 void draw(const DrawTask& t, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        Row one(t);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < t.rows; i++) {
-            one.row = i;
-            one.draw();
-        }
+        const Share mine = share_of(t.rows);
+        draw_share(t, mine.begin, mine.end);
     }
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "block.h"
+#include "share.h"
 #include "vector.h"
 
 namespace reasonrl {
@@ -138,12 +139,16 @@ void by_span(const GateTask& t, int threads, F each) {
 
 }  // namespace
 
+void norm_share(const NormTask& t, const Added& added, void* y, int64_t begin, int64_t end) {
+    Row row(t);
+    for (int64_t i = begin; i < end; i++) normalise(t, added, y, i, row);
+}
+
 void rms_norm(const NormTask& t, const Added& added, void* y, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        Row row(t);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < t.rows; i++) normalise(t, added, y, i, row);
+        const Share mine = share_of(t.rows);
+        norm_share(t, added, y, mine.begin, mine.end);
     }
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "rotary.h"
+#include "share.h"
 #include "vector.h"
 
 namespace reasonrl {
@@ -188,43 +189,55 @@ void put(const void* from, int dtype, int64_t at, bool turned, void* slot, int64
 }
 
 template <int DTYPE, bool DIRECT>
-void attend(const SlotTask& t, int64_t longest, int threads) {
-    const int64_t group = t.heads / t.key_heads, items = t.rows * t.key_heads;
+void attend(const SlotTask& t, int64_t begin, int64_t end, SlotPart part) {
+    const int64_t group = t.heads / t.key_heads;
     const int64_t slot = t.width * t.size * (DTYPE == F32 ? 4 : 2);
     constexpr decltype(&heads<DTYPE, DIRECT, 1>) of[HEADS] = {
         heads<DTYPE, DIRECT, 1>, heads<DTYPE, DIRECT, 2>, heads<DTYPE, DIRECT, 3>,
         heads<DTYPE, DIRECT, 4>};
-#pragma omp parallel num_threads(threads)
-    {
-        Scratch s(t.size, longest);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < items; i++) {
-            char *keys = (char*)t.keys + i * slot, *values = (char*)t.values + i * slot;
-            const int64_t row = i / t.key_heads, head = i % t.key_heads, n = t.length[row];
-            if (t.cos) s.angle.read(t.angle_dtype, t.cos, t.sin, row);
+    int64_t longest = 0;
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t n = t.length[i / t.key_heads] + 1;
+        longest = n > longest ? n : longest;
+    }
+    Scratch s(t.size, longest);
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t row = i / t.key_heads, head = i % t.key_heads, n = t.length[row];
+        const int64_t at = ((t.slot ? t.slot[row] : row) * t.key_heads + head) * slot;
+        char *keys = (char*)t.keys + at, *values = (char*)t.values + at;
+        if (t.cos) s.angle.read(t.angle_dtype, t.cos, t.sin, t.turn ? t.turn[row] : row);
+        if (part != SLOT_ATTEND) {
             put<DTYPE>(t.k, t.k_dtype, row * t.k_stride + head * t.size, t.cos, keys, n, s);
             put<DTYPE>(t.v, t.v_dtype, row * t.v_stride + head * t.size, false, values, n, s);
-            for (int64_t g = 0; g < group; g += HEADS) {
-                const int64_t left = group - g < HEADS ? group - g : HEADS;
-                of[left - 1](t, keys, values, keys + slot, row, head * group + g, n + 1, s);
-            }
+        }
+        if (part == SLOT_PLACE) continue;
+        for (int64_t g = 0; g < group; g += HEADS) {
+            const int64_t left = group - g < HEADS ? group - g : HEADS;
+            of[left - 1](t, keys, values, keys + slot, row, head * group + g, n + 1, s);
         }
     }
 }
 
 }  // namespace
 
-void attend_slots(const SlotTask& task, int threads) {
-    int64_t longest = 0;
-    for (int64_t b = 0; b < task.rows; b++) {
-        longest = task.length[b] + 1 > longest ? task.length[b] + 1 : longest;
-    }
+void attend_share(const SlotTask& task, int64_t begin, int64_t end, SlotPart part) {
     const bool whole = task.size % LANES == 0;
-    if (task.dtype == F32) (whole ? attend<F32, true> : attend<F32, false>)(task, longest, threads);
-    if (task.dtype == BF16) {
-        (whole ? attend<BF16, true> : attend<BF16, false>)(task, longest, threads);
+    if (task.dtype == F32) {
+        (whole ? attend<F32, true> : attend<F32, false>)(task, begin, end, part);
     }
-    if (task.dtype == F16) attend<F16, false>(task, longest, threads);
+    if (task.dtype == BF16) {
+        (whole ? attend<BF16, true> : attend<BF16, false>)(task, begin, end, part);
+    }
+    if (task.dtype == F16) attend<F16, false>(task, begin, end, part);
+}
+
+void attend_slots(const SlotTask& task, int threads) {
+    const int64_t items = task.rows * task.key_heads;
+#pragma omp parallel num_threads(threads)
+    {
+        const Share mine = share_of(items);
+        attend_share(task, mine.begin, mine.end, SLOT_BOTH);
+    }
 }
 
 }  // namespace ISA

@@ -1,0 +1,329 @@
+// New tokens through a whole decoder, its head, the draw and the batch's books, in one parallel
+// region: a token of a small model is otherwise hundreds of calls.
+//
+// Between two parts of a layer the threads meet at a barrier that spins. What is rounded to the
+// model's type is what its modules round: the results of products and norms, turned queries and
+// keys, the gate's result; the residual has a type of its own. A row is summed in one order
+// whatever stands beside it, so neither other rows nor the number of threads change a bit of it.
+#include <algorithm>
+
+#include "meeting.h"
+#include "product.h"
+
+namespace reasonrl {
+namespace ISA {
+namespace {
+
+constexpr int64_t CHUNK = 256;  // rows of one pass
+constexpr int64_t NEAR = 4;     // rows of a prompt that one thread attends for at a time
+
+// What the threads hand each other, with room for `rows` rows of float32.
+struct Buffers {
+    std::vector<float> residual, narrow, qkv, seen, gated;
+
+    Buffers(const DecodeModel& m, int64_t rows)
+        : residual(rows * m.width),
+          narrow(rows * m.width),
+          qkv(rows * (m.heads + 2 * m.key_heads) * m.size),
+          seen(rows * std::max(m.heads * m.size, m.width)),
+          gated(rows * m.inner) {}
+};
+
+template <int DTYPE>
+INLINE Vec load_some(const void* data, int64_t at, int64_t count) {
+    if (count >= LANES && DTYPE == F32) return load((const float*)data + at);
+    if (count >= LANES) return load_bf16((const uint16_t*)data + at);
+    float x[LANES] = {};
+    read<DTYPE>(data, at, (int)count, x);
+    return load(x);
+}
+
+// One thread of a team that walks through the decoder together. RES: the residual's type.
+template <int DTYPE, int RES>
+class Walk {
+  public:
+    Walk(const DecodeModel& m, Buffers& b, Meeting& meeting)
+        : m_(m),
+          b_(b),
+          meeting_(meeting),
+          thread_(omp_get_thread_num()),
+          team_(omp_get_num_threads()) {}
+
+    void meet() { meeting_.wait((int)team_); }
+
+    Share share(int64_t count) const { return share_of(count, thread_, team_); }
+
+    // Logits (asked rows, V), where a meeting follows; null: those of all rows.
+    void run(const DecodeRows& rows, const uint8_t* asked, void* logits) {
+        embed(rows);
+        const int64_t depth = (int64_t)m_.layers.size();
+        norm(rows.rows, m_.layers[0].norm1, m_.layers[0].eps1);
+        for (int64_t i = 0; i < depth; i++) {
+            const DecodeLayer& layer = m_.layers[i];
+            const bool last = i + 1 == depth;
+            attention(layer, rows);
+            norm(rows.rows, layer.norm2, layer.eps2);
+            meet();
+            gate(layer, rows.rows);
+            meet();
+            add(layer.down, b_.gated.data(), m_.inner, rows.rows);
+            meet();
+            norm(rows.rows, last ? m_.norm : m_.layers[i + 1].norm1,
+                 last ? m_.eps : m_.layers[i + 1].eps1);
+        }
+        meet();
+        head(rows.rows, asked, logits);
+    }
+
+  private:
+    static constexpr int64_t WIDE = DTYPE == F32 ? 4 : 2;
+
+    void embed(const DecodeRows& rows) {
+        const int64_t bytes = m_.width * (RES == F32 ? 4 : 2);
+        const Share mine = share(rows.rows);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            memcpy((char*)b_.residual.data() + i * bytes,
+                   (const char*)m_.embedding + rows.token[i] * bytes, bytes);
+        }
+    }
+
+    void norm(int64_t rows, const void* weight, float eps) {
+        const Share mine = share(rows);
+        const NormTask task = {b_.residual.data(), weight, nullptr, rows, m_.width, RES,
+                               m_.norm_dtype,      DTYPE,  eps};
+        norm_share(task, {}, b_.narrow.data(), mine.begin, mine.end);
+    }
+
+    template <class F>
+    void product(const Packed& p, const void* x, int64_t inputs, int64_t panels, int64_t rows,
+                 F each) {
+        multiply({p.weight, p.bias, inputs, panels}, DTYPE, m_.dots, x, rows, thread_, team_, each);
+    }
+
+    // y (rows, outputs) = the product, in the model's type.
+    void give(const Packed& p, const void* x, int64_t outputs, int64_t rows, void* y) {
+        const int64_t panels = (outputs + PANEL - 1) / PANEL;
+        product(p, x, m_.width, panels, rows, [=](int64_t row, int64_t panel, Vec a, Vec b) {
+            const int64_t left = outputs - panel * PANEL, at = row * outputs + panel * PANEL;
+            keep<DTYPE>(y, at, as<DTYPE>(a), left);
+            if (left > LANES) keep<DTYPE>(y, at + LANES, as<DTYPE>(b), left - LANES);
+        });
+    }
+
+    // The residual and the product together.
+    void add(const Packed& p, const void* x, int64_t inputs, int64_t rows) {
+        const int64_t width = m_.width, panels = (width + PANEL - 1) / PANEL;
+        void* to = b_.residual.data();
+        product(p, x, inputs, panels, rows, [=](int64_t row, int64_t panel, Vec a, Vec b) {
+            const Vec sums[2] = {a, b};
+            for (int64_t v = 0; v < 2; v++) {
+                const int64_t first = panel * PANEL + v * LANES, at = row * width + first;
+                if (first >= width) return;
+                const Vec old = load_some<RES>(to, at, width - first);
+                keep<RES>(to, at, as<RES>(old + as<DTYPE>(sums[v])), width - first);
+            }
+        });
+    }
+
+    // Both halves of a panel, gate and up, become one.
+    void gate(const DecodeLayer& layer, int64_t rows) {
+        const int64_t inner = m_.inner, panels = (inner + LANES - 1) / LANES;
+        void* to = b_.gated.data();
+        product(layer.both, b_.narrow.data(), m_.width, panels, rows,
+                [=](int64_t row, int64_t panel, Vec a, Vec b) {
+                    const Vec g = as<DTYPE>(a), u = as<DTYPE>(b);
+                    const int64_t first = panel * LANES;
+                    keep<DTYPE>(to, row * inner + first, as<DTYPE>(g * sigmoid(g) * u),
+                                inner - first);
+                });
+    }
+
+    void attention(const DecodeLayer& layer, const DecodeRows& rows) {
+        const int64_t each = (m_.heads + 2 * m_.key_heads) * m_.size;
+        meet();
+        give(layer.qkv, b_.narrow.data(), each, rows.rows, b_.qkv.data());
+        meet();
+        const char* from = (const char*)b_.qkv.data();
+        const int64_t keys = m_.heads * m_.size * WIDE,
+                      values = keys + m_.key_heads * m_.size * WIDE;
+        const SlotTask task = {
+            from,        from + keys,    from + values,  layer.keys, layer.values,
+            rows.length, b_.seen.data(), rows.rows,      m_.heads,   m_.key_heads,
+            m_.room,     m_.size,        each,           each,       each,
+            DTYPE,       DTYPE,          DTYPE,          DTYPE,      layer.scaling,
+            m_.cos,      m_.sin,         m_.angle_dtype, rows.slot,  rows.length};
+        const Share mine = share(rows.rows * m_.key_heads);
+        attend_share(task, mine.begin, mine.end, rows.together ? SLOT_PLACE : SLOT_BOTH);
+        meet();
+        if (rows.together) {  // later rows see more: each thread takes some of every part
+            for (int64_t i = thread_ * NEAR; i < rows.rows; i += team_ * NEAR) {
+                const int64_t end = std::min(rows.rows, i + NEAR);
+                attend_share(task, i * m_.key_heads, end * m_.key_heads, SLOT_ATTEND);
+            }
+            meet();
+        }
+        add(layer.out, b_.seen.data(), m_.heads * m_.size, rows.rows);
+        meet();
+    }
+
+    void head(int64_t rows, const uint8_t* asked, void* logits) {
+        if (!asked) return give(m_.head, b_.narrow.data(), m_.vocab, rows, logits);
+        int64_t count = 0;
+        for (int64_t i = 0; i < rows; i++) {
+            if (!asked[i]) continue;
+            if (count % team_ == thread_) {
+                memcpy((char*)b_.seen.data() + count * m_.width * WIDE,
+                       (const char*)b_.narrow.data() + i * m_.width * WIDE, m_.width * WIDE);
+            }
+            count++;
+        }
+        meet();
+        give(m_.head, b_.seen.data(), m_.vocab, count, logits);
+    }
+
+    const DecodeModel& m_;
+    Buffers& b_;
+    Meeting& meeting_;
+    const int64_t thread_, team_;
+};
+
+// The rows of slots that go on, and what is drawn for them.
+struct Going {
+    std::vector<int64_t> token, slot, length, drawn;
+    std::vector<double> uniform;
+    std::vector<float> logits, logp;  // (N, V) in the model's type
+    int64_t rows = 0;
+
+    Going(const DecodeModel& m, int64_t slots)
+        : token(slots),
+          slot(slots),
+          length(slots),
+          drawn(slots),
+          uniform(slots),
+          logits(slots * m.vocab),
+          logp(slots) {}
+
+    void list(const DecodeState& s) {
+        rows = 0;
+        for (int64_t b = 0; b < s.slots; b++) {
+            if (s.done[b]) continue;
+            token[rows] = s.token[b], slot[rows] = b, length[rows] = s.length[b];
+            uniform[rows] = s.uniform[s.row[b] * s.most + s.count[s.row[b]]];
+            rows++;
+        }
+    }
+
+    // What row i has drawn, into the books.
+    void enter(const DecodeState& s, int64_t i) const {
+        const int64_t b = slot[i], row = s.row[b], at = s.count[row]++;
+        const int64_t word = drawn[i], place = row * (s.most + 1) + at;
+        s.tokens[place] = s.token[b] = word, s.logp[place] = logp[i];
+        s.length[b]++;
+        const int64_t* end = s.eos + s.eos_count;
+        s.done[b] = at + 1 >= s.most || std::find(s.eos, end, word) != end;
+    }
+};
+
+// Threads of which each has something to do in the narrowest product.
+int useful(const DecodeModel& m, int64_t rows, int threads) {
+    const int64_t most = (m.width + PANEL - 1) / PANEL * ((rows + TILE - 1) / TILE);
+    return (int)std::max<int64_t>(1, std::min<int64_t>(threads, most));
+}
+
+template <int DTYPE, int RES>
+void logits_of(const DecodeModel& m, const DecodeRows& all, void* logits, int threads) {
+    const int64_t most = std::min(all.rows, CHUNK);
+    Buffers buffers(m, most);
+    Meeting meeting;
+#pragma omp parallel num_threads(useful(m, most, threads))
+    {
+        Walk<DTYPE, RES> walk(m, buffers, meeting);
+        int64_t asked = 0;
+        for (int64_t at = 0; at < all.rows; at += CHUNK) {
+            const DecodeRows rows = {all.token + at,
+                                     all.slot + at,
+                                     all.length + at,
+                                     all.asked + at,
+                                     std::min(CHUNK, all.rows - at),
+                                     all.together};
+            walk.run(rows, rows.asked, (char*)logits + asked * m.vocab * (DTYPE == F32 ? 4 : 2));
+            walk.meet();
+            asked += std::count_if(rows.asked, rows.asked + rows.rows, [](uint8_t x) { return x; });
+        }
+    }
+}
+
+template <int DTYPE, int RES>
+void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64_t until,
+               int threads) {
+    Buffers buffers(m, s.slots);
+    Going going(m, s.slots);
+    Meeting meeting;
+#pragma omp parallel num_threads(useful(m, s.slots, threads))
+    {
+        Walk<DTYPE, RES> walk(m, buffers, meeting);
+        for (int64_t n = 0; n < tokens; n++) {
+            if (omp_get_thread_num() == 0) going.list(s);
+            walk.meet();
+            if (going.rows <= until) break;
+            const DecodeRows rows = {going.token.data(),  going.slot.data(),
+                                     going.length.data(), nullptr,
+                                     going.rows,          false};
+            walk.run(rows, nullptr, going.logits.data());
+            walk.meet();
+            const DrawTask draw = {going.logits.data(),
+                                   going.uniform.data(),
+                                   going.drawn.data(),
+                                   going.logp.data(),
+                                   going.rows,
+                                   m.vocab,
+                                   DTYPE,
+                                   s.temperature};
+            const Share mine = walk.share(going.rows);
+            draw_share(draw, mine.begin, mine.end);
+            for (int64_t i = mine.begin; i < mine.end; i++) going.enter(s, i);
+            walk.meet();
+        }
+    }
+}
+
+}  // namespace
+
+int64_t packed_words(int dtype, int64_t inputs, int64_t outputs) {
+    return words(dtype, inputs) * ((outputs + PANEL - 1) / PANEL * PANEL);
+}
+
+void pack(const PackTask& t, int threads) {
+    const int64_t each = words(t.to, t.inputs);
+#pragma omp parallel num_threads(threads)
+    {
+        const Share mine = share_of(t.outputs);
+        std::vector<float> row(t.inputs + 1);  // 0 behind an odd number
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            const int64_t first =
+                t.half < 0 ? t.first + i : i / LANES * PANEL + t.half * LANES + i % LANES;
+            uint32_t* out = t.out + first / PANEL * each * PANEL + first % PANEL;
+            read_any(t.dtype, t.weight, i * t.inputs, t.inputs, row.data());
+            for (int64_t k = 0; k < each; k++) {
+                out[k * PANEL] =
+                    t.to == F32 ? to_bits(row[k])
+                                : to_bf16(row[2 * k]) | (uint32_t)to_bf16(row[2 * k + 1]) << 16;
+            }
+        }
+    }
+}
+
+void decode_logits(const DecodeModel& m, const DecodeRows& rows, void* logits, int threads) {
+    if (m.dtype == F32) return logits_of<F32, F32>(m, rows, logits, threads);
+    (m.residual == F32 ? logits_of<BF16, F32> : logits_of<BF16, BF16>)(m, rows, logits, threads);
+}
+
+void decode_tokens(const DecodeModel& m, const DecodeState& state, int64_t tokens, int64_t until,
+                   int threads) {
+    if (m.dtype == F32) return tokens_of<F32, F32>(m, state, tokens, until, threads);
+    (m.residual == F32 ? tokens_of<BF16, F32> : tokens_of<BF16, BF16>)(m, state, tokens, until,
+                                                                       threads);
+}
+
+}  // namespace ISA
+}  // namespace reasonrl

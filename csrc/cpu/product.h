@@ -1,0 +1,187 @@
+// y = x W^T of a few rows, W packed once.
+//
+// A panel holds 2 * LANES outputs: of every input (float32), or of every pair of inputs (bf16), one
+// 32-bit word each, so that a step of the inner loop reads two whole vectors. Each result is summed
+// over its inputs in one order, whatever rows stand beside it. Outputs behind the last one are 0.
+#pragma once
+
+#include "block.h"
+#include "share.h"
+#include "vector.h"
+
+namespace reasonrl {
+namespace {
+
+constexpr int PANEL = 2 * LANES;           // outputs
+constexpr int TILE = LANES == 16 ? 8 : 4;  // rows that share a pass over a panel
+typedef uint32_t VecU __attribute__((vector_size(4 * LANES)));
+
+// Words that a panel has for each of its outputs.
+INLINE int64_t words(int dtype, int64_t inputs) {
+    return dtype == BF16 ? (inputs + 1) / 2 : inputs;
+}
+
+// The first and the second number of words, as float32.
+INLINE Vec even_of(VecU both) {
+    return (Vec)(both << 16);
+}
+
+INLINE Vec odd_of(VecU both) {
+    return (Vec)(both & 0xffff0000u);
+}
+
+INLINE VecU load_words(const uint32_t* from) {
+    VecU x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE uint32_t word_of(const uint16_t* pair) {
+    uint32_t word;
+    memcpy(&word, pair, 4);
+    return word;
+}
+
+// (ROWS, PANEL) sums of rows of x with one panel.
+template <int ROWS>
+void tile_f32(const void* data, int64_t inputs, const uint32_t* panel, float* out) {
+    const float *x = (const float*)data, *w = (const float*)panel;
+    Vec sum[ROWS][2] = {};
+    for (int64_t k = 0; k < inputs; k++, w += PANEL) {
+        const Vec a = load(w), b = load(w + LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            sum[r][0] += a * x[r * inputs + k];
+            sum[r][1] += b * x[r * inputs + k];
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        for (int v = 0; v < 2; v++) store(out + r * PANEL + v * LANES, sum[r][v]);
+    }
+}
+
+// The input that has no second one beside it.
+template <int ROWS>
+INLINE void add_last(const uint16_t* x, int64_t apart, const uint32_t* w, Vec (*sum)[2]) {
+    const Vec a = even_of(load_words(w)), b = even_of(load_words(w + LANES));
+    for (int r = 0; r < ROWS; r++) {
+        sum[r][0] += a * from_bf16(x[r * apart]);
+        sum[r][1] += b * from_bf16(x[r * apart]);
+    }
+}
+
+// bf16 widened to float32.
+template <int ROWS>
+void tile_bf16(const void* data, int64_t inputs, const uint32_t* w, float* out) {
+    const uint16_t* x = (const uint16_t*)data;
+    Vec sum[ROWS][2] = {};
+    for (int64_t k = 0; k < inputs / 2; k++, w += PANEL) {
+        const VecU a = load_words(w), b = load_words(w + LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const uint32_t word = word_of(x + r * inputs + 2 * k);
+            const float p = from_bits(word << 16), q = from_bits(word & 0xffff0000u);
+            sum[r][0] += even_of(a) * p, sum[r][1] += even_of(b) * p;
+            sum[r][0] += odd_of(a) * q, sum[r][1] += odd_of(b) * q;
+        }
+    }
+    if (inputs % 2) add_last<ROWS>(x + inputs - 1, inputs, w, sum);
+    for (int r = 0; r < ROWS; r++) {
+        for (int v = 0; v < 2; v++) store(out + r * PANEL + v * LANES, sum[r][v]);
+    }
+}
+
+#ifdef __AVX512F__
+// bf16 by the instruction that adds the product of a pair.
+template <int ROWS>
+__attribute__((target("avx512f,avx512bf16"))) void tile_dots(const void* data, int64_t inputs,
+                                                             const uint32_t* w, float* out) {
+    const uint16_t* x = (const uint16_t*)data;
+    Vec sum[ROWS][2] = {};
+    for (int64_t k = 0; k < inputs / 2; k++, w += PANEL) {
+        const __m512bh a = (__m512bh)load_words(w), b = (__m512bh)load_words(w + LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            const int word = (int)word_of(x + r * inputs + 2 * k);
+            const __m512bh p = (__m512bh)_mm512_set1_epi32(word);
+            sum[r][0] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][0], p, a);
+            sum[r][1] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][1], p, b);
+        }
+    }
+    if (inputs % 2) add_last<ROWS>(x + inputs - 1, inputs, w, sum);
+    for (int r = 0; r < ROWS; r++) {
+        for (int v = 0; v < 2; v++) store(out + r * PANEL + v * LANES, sum[r][v]);
+    }
+}
+#endif
+
+using Tile = void (*)(const void* x, int64_t inputs, const uint32_t* panel, float* out);
+
+// The tile of so many rows; dots: whether the CPU has the instruction of tile_dots.
+inline Tile tile_of(int dtype, bool dots, int64_t rows) {
+    constexpr Tile full[8] = {tile_f32<1>, tile_f32<2>, tile_f32<3>, tile_f32<4>,
+                              tile_f32<5>, tile_f32<6>, tile_f32<7>, tile_f32<8>};
+    constexpr Tile wide[8] = {tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,
+                              tile_bf16<5>, tile_bf16<6>, tile_bf16<7>, tile_bf16<8>};
+#ifdef __AVX512F__
+    constexpr Tile dot[8] = {tile_dots<1>, tile_dots<2>, tile_dots<3>, tile_dots<4>,
+                             tile_dots<5>, tile_dots<6>, tile_dots<7>, tile_dots<8>};
+    if (dtype == BF16 && dots) return dot[rows - 1];
+#endif
+    return (dtype == BF16 ? wide : full)[rows - 1];
+}
+
+// x, rounded to the type.
+template <int DTYPE>
+INLINE Vec as(Vec x) {
+    if (DTYPE == F32) return x;
+    const VecU bits = (VecU)x;
+    const VecU near = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    const VecU nan = (VecU)(x != x);
+    return (Vec)((near & ~nan) | (nan & 0x7fc00000u));
+}
+
+// The first `count` lanes of x, which is rounded to the type already.
+template <int DTYPE>
+INLINE void keep(void* data, int64_t at, Vec x, int64_t count) {
+    const int64_t n = count < LANES ? count : LANES;
+    if (DTYPE == F32) {
+        memcpy((float*)data + at, &x, n * sizeof(float));
+        return;
+    }
+    const VecH half = __builtin_convertvector((VecU)x >> 16, VecH);
+    if (n == LANES) memcpy((uint16_t*)data + at, &half, sizeof half);
+    if (n < LANES) memcpy((uint16_t*)data + at, &half, n * sizeof(uint16_t));
+}
+
+// A packed weight with its bias, whose panels have `step` outputs each (two halves may be of one).
+struct Product {
+    const uint32_t* weight;
+    const float* bias;  // in the panels' order, or null
+    int64_t inputs, panels;
+};
+
+// store(row, panel, sums with their bias (PANEL,)) for every result that is this thread's.
+template <class F>
+INLINE void multiply(const Product& p, int dtype, bool dots, const void* x, int64_t rows,
+                     int64_t thread, int64_t team, F store_row) {
+    const int64_t blocks = (rows + TILE - 1) / TILE, size = words(dtype, p.inputs) * PANEL;
+    const Share mine = share_of(p.panels * blocks, thread, team);
+    alignas(64) float sum[TILE * PANEL];
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+        const int64_t panel = i / blocks, row = i % blocks * TILE;
+        const int64_t n = rows - row < TILE ? rows - row : TILE;
+        const char* from = (const char*)x + row * p.inputs * (dtype == F32 ? 4 : 2);
+        tile_of(dtype, dots, n)(from, p.inputs, p.weight + panel * size, sum);
+        for (int64_t r = 0; r < n; r++) {
+            Vec a = load(sum + r * PANEL), b = load(sum + r * PANEL + LANES);
+            if (p.bias) {
+                a += load(p.bias + panel * PANEL), b += load(p.bias + panel * PANEL + LANES);
+            }
+            store_row(row + r, panel, a, b);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace reasonrl

@@ -1,0 +1,68 @@
+// A decoder that makes new tokens in one call: what it is made of, and the batch that it goes on
+// with. S slots of W tokens, N rows, D hidden, I inner, H query heads, K key heads of d, V words.
+#pragma once
+
+#include <stdint.h>
+
+#include <vector>
+
+namespace reasonrl {
+
+// A weight (N, K) to pack from output `first` on, or into a half (0, 1) of every panel.
+struct PackTask {
+    const void* weight;
+    uint32_t* out;
+    int64_t outputs, inputs, first;
+    int dtype, to, half;  // half: -1 = both
+};
+
+// A linear layer's weight and bias, packed (cpu/product.h); null: absent.
+struct Packed {
+    const uint32_t* weight;
+    const float* bias;
+};
+
+struct DecodeLayer {
+    const void *norm1, *norm2;  // (D,)
+    float eps1, eps2, scaling;
+    Packed qkv, out, both, down;  // gate and up are each other's halves of a panel
+    void *keys, *values;          // (S, K, W, d)
+};
+
+// A decoder with its head; see cpu/decode.cpp. Everything but the residual is in `dtype`.
+struct DecodeModel {
+    std::vector<DecodeLayer> layers;
+    const void *embedding, *norm;  // (V, D), (D,)
+    Packed head;
+    const void *cos, *sin;  // (positions, d)
+    float eps;
+    int64_t width, inner, heads, key_heads, size, vocab, room;  // D, I, H, K, d, V, W
+    int dtype, residual, norm_dtype, angle_dtype;
+    bool dots;  // whether the CPU multiplies pairs of bf16
+};
+
+// Tokens of rows that stand in slots; a slot's may be many, in order (a prompt's).
+struct DecodeRows {
+    const int64_t *token, *slot, *length;  // (N,) length: the slot's tokens before
+    const uint8_t* asked;                  // (N,) whose logits are wanted
+    int64_t rows;
+    bool together;  // tokens of one slot stand beside each other
+};
+
+// The batch that is decoded: slots and the completions in them; R of those, T tokens at most.
+struct DecodeState {
+    int64_t *token, *length;  // (S,) last token, tokens held
+    const int64_t* row;       // (S,) completion
+    uint8_t* done;            // (S,)
+    const double* uniform;    // (R, T)
+    int64_t *tokens, *count;  // (R, T + 1), (R,)
+    float* logp;              // (R, T + 1)
+    const int64_t* eos;
+    int64_t slots, eos_count, most;
+    float temperature;
+};
+
+// Whether the instruction set in use multiplies pairs of bf16.
+bool has_dots();
+
+}  // namespace reasonrl

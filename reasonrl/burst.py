@@ -1,0 +1,179 @@
+"""Several new tokens a call on a CPU: the batch of decoding.py where one kernel has the whole
+decoder, its head and the draw.
+
+A token of a small model is hundreds of small calls; here it is a part of one. Weights are packed
+once a rollout, for this kernel alone: prompts enter by it too. Rows that have ended cost nothing,
+so no slot is given up. The numbers are those of the modules, in another order of sums.
+Shapes: S slots of W tokens, K key heads of d, P prompts, V words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reasonrl import cpu_layers, heads
+from reasonrl.decoding import REFILL, Decoding
+from reasonrl.implementations import native
+from reasonrl.models import Policy
+from reasonrl.slots import GROW
+from reasonrl.whole_layer import DTYPES, TYPES
+
+TOKENS = 16  # of a call
+MOST = 1 << 24  # weights of a decoder for which the kernel is the faster way
+AT_ONCE = 1 << 26  # bytes of slots up to which they are as wide at once as they may become
+FIXED = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles nothing changes
+
+
+class Burst(Decoding):
+    """`Decoding` of a policy that `takes` allows."""
+
+    def open(self, slots: int, width: int) -> None:
+        self.decoder = whole(self.policy, width)
+        self.most, self.width = width, 0
+        self.cache: list[Tensor] = []  # of a layer: keys and values (2, S, K, W, d)
+        self.length = torch.zeros(slots, dtype=torch.long)
+        self.shrink = 0.0
+        self.draws = self.sampling.temperature > 0 and not self.sampling.truncates
+
+    def _enter(self, at: Tensor) -> None:
+        first, self.entered = self.entered, self.entered + len(at) // self.group
+        prompts = [ids for ids, _ in self.prompts[first : self.entered]]
+        length = torch.tensor([len(ids) for ids in prompts])
+        self._widen(int(length.max()))
+        token = torch.tensor([i for ids in prompts for i in ids])
+        position = torch.cat([torch.arange(len(ids)) for ids in prompts])
+        slot = at[:: self.group].repeat_interleave(length)
+        asked = torch.zeros(len(token), dtype=torch.bool)
+        asked[length.cumsum(0) - 1] = True
+        logits = self.decoder.logits(self.held, token, slot, position, asked, True)
+        self._share(at.view(-1, self.group), int(length.max()))
+        self.length[at] = length.repeat_interleave(self.group)
+        row = torch.arange(len(at)) + first * self.group
+        self._begin(at, row, logits.repeat_interleave(self.group, 0))
+
+    def _share(self, at: Tensor, longest: int) -> None:
+        """Of every group's slots (P, G) the first one's prompt to the others."""
+        if self.group > 1:
+            others = at[:, 1:].flatten()
+            owner = at[:, :1].expand(-1, self.group - 1).flatten()
+            for slots in self.cache:
+                slots[:, others, :, :longest] = slots[:, owner, :, :longest]
+
+    def _step(self) -> None:
+        """Up to `TOKENS` for every slot that goes on, fewer where waiting prompts may enter."""
+        longest = int(self.length.max())
+        self._widen(longest)
+        if not self.draws:
+            return self._choose()
+        known = self.token, self.length, self.row, self.done, self.uniform
+        batch = native("DecodeBatch")(*known, self.tokens, self.count, self.logp, self.eos)
+        waiting, slots = len(self.prompts) - self.entered, len(self.done)
+        until = slots - max(self.group, math.ceil(REFILL * slots)) if waiting else 0
+        most = min(TOKENS, self.width - longest)
+        batch.go_on(self.held, self.sampling.temperature, most, max(0, until))
+
+    def _choose(self) -> None:
+        """One token for every slot that goes on, from its logits."""
+        going = (~self.done).nonzero()[:, 0]
+        length, row = self.length[going], self.row[going]
+        asked = torch.ones(len(going), dtype=torch.bool)
+        given = self.token[going], going, length, asked, False
+        token, ended = self._pick(self.decoder.logits(self.held, *given), row)
+        self.count[row] += 1
+        self.length[going] += 1
+        self.token[going], self.done[going] = token, ended
+
+    def _widen(self, longest: int) -> None:
+        """Room for `longest` tokens and the next one."""
+        if longest < self.width:
+            return
+        _, _, _, heads, size, _ = self.decoder.sizes
+        each = 2, len(self.length), heads
+        dtype, before = self.decoder.dtype, self.width
+        whole = 2 * math.prod(each) * self.most * size * len(self.decoder.layers) * dtype.itemsize
+        self.width = self.most if whole <= AT_ONCE else min(self.most, longest + GROW)
+        for i, _ in enumerate(self.decoder.layers):
+            wide = torch.zeros(*each, self.width, size, dtype=dtype)
+            if i < len(self.cache):
+                wide[:, :, :, :before] = self.cache[i]
+            self.cache[i : i + 1] = [wide]
+        self.held = self.decoder.holding(self.cache)
+
+
+def takes(policy: Policy) -> bool:
+    """Whether the kernel has this policy, and is the faster way."""
+    decoder: Any = policy.model.get_decoder()
+    if not cpu_layers.known(decoder) or policy.compute not in (torch.float32, torch.bfloat16):
+        return False
+    if heads.scale_of(policy.model) != 1.0 or policy.softcap is not None:
+        return False
+    linears = [policy.head]
+    for layer in decoder.layers:
+        linears += [*_projections(layer.self_attn), *_gate(layer.mlp)]
+    norms = {norm.weight.dtype for norm in _norms(decoder)}
+    table = decoder.embed_tokens.weight
+    return (
+        all(map(cpu_layers.plain, linears))
+        and all(map(_usable, decoder.parameters())) and _usable(policy.head.weight)
+        and len(norms) == 1
+        and type(decoder.embed_tokens) is nn.Embedding
+        and table.dtype in (torch.float32, policy.compute)
+        and getattr(decoder.rotary_emb, "rope_type", None) in FIXED
+        and sum(linear.weight.numel() for linear in linears) <= MOST
+    )  # fmt: skip
+
+
+def whole(policy: Policy, positions: int) -> Any:
+    """The decoder and its head, packed as they are now; angles of so many positions."""
+    decoder, dtype = policy.model.get_decoder(), policy.compute
+    table = decoder.embed_tokens.weight.detach()
+    at = torch.arange(max(1, positions))[None]
+    cos, sin = (x[0].contiguous() for x in decoder.rotary_emb(table[:1, None], at))
+    layers = [_layer(layer, dtype) for layer in decoder.layers]
+    attn, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
+    size = attn.head_dim
+    heads_of = [x.out_features // size for x in (attn.q_proj, attn.k_proj)]
+    sizes = table.shape[1], mlp.gate_proj.out_features, *heads_of, size, policy.head.out_features
+    norm, head = decoder.norm, _packed([policy.head], dtype)
+    known = norm.weight.detach(), norm.variance_epsilon, head, (cos, sin), sizes, dtype
+    return native("WholeDecoder")(layers, table, *known)
+
+
+def _layer(layer: Any, dtype: torch.dtype) -> Any:
+    attn, mlp = layer.self_attn, layer.mlp
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    *qkv, out = _projections(attn)
+    gate, up, down = _gate(mlp)
+    return native("DecodeLayer")(
+        (first.weight.detach(), second.weight.detach()),
+        (first.variance_epsilon, second.variance_epsilon), attn.scaling,
+        _packed(qkv, dtype), _packed([out], dtype), _packed([gate, up], dtype, halves=True),
+        _packed([down], dtype),
+    )  # fmt: skip
+
+
+def _packed(linears: Sequence[nn.Linear], dtype: torch.dtype, halves: bool = False) -> Any:
+    return native("pack_linear")([(x.weight, x.bias) for x in linears], dtype, halves)
+
+
+def _projections(attn: Any) -> list[nn.Linear]:
+    return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj]
+
+
+def _gate(mlp: Any) -> list[nn.Linear]:
+    return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _norms(decoder: Any) -> list[Any]:
+    names = ("input_layernorm", "post_attention_layernorm")
+    return [decoder.norm, *(getattr(x, name) for x in decoder.layers for name in names)]
+
+
+def _usable(parameter: Tensor) -> bool:
+    known = type(parameter) in TYPES and parameter.dtype in DTYPES
+    return known and parameter.is_cpu and parameter.is_contiguous()

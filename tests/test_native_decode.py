@@ -1,0 +1,230 @@
+"""A decoder in one call on the CPU: its logits against float64, bits over threads, neighbours and
+ways to call it, and the books of the batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_cpu_layers import SIZES, built
+from test_native import isa, native  # noqa: F401, fixtures
+from test_parity import within
+
+from reasonrl import burst, layers
+from reasonrl.attention import Packed
+from reasonrl.kernels import native_decode
+from reasonrl.kernels.native_draw import draw
+from reasonrl.models import Policy
+
+FULL, HALF = torch.float32, torch.bfloat16
+SLOTS, WIDTH = 5, 300
+LENGTHS = {3: 1, 0: 7, 4: 41, 1: 260}  # of the prompts in slots; more than one pass has
+ODD = {"hidden_size": 35, "intermediate_size": 37, "num_attention_heads": 3,
+       "num_key_value_heads": 1, "head_dim": 6}  # fmt: skip
+WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 16}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("Llama", {}),
+    "biases and more queries than keys": ("Qwen2", {}),
+    "biases everywhere": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "odd": ("Mistral", ODD),
+    "whole vectors": ("Llama", WIDE),
+}
+
+
+def policy_of(name: str, kind: torch.dtype, residual: torch.dtype = FULL) -> Policy:
+    family, sizes = MODELS[name]
+    known = dict(SIZES)
+    SIZES.update(sizes)
+    SIZES["max_position_embeddings"] = 512
+    try:
+        policy = built(family)
+    finally:
+        SIZES.clear()
+        SIZES.update(known)
+    for name, parameter in policy.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    policy.model.to(residual)
+    assert layers.fuse(policy.model, "auto")
+    policy.compute = kind
+    return policy
+
+
+class Held:
+    """A decoder and its slots; which token stands where."""
+
+    def __init__(self, policy: Policy):
+        with torch.no_grad():
+            self.decoder = burst.whole(policy, WIDTH)
+        _, _, _, heads, size, words = self.decoder.sizes
+        depth, shape = len(self.decoder.layers), (2, SLOTS, heads, WIDTH, size)
+        # what stands behind a slot's end may be anything
+        self.slots = [torch.full(shape, torch.nan, dtype=policy.compute) for _ in range(depth)]
+        self.held = self.decoder.holding(self.slots)
+        draw = torch.Generator().manual_seed(3)
+        lengths = LENGTHS.items()  # the last word is in no text
+        self.text = {s: torch.randint(words - 1, (n,), generator=draw) for s, n in lengths}
+
+    def logits(self, spans: dict[int, tuple[int, int]], together: bool, asked: Any = None):
+        """Of the tokens `spans` of each slot's text."""
+        token = torch.cat([self.text[s][a:b] for s, (a, b) in spans.items()])
+        slot = torch.cat([torch.full((b - a,), s) for s, (a, b) in spans.items()])
+        length = torch.cat([torch.arange(a, b) for a, b in spans.values()])
+        asked = torch.ones(len(token), dtype=torch.bool) if asked is None else asked
+        return self.decoder.logits(self.held, token, slot, length, asked, together)
+
+
+def by_modules(policy: Policy, held: Held) -> torch.Tensor:
+    """Logits of all tokens, prompt after prompt."""
+    ids, layout, at = list(held.text.values()), [], 0
+    for text in ids:
+        layout.append((at, len(text), ()))
+        at += len(text)
+    positions = torch.cat([torch.arange(len(text)) for text in ids])
+    with policy.inference(), policy.autocast():
+        hidden = policy.hidden(torch.cat(ids), positions, Packed(layout, "cpu"))
+        return policy.logits(hidden)
+
+
+@pytest.mark.parametrize("kinds", [(FULL, FULL), (HALF, FULL), (HALF, HALF)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_prompts_and_of_what_follows(isa, name, kinds):  # noqa: F811
+    policy = policy_of(name, *kinds)
+    held = Held(policy)
+    exact = Policy(copy.deepcopy(policy.model).double(), policy.tokenizer, torch.float64)
+    yard = by_modules(policy, held)
+    exact.compute = torch.float32  # no autocast
+    truth = by_modules(exact, held)
+    assert truth.dtype == torch.float64 and yard.dtype == kinds[0]
+    last = 3  # tokens of each that come alone
+    start = {s: (0, max(0, n - last)) for s, n in LENGTHS.items()}
+    got = {s: [x] for s, x in zip(start, held.logits(start, True).split(
+        [b - a for a, b in start.values()]), strict=True)}  # fmt: skip
+    for k in range(last):
+        spans = {s: (b + k, b + k + 1) for s, (_, b) in start.items() if b + k < LENGTHS[s]}
+        for s, row in zip(spans, held.logits(spans, False), strict=True):
+            got[s].append(row[None])
+    found = torch.cat([torch.cat(rows) for rows in got.values()])
+    assert found.dtype == kinds[0]
+    within(found, truth, yard, 2, scale=float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["odd", "whole vectors"])
+def test_pairs_by_one_instruction_and_widened_agree(native, name):  # noqa: F811
+    if not native.core().has_dots():
+        pytest.skip("this CPU has no instruction for pairs of bf16")
+    policy = policy_of(name, HALF)
+    held, plain = Held(policy), Held(policy)
+    plain.decoder = copy.copy(plain.decoder)
+    object.__setattr__(plain.decoder, "dots", False)
+    plain.held = plain.decoder.holding(plain.slots)
+    spans = {s: (0, n) for s, n in LENGTHS.items()}
+    a, b = held.logits(spans, True), plain.logits(spans, True)
+    exact = Policy(copy.deepcopy(policy.model).double(), policy.tokenizer, torch.float32)
+    truth = by_modules(exact, held)
+    within(a, truth, b, 2, scale=float(truth.abs().max()))
+
+
+def test_only_those_asked_and_the_same_bits_for_any_threads_and_neighbours(isa):  # noqa: F811
+    policy, seen = policy_of("Llama", HALF), []
+    spans = {s: (0, n) for s, n in LENGTHS.items()}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        held = Held(policy)
+        seen.append((held.logits(spans, True), held.slots))
+    for logits, slots in seen[1:]:
+        assert torch.equal(logits, seen[0][0])
+        for a, b in zip(slots, seen[0][1], strict=True):
+            assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+    ends = torch.tensor(list(LENGTHS.values())).cumsum(0) - 1
+    asked = torch.zeros(sum(LENGTHS.values()), dtype=torch.bool)
+    asked[ends] = True
+    assert torch.equal(Held(policy).logits(spans, True, asked), seen[0][0][ends])
+    for s, row in zip(spans, ends, strict=True):
+        alone = Held(policy).logits({s: spans[s]}, True)
+        assert torch.equal(alone[-1], seen[0][0][row])
+
+
+def test_a_broken_row_breaks_no_other(isa):  # noqa: F811
+    policy = policy_of("Llama", FULL)
+    ends = {s: (n - 1, n) for s, n in LENGTHS.items()}
+    start = {s: (0, n - 1) for s, n in LENGTHS.items() if n > 1}
+    held = Held(policy)
+    held.logits(start, True)
+    want = held.logits(ends, False)
+    spare = len(policy.tokenizer) - 1
+    policy.model.model.embed_tokens.weight.data[spare] = torch.nan
+    held = Held(policy)
+    held.logits(start, True)
+    held.text[4][-1] = spare
+    got = held.logits(ends, False)
+    words = torch.arange(want.shape[1]) != spare  # its own logit is broken for all
+    assert got[2].isnan().any()
+    others = torch.tensor([0, 1, 3])
+    assert torch.equal(got[others][:, words], want[others][:, words])
+
+
+def books(rows: int, most: int, words: int) -> dict[str, torch.Tensor]:
+    whole = {"dtype": torch.long}
+    return {
+        "token": torch.tensor([3, 5, 7, 2, 11]),
+        "length": torch.tensor([LENGTHS.get(s, 0) - 1 for s in range(SLOTS)]).clamp(min=0),
+        "row": torch.tensor([4, 6, 0, 1, 3]),
+        "done": torch.tensor([False, False, True, False, False]),
+        "uniform": torch.rand(rows, most, dtype=torch.float64),
+        "tokens": torch.full((rows, most + 1), -1, **whole),
+        "count": torch.tensor([1, most - 3, 0, 1, 2, 0, 1]),
+        "logp": torch.zeros(rows, most + 1),
+        "eos": torch.arange(0, words, 9),
+    }
+
+
+@pytest.mark.parametrize("until", [0, 2])
+@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
+def test_the_books_are_those_of_one_token_after_the_other(isa, kind, until):  # noqa: F811
+    policy, most, calls = policy_of("Llama", kind), 40, (1, 4, 16)
+    start = {s: (0, n - 1) for s, n in LENGTHS.items() if n > 1}
+    words = len(policy.tokenizer)
+    state = books(7, most, words)
+    held, other = Held(policy), Held(policy)
+    held.logits(start, True), other.logits(start, True)
+    mine = {k: v.clone() for k, v in state.items()}
+    for n in calls:
+        native_decode.DecodeBatch(**mine).go_on(held.held, 0.9, n, until)
+    for _ in range(sum(calls)):
+        going = (~state["done"]).nonzero()[:, 0]
+        if len(going) <= until:
+            break
+        length, row = state["length"][going], state["row"][going]
+        asked = torch.ones(len(going), dtype=torch.bool)
+        given = state["token"][going], going, length, asked, False
+        at = state["count"][row]
+        logits = other.decoder.logits(other.held, *given)
+        token, logp = draw(logits, state["uniform"][row, at], 0.9)
+        state["tokens"][row, at], state["logp"][row, at] = token, logp
+        state["count"][row] += 1
+        state["length"][going] += 1
+        state["token"][going] = token
+        ended = torch.isin(token, state["eos"]) | (at + 1 >= most)
+        state["done"][going] = ended
+    for name, want in state.items():
+        assert torch.equal(mine[name], want), name
+    assert state["count"][1] <= most and state["done"].sum() >= 2
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
+def test_packing_keeps_every_number_once(isa, kind, halves):  # noqa: F811
+    parts = [(torch.randn(37, 11), None), (torch.randn(37, 11), torch.randn(37))]
+    if not halves:
+        parts.append((torch.randn(5, 11).bfloat16(), None))
+    found = native_decode.pack_linear(parts, kind, halves)
+    numbers = found.weight.view(kind).float()
+    want = torch.cat([w.to(kind).float().flatten() for w, _ in parts])
+    assert torch.equal(numbers[numbers != 0].sort().values, want.sort().values)
+    assert found.bias is not None
+    bias = found.bias[found.bias != 0].sort().values
+    assert torch.equal(bias, torch.as_tensor(parts[1][1]).to(kind).float().sort().values)
