@@ -22,11 +22,16 @@ struct Packed {
     const float* bias;
 };
 
+// Keys and values (S, K, room) of slots; see cpu/attend.h.
+struct Kept {
+    void *keys, *values;
+};
+
 struct DecodeLayer {
     const void *norm1, *norm2;  // (D,)
     float eps1, eps2, scaling;
     Packed qkv, out, both, down;  // gate and up are each other's halves of a panel
-    void *keys, *values;          // (S, K, W, d)
+    Kept prompt, own;             // what a prompt's completions share, what each has for itself
 };
 
 // A decoder with its head; see cpu/decode.cpp. Everything but the residual is in `dtype`.
@@ -36,27 +41,35 @@ struct DecodeModel {
     Packed head;
     const void *cos, *sin;  // (positions, d)
     float eps;
-    int64_t width, inner, heads, key_heads, size, vocab, room;  // D, I, H, K, d, V, W
+    int64_t width, inner, heads, key_heads, size, vocab;  // D, I, H, K, d, V
+    int64_t prompt_room, own_room;                        // places of a slot, in whole panels
     int dtype, residual, norm_dtype, angle_dtype;
     bool dots;  // whether the CPU multiplies pairs of bf16
 };
 
-// Tokens of rows that stand in slots; a slot's may be many, in order (a prompt's).
+// Tokens of rows: of completions, whose prompts are kept; or of prompts, in order (slot null),
+// which are kept then. Rows of one prompt stand beside each other.
 struct DecodeRows {
-    const int64_t *token, *slot, *length;  // (N,) length: the slot's tokens before
-    const uint8_t* asked;                  // (N,) whose logits are wanted
+    const int64_t* token;          // (N,)
+    const int64_t* home;           // (N,) where the prompt is kept
+    const int64_t* prompt_length;  // (N,) places of it that are seen; a prompt's row: with itself
+    const int64_t* slot;           // (N,) where a completion is kept
+    const int64_t* position;       // (N,) how many tokens stand before
+    const uint8_t* asked;          // (N,) whose logits are wanted; null: all
     int64_t rows;
-    bool together;  // tokens of one slot stand beside each other
+
+    // Places of its completion that a row sees, with its own.
+    int64_t own(int64_t row) const { return slot ? position[row] - prompt_length[row] + 1 : 0; }
 };
 
 // The batch that is decoded: slots and the completions in them; R of those, T tokens at most.
 struct DecodeState {
-    int64_t *token, *length;  // (S,) last token, tokens held
-    const int64_t* row;       // (S,) completion
-    uint8_t* done;            // (S,)
-    const double* uniform;    // (R, T)
-    int64_t *tokens, *count;  // (R, T + 1), (R,)
-    float* logp;              // (R, T + 1)
+    int64_t *token, *length;             // (S,) last token, tokens kept of the completion
+    const int64_t *row, *home, *prompt;  // (S,) completion, its prompt's place and length
+    uint8_t* done;                       // (S,)
+    const double* uniform;               // (R, T)
+    int64_t *tokens, *count;             // (R, T + 1), (R,)
+    float* logp;                         // (R, T + 1)
     const int64_t* eos;
     int64_t slots, eos_count, most;
     float temperature;

@@ -28,6 +28,7 @@ namespace {
      isa::spread,              \
      isa::gather,              \
      isa::draw,                \
+     isa::panel,               \
      isa::packed_words,        \
      isa::pack,                \
      isa::decode_logits,       \

@@ -101,8 +101,6 @@ struct SlotTask {
     float scaling;
     const void *cos, *sin;  // (B, d) by which q and k are to be turned, or null
     int angle_dtype;
-    const int64_t* slot;  // (B,) where a row's keys stand, or null: in its own
-    const int64_t* turn;  // (B,) its row of cos and sin, or null: its own
 };
 
 // Scores of B x H x R queries over W places, and what each query sees of them; see cpu/softmax.cpp.
@@ -223,6 +221,7 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void swiglu_grad(const GateTask&, const GateGrad&, int threads);                               \
     void spread(const SpreadTask&, int threads);                                                   \
     void draw(const DrawTask&, int threads);                                                       \
+    int64_t panel();                                                                               \
     int64_t packed_words(int dtype, int64_t inputs, int64_t outputs);                              \
     void pack(const PackTask&, int threads);                                                       \
     void decode_logits(const DecodeModel&, const DecodeRows&, void* logits, int threads);          \
@@ -257,6 +256,7 @@ struct Ops {
     decltype(&portable::spread) spread;
     decltype(&portable::gather) gather;
     decltype(&portable::draw) draw;
+    decltype(&portable::panel) panel;
     decltype(&portable::packed_words) packed_words;
     decltype(&portable::pack) pack;
     decltype(&portable::decode_logits) decode_logits;

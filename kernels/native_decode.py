@@ -1,5 +1,6 @@
 """A decoder on the CPU that makes new tokens in one call: its packed weights, its slots, the batch.
 
+What the completions of a prompt share is kept once, what each has for itself in a slot of its own.
 Shapes: S slots of W tokens, N rows, D hidden, K key heads of d, V words; R completions of at most
 T tokens.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
 
 Linear = tuple[Tensor, Tensor | None]  # weight (N, K), bias (N,)
+Kept = tuple[Tensor, Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
@@ -53,41 +55,56 @@ class WholeDecoder:
     dtype: torch.dtype  # of products and slots
     dots: bool = True  # False: without the instruction for pairs of bf16
 
-    def holding(self, slots: Sequence[Tensor]) -> Any:
-        """The kernel's view of itself with slots (2, S, K, W, d) for the keys and values of each
-        layer; all must live as long as it."""
+    def empty(self, slots: int, width: int) -> list[Kept]:
+        """For every layer: the keys (S, K, panels, words) and values (S, K, W, d), d in whole
+        vectors, of slots of at least so many tokens."""
+        panel, (_, _, _, heads, size, _) = core().panel(), self.sizes
+        panels = -(-width // panel)
+        words = panel * (size if self.dtype == torch.float32 else (size + 1) // 2)
+        wide = -(-size // (panel // 2)) * (panel // 2)
+        shapes = (slots, heads, panels, words), (slots, heads, panels * panel, wide)
+        kinds = torch.int32, self.dtype
+        pairs = [[torch.empty(s, dtype=k) for s, k in zip(shapes, kinds, strict=True)]
+                 for _ in self.layers]  # fmt: skip
+        return [(keys, values) for keys, values in pairs]
+
+    def holding(self, prompts: Sequence[Kept], own: Sequence[Kept]) -> Any:
+        """The kernel's view of itself with slots for prompts and for what follows them; all must
+        live as long as it."""
         layers = [
             core().DecodeLayer(
                 [
                     *map(pointer, layer.norms),
                     *layer.qkv.pointers, *layer.out.pointers,
                     *layer.both.pointers, *layer.down.pointers,
-                    *map(pointer, slot),
+                    *map(pointer, shared), *map(pointer, mine),
                 ],
                 [*layer.eps, layer.scaling],
             )
-            for layer, slot in zip(self.layers, slots, strict=True)
+            for layer, shared, mine in zip(self.layers, prompts, own, strict=True)
         ]  # fmt: skip
         kinds = self.dtype, self.embedding.dtype, self.norm.dtype, self.angles[0].dtype
         given = pointer(self.embedding), pointer(self.norm), *self.head.pointers
+        rooms = (kept[0][1].shape[2] for kept in (prompts, own))
         return core().DecodeModel(
             layers, [*given, *map(pointer, self.angles)], self.eps,
-            [*self.sizes, slots[0].shape[3]], [DTYPES[kind] for kind in kinds], self.dots,
+            [*self.sizes, *rooms], [DTYPES[kind] for kind in kinds], self.dots,
         )  # fmt: skip
 
     def logits(
         self,
-        held: Any,  # self.holding(slots)
-        token: Tensor,  # (N,) int64
-        slot: Tensor,  # (N,) int64
-        length: Tensor,  # (N,) int64, tokens of its slot before it
+        held: Any,  # self.holding(prompts, own)
+        token: Tensor,  # (N,) int64, those of one prompt beside each other
+        home: Tensor,  # (N,) int64, the prompt's slot
+        seen: Tensor,  # (N,) int64, tokens of the prompt that it sees: itself too, if it is one
+        slot: Tensor | None,  # (N,) int64, the completion's slot; None: these are prompts, in order
+        position: Tensor,  # (N,) int64, tokens before it
         asked: Tensor,  # (N,) bool
-        together: bool,  # some slots have several of the tokens, in order
     ) -> Tensor:  # (asked rows, V)
-        """Places tokens in their slots; logits of what follows those that are asked."""
+        """Keeps the tokens; logits of what follows those that are asked."""
         out = torch.empty((int(asked.sum()), self.sizes[-1]), dtype=self.dtype)
-        given = [pointer(x) for x in (token, slot, length, asked)]
-        core().decode_logits(held, given, len(token), together, pointer(out), threads())
+        given = [pointer(x) for x in (token, home, seen, slot, position, asked)]
+        core().decode_logits(held, given, len(token), pointer(out), threads())
         return out
 
 
@@ -127,8 +144,10 @@ class DecodeBatch:
     """What goes on from token to token, written in place."""
 
     token: Tensor  # (S,) int64
-    length: Tensor  # (S,) int64
-    row: Tensor  # (S,) int64, the completion in a slot
+    length: Tensor  # (S,) int64, tokens kept of the completion
+    row: Tensor  # (S,) int64, the completion
+    home: Tensor  # (S,) int64, the slot of its prompt
+    prompt: Tensor  # (S,) int64, the prompt's tokens
     done: Tensor  # (S,) bool
     uniform: Tensor  # (R, T) float64 in [0, 1)
     tokens: Tensor  # (R, T + 1) int64

@@ -24,7 +24,7 @@ from reasonrl.slots import GROW
 from reasonrl.whole_layer import DTYPES, TYPES
 
 TOKENS = 16  # of a call
-MOST = 1 << 24  # weights of a decoder for which the kernel is the faster way
+MOST = 1 << 28  # weights of a decoder; up to here the kernel was measured as the faster way
 AT_ONCE = 1 << 26  # bytes of slots up to which they are as wide at once as they may become
 FIXED = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles nothing changes
 
@@ -34,9 +34,11 @@ class Burst(Decoding):
 
     def open(self, slots: int, width: int) -> None:
         self.decoder = whole(self.policy, width)
-        self.most, self.width = width, 0
-        self.cache: list[Tensor] = []  # of a layer: keys and values (2, S, K, W, d)
-        self.length = torch.zeros(slots, dtype=torch.long)
+        self.longest = width - self.sampling.max_tokens  # of a prompt
+        self.width, self.own = 0, self.decoder.empty(slots, 0)  # what a completion has for itself
+        self.homes, self.shared = 0, self.decoder.empty(0, 0)  # what a prompt's have together
+        self.length = torch.zeros(slots, dtype=torch.long)  # tokens kept of a slot's completion
+        self.home, self.prompt = torch.zeros_like(self.length), torch.zeros_like(self.length)
         self.shrink = 0.0
         self.draws = self.sampling.temperature > 0 and not self.sampling.truncates
 
@@ -44,25 +46,18 @@ class Burst(Decoding):
         first, self.entered = self.entered, self.entered + len(at) // self.group
         prompts = [ids for ids, _ in self.prompts[first : self.entered]]
         length = torch.tensor([len(ids) for ids in prompts])
-        self._widen(int(length.max()))
+        home = self._homes(len(prompts))
+        self._widen(0)
         token = torch.tensor([i for ids in prompts for i in ids])
         position = torch.cat([torch.arange(len(ids)) for ids in prompts])
-        slot = at[:: self.group].repeat_interleave(length)
         asked = torch.zeros(len(token), dtype=torch.bool)
         asked[length.cumsum(0) - 1] = True
-        logits = self.decoder.logits(self.held, token, slot, position, asked, True)
-        self._share(at.view(-1, self.group), int(length.max()))
-        self.length[at] = length.repeat_interleave(self.group)
+        given = token, home.repeat_interleave(length), position + 1, None, position, asked
+        logits = self.decoder.logits(self.held, *given)
+        self.length[at], self.home[at] = 0, home.repeat_interleave(self.group)
+        self.prompt[at] = length.repeat_interleave(self.group)
         row = torch.arange(len(at)) + first * self.group
         self._begin(at, row, logits.repeat_interleave(self.group, 0))
-
-    def _share(self, at: Tensor, longest: int) -> None:
-        """Of every group's slots (P, G) the first one's prompt to the others."""
-        if self.group > 1:
-            others = at[:, 1:].flatten()
-            owner = at[:, :1].expand(-1, self.group - 1).flatten()
-            for slots in self.cache:
-                slots[:, others, :, :longest] = slots[:, owner, :, :longest]
 
     def _step(self) -> None:
         """Up to `TOKENS` for every slot that goes on, fewer where waiting prompts may enter."""
@@ -70,7 +65,7 @@ class Burst(Decoding):
         self._widen(longest)
         if not self.draws:
             return self._choose()
-        known = self.token, self.length, self.row, self.done, self.uniform
+        known = self.token, self.length, self.row, self.home, self.prompt, self.done, self.uniform
         batch = native("DecodeBatch")(*known, self.tokens, self.count, self.logp, self.eos)
         waiting, slots = len(self.prompts) - self.entered, len(self.done)
         until = slots - max(self.group, math.ceil(REFILL * slots)) if waiting else 0
@@ -80,29 +75,45 @@ class Burst(Decoding):
     def _choose(self) -> None:
         """One token for every slot that goes on, from its logits."""
         going = (~self.done).nonzero()[:, 0]
-        length, row = self.length[going], self.row[going]
+        going = going[self.home[going].argsort(stable=True)]
+        seen, row = self.prompt[going], self.row[going]
         asked = torch.ones(len(going), dtype=torch.bool)
-        given = self.token[going], going, length, asked, False
+        given = self.token[going], self.home[going], seen, going, seen + self.length[going], asked
         token, ended = self._pick(self.decoder.logits(self.held, *given), row)
         self.count[row] += 1
         self.length[going] += 1
         self.token[going], self.done[going] = token, ended
 
+    def _homes(self, count: int) -> Tensor:
+        """Slots for so many prompts: those that no completion needs, and new ones."""
+        taken = set(self.home[~self.done].tolist())
+        free = [i for i in range(self.homes) if i not in taken]
+        more = max(0, count - len(free))
+        if more:
+            free += range(self.homes, self.homes + more)
+            self.homes += more
+            self.shared = self._larger(self.shared, self.homes, self.longest)
+            self.held = self.decoder.holding(self.shared, self.own)
+        return torch.tensor(free[:count])
+
     def _widen(self, longest: int) -> None:
-        """Room for `longest` tokens and the next one."""
+        """Room for `longest` tokens of a completion and the next one."""
+        most = self.sampling.max_tokens
         if longest < self.width:
             return
-        _, _, _, heads, size, _ = self.decoder.sizes
-        each = 2, len(self.length), heads
-        dtype, before = self.decoder.dtype, self.width
-        whole = 2 * math.prod(each) * self.most * size * len(self.decoder.layers) * dtype.itemsize
-        self.width = self.most if whole <= AT_ONCE else min(self.most, longest + GROW)
-        for i, _ in enumerate(self.decoder.layers):
-            wide = torch.zeros(*each, self.width, size, dtype=dtype)
-            if i < len(self.cache):
-                wide[:, :, :, :before] = self.cache[i]
-            self.cache[i : i + 1] = [wide]
-        self.held = self.decoder.holding(self.cache)
+        one = self.decoder.empty(1, most)
+        whole = sum(x.nbytes for kept in one for x in kept) * len(self.length)
+        self.width = most if whole <= AT_ONCE else min(most, longest + GROW)
+        self.own = self._larger(self.own, len(self.length), self.width)
+        self.held = self.decoder.holding(self.shared, self.own)
+
+    def _larger(self, slots: list[Any], count: int, width: int) -> list[Any]:
+        """So many slots of so many tokens that hold what these held."""
+        larger = self.decoder.empty(count, width)
+        for before, after in zip(slots, larger, strict=True):
+            for old, new in zip(before, after, strict=True):
+                new[: len(old), :, : old.shape[2]] = old
+        return larger
 
 
 def takes(policy: Policy) -> bool:

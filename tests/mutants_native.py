@@ -28,6 +28,9 @@ ROTARY = "csrc/cpu/rotary.cpp"
 TURN = "csrc/cpu/rotary.h"
 BLOCKS = "csrc/cpu/blocks.cpp"
 DRAW = "csrc/cpu/draw.cpp"
+DECODE = "csrc/cpu/decode.cpp"
+PRODUCT = "csrc/cpu/product.h"
+ATTEND = "csrc/cpu/attend.h"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -164,6 +167,38 @@ CPU = [
     ("not a number is let through", DRAW, "broken |= ~(v < Vec{} + INFINITY);", "", "distribution"),
     ("nothing possible is let through", DRAW, "return top == -INFINITY ? NAN : top;", "return top;", "distribution"),
     ("values as far apart as if alone", SLOTS, "row * t.v_stride + head * t.size", "i * t.size", "slots or row"),
+    ("an odd input missed", PRODUCT, "sum[r][0] += a * from_bf16(x[r * apart]);", "sum[r][0] += 0.0f * a * from_bf16(x[r * apart]);", "native_decode and (logits)"),
+    ("a pair's second by the first", PRODUCT, 'sum[r][0] += odd_of(a) * q,', 'sum[r][0] += odd_of(a) * p,', 'native_decode and (logits)'),
+    ("a panel's second half of fp32", PRODUCT, 'sum[r][1] += b * x[r * inputs + k];', 'sum[r][1] += a * x[r * inputs + k];', 'native_decode and (logits)'),
+    ("bias of the first panel", PRODUCT, "a += load(p.bias + panel * PANEL),", "a += load(p.bias),", "native_decode and (logits)"),
+    ("rounded towards 0", PRODUCT, "(bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u", "bits & 0xffff0000u", "native_decode and (logits)"),
+    ("no residual", DECODE, "as<RES>(old + as<DTYPE>(sums[v]))", "as<RES>(as<DTYPE>(sums[v]))", "native_decode and (logits)"),
+    ("half of what is added", DECODE, "for (int64_t v = 0; v < 2; v++) {\n                const int64_t first", "for (int64_t v = 0; v < 1; v++) {\n                const int64_t first", "native_decode and (logits)"),
+    ("gate alone", DECODE, "as<DTYPE>(g * sigmoid(g) * u)", "as<DTYPE>(g * sigmoid(g))", "native_decode and (logits)"),
+    ("gate and up change places", DECODE, "t.half * LANES", "(1 - t.half) * LANES", "native_decode and (logits)"),
+    ("second norm by the first's weight", DECODE, 'norm(rows.rows, layer.norm2, layer.eps2);', 'norm(rows.rows, layer.norm1, layer.eps2);', 'native_decode and (logits)'),
+    ("last norm missed", DECODE, "last ? m_.norm : m_.layers[i + 1].norm1", "last ? layer.norm1 : m_.layers[i + 1].norm1", "native_decode and (logits)"),
+    ("first rows in place of those asked", DECODE, "b_.narrow.data() + i * m_.width * WIDE", "b_.narrow.data() + count * m_.width * WIDE", "native_decode and (asked)"),
+    ("later rows over earlier ones", DECODE, "(char*)logits + asked * m.vocab", "(char*)logits + 0 * asked * m.vocab", "native_decode and (logits)"),
+    ("rows of two prompts together", DECODE, "rows.home[i] != rows.home[blocks.back().begin]", "false", "native_decode and (logits or books)"),
+    ("a kept token not counted", DECODE, "        s.length[b]++;\n", "", "native_decode and (books)"),
+    ("the end missed", DECODE, " || std::find(s.eos, end, word) != end", "", "native_decode and (books)"),
+    ("one token too few", DECODE, "s.done[b] = at + 1 >= s.most", "s.done[b] = at + 2 >= s.most", "native_decode and (books)"),
+    ("one row too many goes on", DECODE, "if (rows.rows <= until) break;", "if (rows.rows < until) break;", "native_decode and (books)"),
+    ("rows that have ended go on", DECODE, "if (!s.done[b]) slot.push_back(b);", "slot.push_back(b);", "native_decode and (books)"),
+    ("a uniform number again", DECODE, "s.uniform[s.row[b] * s.most + s.count[s.row[b]]]", "s.uniform[s.row[b] * s.most]", "native_decode and (books)"),
+    ("log p of the first row", DECODE, "s.logp[place] = logp[i];", "s.logp[place] = logp[0];", "native_decode and (books)"),
+    ("keys not turned", ATTEND, "turn<false>(row_.data(), angle_);\n        for (", "for (", "native_decode and (logits)"),
+    ("queries not turned", ATTEND, "turn<false>(row_.data(), angle_);\n        write", "write", "native_decode and (logits)"),
+    ("queries turned as their prompt's end", ATTEND, 'rows.position[row], qkv, i);', 'rows.prompt_length[row], qkv, i);', 'native_decode and (logits)'),
+    ("keys in place of values", ATTEND, "(key + m_.key_heads * size) * WIDE", "key * WIDE", "native_decode and (logits)"),
+    ("scaling missed", ATTEND, "load(sum + r * PANEL + c) * scaling", "load(sum + r * PANEL + c)", "native_decode and (logits)"),
+    ("what is behind a prompt is seen", ATTEND, "hide(weight, rows.prompt_length[row], begin[q]);", "", "native_decode and (logits)"),
+    ("what is behind a completion is seen", ATTEND, "hide(weight + begin[q], own, whole(own));", "", "native_decode and (logits)"),
+    ("later tokens of a prompt are seen", ATTEND, "weight_[i * room_ + j] = 0.0f;", "weight_[i * room_ + j] += 0.0f;", "native_decode and (logits)"),
+    ("one sum of weights for all", ATTEND, "load(out + c) * share[i]", "load(out + c) * share[0]", "native_decode and (logits)"),
+    ("own values missed", ATTEND, "if (!own) continue;", "continue;", "native_decode and (logits)"),
+    ("the prompt of another", ATTEND, "const int64_t home = rows.home[first];", "const int64_t home = rows.home[0];", "native_decode and (logits or books)"),
 ]  # fmt: skip
 
 DEVICE = "csrc/cuda/device.h"

@@ -54,27 +54,37 @@ def policy_of(name: str, kind: torch.dtype, residual: torch.dtype = FULL) -> Pol
 
 
 class Held:
-    """A decoder and its slots; which token stands where."""
+    """A decoder and its slots: of every text a part stands as a prompt, the rest follows it."""
 
     def __init__(self, policy: Policy):
         with torch.no_grad():
             self.decoder = burst.whole(policy, WIDTH)
-        _, _, _, heads, size, words = self.decoder.sizes
-        depth, shape = len(self.decoder.layers), (2, SLOTS, heads, WIDTH, size)
         # what stands behind a slot's end may be anything
-        self.slots = [torch.full(shape, torch.nan, dtype=policy.compute) for _ in range(depth)]
-        self.held = self.decoder.holding(self.slots)
-        draw = torch.Generator().manual_seed(3)
+        self.shared, self.own = self.decoder.empty(SLOTS, WIDTH), self.decoder.empty(SLOTS, 70)
+        for kept in (*self.shared, *self.own):
+            for x in kept:
+                x.view(torch.uint8).fill_(0xFF)
+        self.held = self.decoder.holding(self.shared, self.own)
+        words, draw = self.decoder.sizes[-1], torch.Generator().manual_seed(3)
         lengths = LENGTHS.items()  # the last word is in no text
         self.text = {s: torch.randint(words - 1, (n,), generator=draw) for s, n in lengths}
 
-    def logits(self, spans: dict[int, tuple[int, int]], together: bool, asked: Any = None):
-        """Of the tokens `spans` of each slot's text."""
+    def prompts(self, spans: dict[int, tuple[int, int]], asked: Any = None) -> torch.Tensor:
+        """Logits of the tokens `spans` of each text, kept as its prompt."""
         token = torch.cat([self.text[s][a:b] for s, (a, b) in spans.items()])
-        slot = torch.cat([torch.full((b - a,), s) for s, (a, b) in spans.items()])
-        length = torch.cat([torch.arange(a, b) for a, b in spans.values()])
+        home = torch.cat([torch.full((b - a,), s) for s, (a, b) in spans.items()])
+        position = torch.cat([torch.arange(a, b) for a, b in spans.values()])
         asked = torch.ones(len(token), dtype=torch.bool) if asked is None else asked
-        return self.decoder.logits(self.held, token, slot, length, asked, together)
+        given = token, home, position + 1, None, position, asked
+        return self.decoder.logits(self.held, *given)
+
+    def follow(self, at: dict[int, int], prompt: dict[int, int]) -> torch.Tensor:
+        """Of the token `at` of each text, which follows so many of its prompt."""
+        token = torch.stack([self.text[s][n] for s, n in at.items()])
+        home, position = torch.tensor(list(at)), torch.tensor(list(at.values()))
+        seen, slot = torch.tensor([prompt[s] for s in at]), (home + 2) % SLOTS
+        asked = torch.ones(len(token), dtype=torch.bool)
+        return self.decoder.logits(self.held, token, home, seen, slot, position, asked)
 
 
 def by_modules(policy: Policy, held: Held) -> torch.Tensor:
@@ -99,13 +109,13 @@ def test_logits_of_prompts_and_of_what_follows(isa, name, kinds):  # noqa: F811
     exact.compute = torch.float32  # no autocast
     truth = by_modules(exact, held)
     assert truth.dtype == torch.float64 and yard.dtype == kinds[0]
-    last = 3  # tokens of each that come alone
-    start = {s: (0, max(0, n - last)) for s, n in LENGTHS.items()}
-    got = {s: [x] for s, x in zip(start, held.logits(start, True).split(
-        [b - a for a, b in start.values()]), strict=True)}  # fmt: skip
+    last = 67  # tokens of a text that come alone: more than a panel has, none of a prompt's
+    prompt = {s: max(1, n - last) for s, n in LENGTHS.items()}
+    first = held.prompts({s: (0, n) for s, n in prompt.items()})
+    got = {s: [x] for s, x in zip(prompt, first.split(list(prompt.values())), strict=True)}
     for k in range(last):
-        spans = {s: (b + k, b + k + 1) for s, (_, b) in start.items() if b + k < LENGTHS[s]}
-        for s, row in zip(spans, held.logits(spans, False), strict=True):
+        at = {s: n + k for s, n in prompt.items() if n + k < LENGTHS[s]}
+        for s, row in zip(at, held.follow(at, prompt) if at else (), strict=True):
             got[s].append(row[None])
     found = torch.cat([torch.cat(rows) for rows in got.values()])
     assert found.dtype == kinds[0]
@@ -120,59 +130,78 @@ def test_pairs_by_one_instruction_and_widened_agree(native, name):  # noqa: F811
     held, plain = Held(policy), Held(policy)
     plain.decoder = copy.copy(plain.decoder)
     object.__setattr__(plain.decoder, "dots", False)
-    plain.held = plain.decoder.holding(plain.slots)
+    plain.held = plain.decoder.holding(plain.shared, plain.own)
     spans = {s: (0, n) for s, n in LENGTHS.items()}
-    a, b = held.logits(spans, True), plain.logits(spans, True)
+    a, b = held.prompts(spans), plain.prompts(spans)
     exact = Policy(copy.deepcopy(policy.model).double(), policy.tokenizer, torch.float32)
     truth = by_modules(exact, held)
     within(a, truth, b, 2, scale=float(truth.abs().max()))
 
 
-def test_only_those_asked_and_the_same_bits_for_any_threads_and_neighbours(isa):  # noqa: F811
-    policy, seen = policy_of("Llama", HALF), []
-    spans = {s: (0, n) for s, n in LENGTHS.items()}
+def siblings(policy: Policy, rows: list[int], prompt: int = 41) -> torch.Tensor:
+    """Logits of three tokens each, one after the other, of these completions of one prompt."""
+    held = Held(policy)
+    held.prompts({4: (0, prompt)})
+    home, seen = torch.full((len(rows),), 4), torch.full((len(rows),), prompt)
+    slot, asked = torch.tensor(rows), torch.ones(len(rows), dtype=torch.bool)
+    found = []
+    for k in range(3):
+        known = seen, slot, seen + k, asked
+        found.append(held.decoder.logits(held.held, slot * 7 + k, home, *known))
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "odd"])
+def test_the_same_bits_for_any_threads_and_neighbours(isa, name, kind):  # noqa: F811
+    policy, seen, spans = policy_of(name, kind), [], {s: (0, n) for s, n in LENGTHS.items()}
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        held = Held(policy)
-        seen.append((held.logits(spans, True), held.slots))
-    for logits, slots in seen[1:]:
-        assert torch.equal(logits, seen[0][0])
-        for a, b in zip(slots, seen[0][1], strict=True):
-            assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+        seen.append((Held(policy).prompts(spans), siblings(policy, [3, 0, 4, 1, 2])))
+    for one in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, seen[0], strict=True))
+    prompts, following = seen[0]
     ends = torch.tensor(list(LENGTHS.values())).cumsum(0) - 1
-    asked = torch.zeros(sum(LENGTHS.values()), dtype=torch.bool)
-    asked[ends] = True
-    assert torch.equal(Held(policy).logits(spans, True, asked), seen[0][0][ends])
     for s, row in zip(spans, ends, strict=True):
-        alone = Held(policy).logits({s: spans[s]}, True)
-        assert torch.equal(alone[-1], seen[0][0][row])
+        assert torch.equal(Held(policy).prompts({s: spans[s]})[-1], prompts[row])
+    for rows in ([3], [4, 1], [2, 3, 0]):
+        where = [[3, 0, 4, 1, 2].index(r) for r in rows]
+        assert torch.equal(siblings(policy, rows), following[where])
+
+
+def test_only_those_asked(isa):  # noqa: F811
+    policy, spans = policy_of("Llama", HALF), {s: (0, n) for s, n in LENGTHS.items()}
+    want, asked = Held(policy).prompts(spans), torch.zeros(sum(LENGTHS.values()), dtype=torch.bool)
+    asked[[0, 3, 7, 47, 48, 255, 256, 308]] = True
+    assert torch.equal(Held(policy).prompts(spans, asked), want[asked])
 
 
 def test_a_broken_row_breaks_no_other(isa):  # noqa: F811
     policy = policy_of("Llama", FULL)
-    ends = {s: (n - 1, n) for s, n in LENGTHS.items()}
-    start = {s: (0, n - 1) for s, n in LENGTHS.items() if n > 1}
+    prompt = {s: max(1, n - 1) for s, n in LENGTHS.items()}
+    last = {s: n - 1 for s, n in LENGTHS.items() if n > 1}
     held = Held(policy)
-    held.logits(start, True)
-    want = held.logits(ends, False)
+    held.prompts({s: (0, n) for s, n in prompt.items()})
+    want = held.follow(last, prompt)
     spare = len(policy.tokenizer) - 1
     policy.model.model.embed_tokens.weight.data[spare] = torch.nan
     held = Held(policy)
-    held.logits(start, True)
+    held.prompts({s: (0, n) for s, n in prompt.items()})
     held.text[4][-1] = spare
-    got = held.logits(ends, False)
+    got = held.follow(last, prompt)
     words = torch.arange(want.shape[1]) != spare  # its own logit is broken for all
-    assert got[2].isnan().any()
-    others = torch.tensor([0, 1, 3])
-    assert torch.equal(got[others][:, words], want[others][:, words])
+    assert got[1].isnan().any()
+    assert torch.equal(got[[0, 2]][:, words], want[[0, 2]][:, words])
 
 
 def books(rows: int, most: int, words: int) -> dict[str, torch.Tensor]:
     whole = {"dtype": torch.long}
     return {
         "token": torch.tensor([3, 5, 7, 2, 11]),
-        "length": torch.tensor([LENGTHS.get(s, 0) - 1 for s in range(SLOTS)]).clamp(min=0),
+        "length": torch.zeros(SLOTS, **whole),
         "row": torch.tensor([4, 6, 0, 1, 3]),
+        "home": torch.tensor([4, 0, 1, 4, 1]),
+        "prompt": torch.tensor([41, 7, 260, 41, 260]),
         "done": torch.tensor([False, False, True, False, False]),
         "uniform": torch.rand(rows, most, dtype=torch.float64),
         "tokens": torch.full((rows, most + 1), -1, **whole),
@@ -186,11 +215,11 @@ def books(rows: int, most: int, words: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
 def test_the_books_are_those_of_one_token_after_the_other(isa, kind, until):  # noqa: F811
     policy, most, calls = policy_of("Llama", kind), 40, (1, 4, 16)
-    start = {s: (0, n - 1) for s, n in LENGTHS.items() if n > 1}
+    spans = {s: (0, n) for s, n in LENGTHS.items()}
     words = len(policy.tokenizer)
     state = books(7, most, words)
     held, other = Held(policy), Held(policy)
-    held.logits(start, True), other.logits(start, True)
+    held.prompts(spans), other.prompts(spans)
     mine = {k: v.clone() for k, v in state.items()}
     for n in calls:
         native_decode.DecodeBatch(**mine).go_on(held.held, 0.9, n, until)
@@ -198,9 +227,11 @@ def test_the_books_are_those_of_one_token_after_the_other(isa, kind, until):  # 
         going = (~state["done"]).nonzero()[:, 0]
         if len(going) <= until:
             break
-        length, row = state["length"][going], state["row"][going]
+        going = going[state["home"][going].argsort(stable=True)]
+        row, seen = state["row"][going], state["prompt"][going]
         asked = torch.ones(len(going), dtype=torch.bool)
-        given = state["token"][going], going, length, asked, False
+        known = seen, going, seen + state["length"][going], asked
+        given = state["token"][going], state["home"][going], *known
         at = state["count"][row]
         logits = other.decoder.logits(other.held, *given)
         token, logp = draw(logits, state["uniform"][row, at], 0.9)

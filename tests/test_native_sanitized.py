@@ -48,7 +48,8 @@ def test_native_tests_under_sanitizers(require, tmp_path):
         "PYTHONPATH": str(tmp_path),
         "OMP_NUM_THREADS": "2",
     }
-    tests = [f"tests/test_native{part}.py" for part in ("", "_linear", "_attention", "_layers", "_draw", "_decode")]
+    parts = ("", "_linear", "_attention", "_layers", "_draw", "_decode")
+    tests = [f"tests/test_native{part}.py" for part in parts]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

@@ -12,6 +12,7 @@ namespace reasonrl {
 
 inline void bind_decode(py::module_& m) {
     m.def("has_dots", &has_dots, "Whether pairs of bf16 are multiplied by one instruction.");
+    m.def("panel", [] { return ops().panel(); }, "Outputs of a panel.");
     m.def(
         "packed_words",
         [](int dtype, int64_t inputs, int64_t outputs) {
@@ -29,7 +30,7 @@ inline void bind_decode(py::module_& m) {
         },
         "A weight's outputs into the panels of a product.");
     py::class_<DecodeLayer>(m, "DecodeLayer", "A layer with its slots.")
-        .def(py::init([](std::array<uintptr_t, 12> p, std::array<float, 3> scales) {
+        .def(py::init([](std::array<uintptr_t, 14> p, std::array<float, 3> scales) {
             const auto packed = [&](int i) {
                 return Packed{at<const uint32_t>(p[i]), at<const float>(p[i + 1])};
             };
@@ -42,12 +43,12 @@ inline void bind_decode(py::module_& m) {
                                packed(4),
                                packed(6),
                                packed(8),
-                               at<void>(p[10]),
-                               at<void>(p[11])};
+                               {at<void>(p[10]), at<void>(p[11])},
+                               {at<void>(p[12]), at<void>(p[13])}};
         }));
     py::class_<DecodeModel>(m, "DecodeModel", "A decoder with its head.")
         .def(py::init([](std::vector<DecodeLayer> layers, std::array<uintptr_t, 6> p, float eps,
-                         std::array<int64_t, 7> sizes, std::array<int, 4> dtypes, bool dots) {
+                         std::array<int64_t, 8> sizes, std::array<int, 4> dtypes, bool dots) {
             DecodeModel model{};
             model.layers = std::move(layers);
             model.embedding = at<const void>(p[0]), model.norm = at<const void>(p[1]);
@@ -56,7 +57,7 @@ inline void bind_decode(py::module_& m) {
             model.eps = eps;
             model.width = sizes[0], model.inner = sizes[1], model.heads = sizes[2];
             model.key_heads = sizes[3], model.size = sizes[4], model.vocab = sizes[5];
-            model.room = sizes[6];
+            model.prompt_room = sizes[6], model.own_room = sizes[7];
             model.dtype = dtypes[0], model.residual = dtypes[1], model.norm_dtype = dtypes[2];
             model.angle_dtype = dtypes[3];
             model.dots = dots && has_dots();
@@ -64,30 +65,33 @@ inline void bind_decode(py::module_& m) {
         }));
     m.def(
         "decode_logits",
-        [](const DecodeModel& model, std::array<uintptr_t, 4> p, int64_t rows, bool together,
-           uintptr_t logits, int threads) {
+        [](const DecodeModel& model, std::array<uintptr_t, 6> p, int64_t rows, uintptr_t logits,
+           int threads) {
             py::gil_scoped_release release;
             const DecodeRows given = {at<const int64_t>(p[0]),
                                       at<const int64_t>(p[1]),
                                       at<const int64_t>(p[2]),
-                                      at<const uint8_t>(p[3]),
-                                      rows,
-                                      together};
+                                      at<const int64_t>(p[3]),
+                                      at<const int64_t>(p[4]),
+                                      at<const uint8_t>(p[5]),
+                                      rows};
             ops().decode_logits(model, given, at<void>(logits), threads);
         },
-        "Tokens into their slots, and logits of those that are asked for.");
+        "Tokens to where they are kept, and logits of those that are asked for.");
     py::class_<DecodeState>(m, "DecodeState", "The batch that is decoded.")
         .def(py::init(
-            [](std::array<uintptr_t, 9> p, std::array<int64_t, 3> sizes, float temperature) {
+            [](std::array<uintptr_t, 11> p, std::array<int64_t, 3> sizes, float temperature) {
                 return DecodeState{at<int64_t>(p[0]),
                                    at<int64_t>(p[1]),
                                    at<const int64_t>(p[2]),
-                                   at<uint8_t>(p[3]),
-                                   at<const double>(p[4]),
-                                   at<int64_t>(p[5]),
-                                   at<int64_t>(p[6]),
-                                   at<float>(p[7]),
-                                   at<const int64_t>(p[8]),
+                                   at<const int64_t>(p[3]),
+                                   at<const int64_t>(p[4]),
+                                   at<uint8_t>(p[5]),
+                                   at<const double>(p[6]),
+                                   at<int64_t>(p[7]),
+                                   at<int64_t>(p[8]),
+                                   at<float>(p[9]),
+                                   at<const int64_t>(p[10]),
                                    sizes[0],
                                    sizes[1],
                                    sizes[2],

@@ -7,6 +7,7 @@
 // whatever stands beside it, so neither other rows nor the number of threads change a bit of it.
 #include <algorithm>
 
+#include "attend.h"
 #include "meeting.h"
 #include "product.h"
 
@@ -15,11 +16,11 @@ namespace ISA {
 namespace {
 
 constexpr int64_t CHUNK = 256;  // rows of one pass
-constexpr int64_t NEAR = 4;     // rows of a prompt that one thread attends for at a time
 
 // What the threads hand each other, with room for `rows` rows of float32.
 struct Buffers {
     std::vector<float> residual, narrow, qkv, seen, gated;
+    std::vector<Share> blocks;  // rows of one prompt that attend together
 
     Buffers(const DecodeModel& m, int64_t rows)
         : residual(rows * m.width),
@@ -29,10 +30,21 @@ struct Buffers {
           gated(rows * m.inner) {}
 };
 
+// Rows whose queries fill a tile where they can.
+void divide(const DecodeModel& m, const DecodeRows& rows, std::vector<Share>& blocks) {
+    const int64_t most = std::max<int64_t>(1, TILE * m.key_heads / m.heads);
+    blocks.clear();
+    for (int64_t i = 0; i < rows.rows; i++) {
+        const bool next = blocks.empty() || rows.home[i] != rows.home[blocks.back().begin] ||
+                          i - blocks.back().begin == most;
+        if (next) blocks.push_back({i, i});
+        blocks.back().end = i + 1;
+    }
+}
+
 template <int DTYPE>
 INLINE Vec load_some(const void* data, int64_t at, int64_t count) {
-    if (count >= LANES && DTYPE == F32) return load((const float*)data + at);
-    if (count >= LANES) return load_bf16((const uint16_t*)data + at);
+    if (count >= LANES) return load_as<DTYPE>(data, at);
     float x[LANES] = {};
     read<DTYPE>(data, at, (int)count, x);
     return load(x);
@@ -46,6 +58,7 @@ class Walk {
         : m_(m),
           b_(b),
           meeting_(meeting),
+          attention_(m),
           thread_(omp_get_thread_num()),
           team_(omp_get_num_threads()) {}
 
@@ -143,27 +156,41 @@ class Walk {
         meet();
         give(layer.qkv, b_.narrow.data(), each, rows.rows, b_.qkv.data());
         meet();
-        const char* from = (const char*)b_.qkv.data();
-        const int64_t keys = m_.heads * m_.size * WIDE,
-                      values = keys + m_.key_heads * m_.size * WIDE;
-        const SlotTask task = {
-            from,        from + keys,    from + values,  layer.keys, layer.values,
-            rows.length, b_.seen.data(), rows.rows,      m_.heads,   m_.key_heads,
-            m_.room,     m_.size,        each,           each,       each,
-            DTYPE,       DTYPE,          DTYPE,          DTYPE,      layer.scaling,
-            m_.cos,      m_.sin,         m_.angle_dtype, rows.slot,  rows.length};
-        const Share mine = share(rows.rows * m_.key_heads);
-        attend_share(task, mine.begin, mine.end, rows.together ? SLOT_PLACE : SLOT_BOTH);
-        meet();
-        if (rows.together) {  // later rows see more: each thread takes some of every part
-            for (int64_t i = thread_ * NEAR; i < rows.rows; i += team_ * NEAR) {
-                const int64_t end = std::min(rows.rows, i + NEAR);
-                attend_share(task, i * m_.key_heads, end * m_.key_heads, SLOT_ATTEND);
-            }
+        keep_places(layer, rows);
+        const int64_t items = (int64_t)b_.blocks.size() * m_.key_heads;
+        if (rows.slot) {
+            const Share mine = share(items);
+            for (int64_t i = mine.begin; i < mine.end; i++) attend(layer, rows, i);
+        } else {  // later rows see more: everyone takes some of all parts
             meet();
+            for (int64_t i = thread_; i < items; i += team_) attend(layer, rows, i);
         }
+        meet();
         add(layer.out, b_.seen.data(), m_.heads * m_.size, rows.rows);
         meet();
+    }
+
+    // A prompt's keys and values, which other threads are about to read.
+    void keep_places(const DecodeLayer& layer, const DecodeRows& rows) {
+        if (rows.slot) return;
+        const Share mine = share(rows.rows * m_.key_heads);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            const int64_t row = i / m_.key_heads, at = rows.position[row];
+            attention_.place(layer.prompt, m_.prompt_room, rows.home[row], at, b_.qkv.data(), row,
+                             i % m_.key_heads, at);
+        }
+    }
+
+    // The i-th of blocks x key heads; a completion's new key is kept by the one that reads it.
+    void attend(const DecodeLayer& layer, const DecodeRows& rows, int64_t i) {
+        const Share block = b_.blocks[i / m_.key_heads];
+        const int64_t head = i % m_.key_heads;
+        for (int64_t row = block.begin; row < block.end && rows.slot; row++) {
+            attention_.place(layer.own, m_.own_room, rows.slot[row], rows.own(row) - 1,
+                             b_.qkv.data(), row, head, rows.position[row]);
+        }
+        attention_.attend(layer, rows, block.begin, block.end - block.begin, head, b_.qkv.data(),
+                          b_.seen.data());
     }
 
     void head(int64_t rows, const uint8_t* asked, void* logits) {
@@ -184,33 +211,43 @@ class Walk {
     const DecodeModel& m_;
     Buffers& b_;
     Meeting& meeting_;
+    Attention<DTYPE> attention_;
     const int64_t thread_, team_;
 };
 
 // The rows of slots that go on, and what is drawn for them.
 struct Going {
-    std::vector<int64_t> token, slot, length, drawn;
+    std::vector<int64_t> token, home, prompt, slot, position, drawn;
     std::vector<double> uniform;
     std::vector<float> logits, logp;  // (N, V) in the model's type
     int64_t rows = 0;
 
     Going(const DecodeModel& m, int64_t slots)
         : token(slots),
-          slot(slots),
-          length(slots),
+          home(slots),
+          prompt(slots),
+          position(slots),
           drawn(slots),
           uniform(slots),
           logits(slots * m.vocab),
           logp(slots) {}
 
-    void list(const DecodeState& s) {
-        rows = 0;
+    DecodeRows list(const DecodeState& s) {
+        slot.clear();
         for (int64_t b = 0; b < s.slots; b++) {
-            if (s.done[b]) continue;
-            token[rows] = s.token[b], slot[rows] = b, length[rows] = s.length[b];
-            uniform[rows] = s.uniform[s.row[b] * s.most + s.count[s.row[b]]];
-            rows++;
+            if (!s.done[b]) slot.push_back(b);
         }
+        std::stable_sort(slot.begin(), slot.end(),
+                         [&](int64_t a, int64_t b) { return s.home[a] < s.home[b]; });
+        rows = (int64_t)slot.size();
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t b = slot[i];
+            token[i] = s.token[b], home[i] = s.home[b], prompt[i] = s.prompt[b];
+            position[i] = s.prompt[b] + s.length[b];
+            uniform[i] = s.uniform[s.row[b] * s.most + s.count[s.row[b]]];
+        }
+        return {token.data(),    home.data(), prompt.data(), slot.data(),
+                position.data(), nullptr,     rows};
     }
 
     // What row i has drawn, into the books.
@@ -240,12 +277,15 @@ void logits_of(const DecodeModel& m, const DecodeRows& all, void* logits, int th
         Walk<DTYPE, RES> walk(m, buffers, meeting);
         int64_t asked = 0;
         for (int64_t at = 0; at < all.rows; at += CHUNK) {
+            const int64_t n = std::min(CHUNK, all.rows - at);
             const DecodeRows rows = {all.token + at,
-                                     all.slot + at,
-                                     all.length + at,
+                                     all.home + at,
+                                     all.prompt_length + at,
+                                     all.slot ? all.slot + at : nullptr,
+                                     all.position + at,
                                      all.asked + at,
-                                     std::min(CHUNK, all.rows - at),
-                                     all.together};
+                                     n};
+            if (omp_get_thread_num() == 0) divide(m, rows, buffers.blocks);
             walk.run(rows, rows.asked, (char*)logits + asked * m.vocab * (DTYPE == F32 ? 4 : 2));
             walk.meet();
             asked += std::count_if(rows.asked, rows.asked + rows.rows, [](uint8_t x) { return x; });
@@ -258,17 +298,18 @@ void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64
                int threads) {
     Buffers buffers(m, s.slots);
     Going going(m, s.slots);
+    DecodeRows rows{};
     Meeting meeting;
 #pragma omp parallel num_threads(useful(m, s.slots, threads))
     {
         Walk<DTYPE, RES> walk(m, buffers, meeting);
         for (int64_t n = 0; n < tokens; n++) {
-            if (omp_get_thread_num() == 0) going.list(s);
+            if (omp_get_thread_num() == 0) {
+                rows = going.list(s);
+                divide(m, rows, buffers.blocks);
+            }
             walk.meet();
-            if (going.rows <= until) break;
-            const DecodeRows rows = {going.token.data(),  going.slot.data(),
-                                     going.length.data(), nullptr,
-                                     going.rows,          false};
+            if (rows.rows <= until) break;
             walk.run(rows, nullptr, going.logits.data());
             walk.meet();
             const DrawTask draw = {going.logits.data(),
@@ -279,7 +320,7 @@ void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64
                                    m.vocab,
                                    DTYPE,
                                    s.temperature};
-            const Share mine = walk.share(going.rows);
+            const Share mine = walk.share(rows.rows);
             draw_share(draw, mine.begin, mine.end);
             for (int64_t i = mine.begin; i < mine.end; i++) going.enter(s, i);
             walk.meet();
@@ -291,6 +332,10 @@ void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64
 
 int64_t packed_words(int dtype, int64_t inputs, int64_t outputs) {
     return words(dtype, inputs) * ((outputs + PANEL - 1) / PANEL * PANEL);
+}
+
+int64_t panel() {
+    return PANEL;
 }
 
 void pack(const PackTask& t, int threads) {

@@ -20,12 +20,8 @@ inline Share share_of(int64_t count) {
     return share_of(count, omp_get_thread_num(), omp_get_num_threads());
 }
 
-enum SlotPart { SLOT_BOTH, SLOT_PLACE, SLOT_ATTEND };
-
 namespace ISA {
 
-// an item is a row's key head
-void attend_share(const SlotTask&, int64_t begin, int64_t end, SlotPart);
 void norm_share(const NormTask&, const Added&, void* y, int64_t begin, int64_t end);
 void draw_share(const DrawTask&, int64_t begin, int64_t end);
 

@@ -11,15 +11,13 @@
 #include <vector>
 
 #include "rotary.h"
-#include "share.h"
-#include "vector.h"
+#include "weights.h"
 
 namespace reasonrl {
 namespace ISA {
 namespace {
 
-constexpr int HEADS = 4;          // query heads that share a pass over the keys
-constexpr float LOWEST = -87.0f;  // less is no weight
+constexpr int HEADS = 4;  // query heads that share a pass over the keys
 
 struct Scratch {
     int64_t size, padded;  // of a head: as it is, and in whole vectors
@@ -65,13 +63,6 @@ INLINE Vec sums_of(Vec* x) {
     return x[0];
 }
 
-// Numbers as they stand in memory, a vector at a time.
-template <int DTYPE>
-INLINE Vec load_as(const void* data, int64_t at) {
-    if (DTYPE == F32) return load((const float*)data + at);
-    return load_bf16((const uint16_t*)data + at);
-}
-
 // The places at .. at + n of a slot: where they stand, if their vectors are whole (DIRECT), else as
 // float32, with zeros where the last vector of the last one ends.
 template <int DTYPE, bool DIRECT>
@@ -106,27 +97,6 @@ INLINE void score(const Scratch& s, const void* key, int64_t n, Vec* scores) {
         for (int h = 0; h < N; h++) part[h][j] = sum[h];
     }
     for (int h = 0; h < N; h++) scores[h] = sums_of(part[h]);
-}
-
-// Scores (n,) become weights; 1 / their sum, NaN where one is not finite.
-inline float soften(float* weight, int64_t n) {
-    Vec most = Vec{} - INFINITY, broken = {}, sum = {};
-    for (int64_t j = 0; j < n; j += LANES) {
-        const Vec x = load(weight + j);
-        most = max_of(most, x), broken += 0.0f * x;
-    }
-    float top = most[0];
-    for (int k = 1; k < LANES; k++) top = max_of(top, most[k]);
-    for (int64_t j = 0; j < n; j += LANES) {
-        const Vec x = load(weight + j) - top;
-        const Vec e = exp_of(max_of(x, Vec{} + LOWEST));
-        const Vec kept = where(x > LOWEST, e);
-        store(weight + j, kept);
-        sum += kept;
-    }
-    double total = 0.0;
-    for (int k = 0; k < LANES; k++) total += (double)sum[k] + (double)broken[k];
-    return (float)(1.0 / total);
 }
 
 template <int DTYPE, int N>
@@ -189,55 +159,43 @@ void put(const void* from, int dtype, int64_t at, bool turned, void* slot, int64
 }
 
 template <int DTYPE, bool DIRECT>
-void attend(const SlotTask& t, int64_t begin, int64_t end, SlotPart part) {
-    const int64_t group = t.heads / t.key_heads;
+void attend(const SlotTask& t, int64_t longest, int threads) {
+    const int64_t group = t.heads / t.key_heads, items = t.rows * t.key_heads;
     const int64_t slot = t.width * t.size * (DTYPE == F32 ? 4 : 2);
     constexpr decltype(&heads<DTYPE, DIRECT, 1>) of[HEADS] = {
         heads<DTYPE, DIRECT, 1>, heads<DTYPE, DIRECT, 2>, heads<DTYPE, DIRECT, 3>,
         heads<DTYPE, DIRECT, 4>};
-    int64_t longest = 0;
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t n = t.length[i / t.key_heads] + 1;
-        longest = n > longest ? n : longest;
-    }
-    Scratch s(t.size, longest);
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t row = i / t.key_heads, head = i % t.key_heads, n = t.length[row];
-        const int64_t at = ((t.slot ? t.slot[row] : row) * t.key_heads + head) * slot;
-        char *keys = (char*)t.keys + at, *values = (char*)t.values + at;
-        if (t.cos) s.angle.read(t.angle_dtype, t.cos, t.sin, t.turn ? t.turn[row] : row);
-        if (part != SLOT_ATTEND) {
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch s(t.size, longest);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < items; i++) {
+            char *keys = (char*)t.keys + i * slot, *values = (char*)t.values + i * slot;
+            const int64_t row = i / t.key_heads, head = i % t.key_heads, n = t.length[row];
+            if (t.cos) s.angle.read(t.angle_dtype, t.cos, t.sin, row);
             put<DTYPE>(t.k, t.k_dtype, row * t.k_stride + head * t.size, t.cos, keys, n, s);
             put<DTYPE>(t.v, t.v_dtype, row * t.v_stride + head * t.size, false, values, n, s);
-        }
-        if (part == SLOT_PLACE) continue;
-        for (int64_t g = 0; g < group; g += HEADS) {
-            const int64_t left = group - g < HEADS ? group - g : HEADS;
-            of[left - 1](t, keys, values, keys + slot, row, head * group + g, n + 1, s);
+            for (int64_t g = 0; g < group; g += HEADS) {
+                const int64_t left = group - g < HEADS ? group - g : HEADS;
+                of[left - 1](t, keys, values, keys + slot, row, head * group + g, n + 1, s);
+            }
         }
     }
 }
 
 }  // namespace
 
-void attend_share(const SlotTask& task, int64_t begin, int64_t end, SlotPart part) {
-    const bool whole = task.size % LANES == 0;
-    if (task.dtype == F32) {
-        (whole ? attend<F32, true> : attend<F32, false>)(task, begin, end, part);
-    }
-    if (task.dtype == BF16) {
-        (whole ? attend<BF16, true> : attend<BF16, false>)(task, begin, end, part);
-    }
-    if (task.dtype == F16) attend<F16, false>(task, begin, end, part);
-}
-
 void attend_slots(const SlotTask& task, int threads) {
-    const int64_t items = task.rows * task.key_heads;
-#pragma omp parallel num_threads(threads)
-    {
-        const Share mine = share_of(items);
-        attend_share(task, mine.begin, mine.end, SLOT_BOTH);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < task.rows; b++) {
+        longest = task.length[b] + 1 > longest ? task.length[b] + 1 : longest;
     }
+    const bool whole = task.size % LANES == 0;
+    if (task.dtype == F32) (whole ? attend<F32, true> : attend<F32, false>)(task, longest, threads);
+    if (task.dtype == BF16) {
+        (whole ? attend<BF16, true> : attend<BF16, false>)(task, longest, threads);
+    }
+    if (task.dtype == F16) attend<F16, false>(task, longest, threads);
 }
 
 }  // namespace ISA

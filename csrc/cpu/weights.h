@@ -1,0 +1,41 @@
+// What attention over kept keys has in common: numbers as they are kept, scores into weights.
+#pragma once
+
+#include "block.h"
+#include "vector.h"
+
+namespace reasonrl {
+namespace {
+
+constexpr float LOWEST = -87.0f;  // less is no weight
+
+// Numbers as they stand in memory, a vector at a time.
+template <int DTYPE>
+INLINE Vec load_as(const void* data, int64_t at) {
+    if (DTYPE == F32) return load((const float*)data + at);
+    return load_bf16((const uint16_t*)data + at);
+}
+
+// Scores (n,) become weights; 1 / their sum, NaN where one is not finite.
+inline float soften(float* weight, int64_t n) {
+    Vec most = Vec{} - INFINITY, broken = {}, sum = {};
+    for (int64_t j = 0; j < n; j += LANES) {
+        const Vec x = load(weight + j);
+        most = max_of(most, x), broken += 0.0f * x;
+    }
+    float top = most[0];
+    for (int k = 1; k < LANES; k++) top = max_of(top, most[k]);
+    for (int64_t j = 0; j < n; j += LANES) {
+        const Vec x = load(weight + j) - top;
+        const Vec e = exp_of(max_of(x, Vec{} + LOWEST));
+        const Vec kept = where(x > LOWEST, e);
+        store(weight + j, kept);
+        sum += kept;
+    }
+    double total = 0.0;
+    for (int k = 0; k < LANES; k++) total += (double)sum[k] + (double)broken[k];
+    return (float)(1.0 / total);
+}
+
+}  // namespace
+}  // namespace reasonrl
