@@ -22,6 +22,7 @@ TRUST = "csrc/cpu/trust.cpp"
 GROUPS = "csrc/cpu/groups.h"
 WHITEN = "csrc/cpu/whiten.cpp"
 SLOTS = "csrc/cpu/slots.cpp"
+WEIGHTS = "csrc/cpu/weights.h"
 SOFTMAX = "csrc/cpu/softmax.cpp"
 LAYERS = "csrc/cpu/layers.cpp"
 ROTARY = "csrc/cpu/rotary.cpp"
@@ -100,7 +101,7 @@ CPU = [
     ("places behind the length weigh", SLOTS, "s.weight[h * room + at + j] = -FLT_MAX;", "s.weight[h * room + at + j] = 0.0f;", "slots or row"),
     ("the new key goes one place before", SLOTS, "t.cos, keys, n, s);", "t.cos, keys, n ? n - 1 : 0, s);", "slots or row"),
     ("the new value is left out", SLOTS, "put<DTYPE>(t.v, t.v_dtype, row * t.v_stride + head * t.size, false, values, n, s);", "", "slots or row"),
-    ("a score that is not finite is let through", SLOTS, "(double)sum[k] + (double)broken[k]", "(double)sum[k]", "slots or row"),
+    ("a score that is not finite is let through", WEIGHTS, "(double)sum[k] + (double)broken[k]", "(double)sum[k]", "slots or row"),
     ("query heads of another key head", SLOTS, "head * group + g", "head + g", "slots or row"),
     ("values of the last places alone", SLOTS, "sum[h] = load(s.out.data() + h * s.padded + c);", "sum[h] = Vec{};", "slots or row"),
     ("every other lane", SLOTS, "+ every_second<1>(a, b, lanes)", "+ every_second<0>(a, b, lanes)", "slots or row"),
@@ -179,7 +180,7 @@ CPU = [
     ("second norm by the first's weight", DECODE, 'norm(rows.rows, layer.norm2, layer.eps2);', 'norm(rows.rows, layer.norm1, layer.eps2);', 'native_decode and (logits)'),
     ("last norm missed", DECODE, "last ? m_.norm : m_.layers[i + 1].norm1", "last ? layer.norm1 : m_.layers[i + 1].norm1", "native_decode and (logits)"),
     ("first rows in place of those asked", DECODE, "b_.narrow.data() + i * m_.width * WIDE", "b_.narrow.data() + count * m_.width * WIDE", "native_decode and (asked)"),
-    ("later rows over earlier ones", DECODE, "(char*)logits + asked * m.vocab", "(char*)logits + 0 * asked * m.vocab", "native_decode and (logits)"),
+    ("later rows over earlier ones", DECODE, "(char*)logits + asked * m.vocab", "(char*)logits + 0 * asked * m.vocab", "native_decode and (bits)"),
     ("rows of two prompts together", DECODE, "rows.home[i] != rows.home[blocks.back().begin]", "false", "native_decode and (logits or books)"),
     ("a kept token not counted", DECODE, "        s.length[b]++;\n", "", "native_decode and (books)"),
     ("the end missed", DECODE, " || std::find(s.eos, end, word) != end", "", "native_decode and (books)"),
@@ -188,14 +189,14 @@ CPU = [
     ("rows that have ended go on", DECODE, "if (!s.done[b]) slot.push_back(b);", "slot.push_back(b);", "native_decode and (books)"),
     ("a uniform number again", DECODE, "s.uniform[s.row[b] * s.most + s.count[s.row[b]]]", "s.uniform[s.row[b] * s.most]", "native_decode and (books)"),
     ("log p of the first row", DECODE, "s.logp[place] = logp[i];", "s.logp[place] = logp[0];", "native_decode and (books)"),
-    ("keys not turned", ATTEND, "turn<false>(row_.data(), angle_);\n        for (", "for (", "native_decode and (logits)"),
+    ("keys not turned", ATTEND, "turn<false>(row_.data(), angle_);\n        key_", "key_", "native_decode and (logits)"),
     ("queries not turned", ATTEND, "turn<false>(row_.data(), angle_);\n        write", "write", "native_decode and (logits)"),
     ("queries turned as their prompt's end", ATTEND, 'rows.position[row], qkv, i);', 'rows.prompt_length[row], qkv, i);', 'native_decode and (logits)'),
     ("keys in place of values", ATTEND, "(key + m_.key_heads * size) * WIDE", "key * WIDE", "native_decode and (logits)"),
     ("scaling missed", ATTEND, "load(sum + r * PANEL + c) * scaling", "load(sum + r * PANEL + c)", "native_decode and (logits)"),
     ("what is behind a prompt is seen", ATTEND, "hide(weight, rows.prompt_length[row], begin[q]);", "", "native_decode and (logits)"),
     ("what is behind a completion is seen", ATTEND, "hide(weight + begin[q], own, whole(own));", "", "native_decode and (logits)"),
-    ("later tokens of a prompt are seen", ATTEND, "weight_[i * room_ + j] = 0.0f;", "weight_[i * room_ + j] += 0.0f;", "native_decode and (logits)"),
+    ("later tokens of a prompt are seen", ATTEND, "weight_[i * room_ + j] = 0.0f;", "weight_[i * room_ + j] += 0.0f;", "native_decode and (bits)"),
     ("one sum of weights for all", ATTEND, "load(out + c) * share[i]", "load(out + c) * share[0]", "native_decode and (logits)"),
     ("own values missed", ATTEND, "if (!own) continue;", "continue;", "native_decode and (logits)"),
     ("the prompt of another", ATTEND, "const int64_t home = rows.home[first];", "const int64_t home = rows.home[0];", "native_decode and (logits or books)"),

@@ -152,7 +152,7 @@ def siblings(policy: Policy, rows: list[int], prompt: int = 41) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
-@pytest.mark.parametrize("name", ["Llama", "odd"])
+@pytest.mark.parametrize("name", ["Llama", "odd", "whole vectors"])
 def test_the_same_bits_for_any_threads_and_neighbours(isa, name, kind):  # noqa: F811
     policy, seen, spans = policy_of(name, kind), [], {s: (0, n) for s, n in LENGTHS.items()}
     for threads in (1, 2, 3):

@@ -63,6 +63,7 @@ class Attention {
           weight_(TILE * room_),
           out_(TILE * padded_),
           row_(m.size),
+          key_(words(DTYPE, m.size)),
           angle_(m.size) {}
 
     // The key and value of row i to place n of a slot.
@@ -73,11 +74,9 @@ class Attention {
         angle_.read(m_.angle_dtype, m_.cos, m_.sin, position);
         read<DTYPE>(qkv, key, (int)size, row_.data());
         turn<false>(row_.data(), angle_);
-        for (int64_t k = 0; k < words(DTYPE, size); k++) {
-            to[k * PANEL] = DTYPE == F32
-                                ? to_bits(row_[k])
-                                : to_bf16(row_[2 * k]) | (uint32_t)to_bf16(row_[2 * k + 1]) << 16;
-        }
+        key_.back() = 0;  // behind an odd number
+        write<DTYPE>(key_.data(), 0, (int)size, row_.data());
+        for (int64_t k = 0; k < (int64_t)key_.size(); k++) to[k * PANEL] = key_[k];
         char* value = values(kept, room, slot, head) + n * padded_ * WIDE;
         memcpy(value, (const char*)qkv + (key + m_.key_heads * size) * WIDE, size * WIDE);
     }
@@ -195,6 +194,7 @@ class Attention {
     const DecodeModel& m_;
     const int64_t group_, padded_, keys_, room_;
     std::vector<float> query_, weight_, out_, row_;
+    std::vector<uint32_t> key_;  // as it is kept
     Angles angle_;
 };
 

@@ -343,17 +343,15 @@ void pack(const PackTask& t, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         const Share mine = share_of(t.outputs);
-        std::vector<float> row(t.inputs + 1);  // 0 behind an odd number
+        std::vector<float> row(t.inputs);
+        std::vector<uint32_t> from(each);  // 0 behind an odd number
         for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t first =
                 t.half < 0 ? t.first + i : i / LANES * PANEL + t.half * LANES + i % LANES;
             uint32_t* out = t.out + first / PANEL * each * PANEL + first % PANEL;
             read_any(t.dtype, t.weight, i * t.inputs, t.inputs, row.data());
-            for (int64_t k = 0; k < each; k++) {
-                out[k * PANEL] =
-                    t.to == F32 ? to_bits(row[k])
-                                : to_bf16(row[2 * k]) | (uint32_t)to_bf16(row[2 * k + 1]) << 16;
-            }
+            write_any(t.to, from.data(), 0, t.inputs, row.data());
+            for (int64_t k = 0; k < each; k++) out[k * PANEL] = from[k];
         }
     }
 }
