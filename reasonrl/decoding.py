@@ -37,6 +37,8 @@ _kept = threading.local()  # of a thread: its last recording, its stream; whethe
 class Decoding:
     """`group` completions of every prompt, at most `slots` of them at a time (whole groups)."""
 
+    kernel: Callable[..., tuple[Tensor, Tensor]] | None = None  # that draws, else sampling.py's way
+
     def __init__(
         self,
         policy: Policy,
@@ -71,6 +73,7 @@ class Decoding:
         """Empty slots of `width` tokens, and the decoder that fills them."""
         self.slots = Slots(slots, width, self.policy.device, self.policy.attn)
         self.hidden = lean.of(self.policy)
+        self.kernel = getattr(self.hidden, "draw", None)
 
     def run(self) -> None:
         """Until every completion has ended or has T tokens: `tokens`, `count`, `logp` then hold
@@ -125,7 +128,7 @@ class Decoding:
         """The next token of completions `row`, kept; and whether it is their last."""
         at = self.count[row]
         draw = self.uniform[row, at.clamp(max=self.sampling.max_tokens - 1)]
-        token, logp, sampled = choose(logits, draw, self.sampling)
+        token, logp, sampled = choose(logits, draw, self.sampling, self.kernel)
         self.tokens[row, at], self.logp[row, at] = token, logp
         self.sampling_logp[row, at] = sampled
         return token, (token[:, None] == self.eos).any(-1) | (at + 1 >= self.sampling.max_tokens)

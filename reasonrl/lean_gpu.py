@@ -39,7 +39,10 @@ class Decoder:
     def __init__(self, decoder: Any, dtype: torch.dtype):
         self.decoder = decoder
         self.attend, self.gate = triton("place_and_attend"), triton("gate")
-        self.norm = triton("add_rms_norm_")
+        self.norm, self.draw = (
+            triton("add_rms_norm_"),
+            triton("draw"),
+        )  # the token's, by decoding.py
         own, residual = decoder.norm.weight.dtype, decoder.embed_tokens.weight.dtype
         firsts = [_norm(layer.input_layernorm, dtype) for layer in decoder.layers]
         self.first, *later = *firsts, _norm(decoder.norm, torch.promote_types(own, residual))

@@ -16,6 +16,8 @@ from torch import Tensor
 from reasonrl.implementations import native
 from reasonrl.records import KernelUnavailable
 
+# logits (B, V), uniform (B,), temperature -> token, logp (B,)
+Draw = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 256  # vocabulary entries summed together by the two-level inverse transform
 
@@ -52,9 +54,13 @@ def own_seed(seed: int, row: int, bits: int = 63) -> int:
     return z >> (64 - bits)
 
 
-def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """One token a row: logits (B, V), uniform (B,) -> token, logp, logp as sampled, all (B,)."""
-    if sampling.temperature > 0 and not sampling.truncates and (draw := _native(logits)):
+def choose(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, kernel: Draw | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row: logits (B, V), uniform (B,) -> token, logp, logp as sampled, all (B,).
+    kernel: draws where nothing is truncated; None: one of ours on a CPU, plain torch elsewhere."""
+    whole = sampling.temperature > 0 and not sampling.truncates and _drawn(logits)
+    if whole and (draw := kernel or _native(logits)):
         token, logp = draw(logits, uniform.contiguous(), sampling.temperature)
         return token, logp, logp
     scores = logits.float()
@@ -74,14 +80,18 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
     return token, picked - total.log(), picked - mass.log()
 
 
-def _native(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The kernel for these logits, where there is one."""
-    known = logits.is_cpu and logits.dtype in DTYPES and type(logits) is Tensor
-    return _kernel() if known and logits.is_contiguous() else None
+def _native(logits: Tensor) -> Draw | None:
+    """The kernel for such logits, where there is one."""
+    return _kernel() if logits.is_cpu else None
+
+
+def _drawn(logits: Tensor) -> bool:
+    """Whether kernels draw from such logits."""
+    return type(logits) is Tensor and logits.dtype in DTYPES and logits.is_contiguous()
 
 
 @cache
-def _kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+def _kernel() -> Draw | None:
     try:
         return native("draw")
     except KernelUnavailable:

@@ -99,3 +99,19 @@ def test_what_it_does_not_take_goes_the_plain_way(native, monkeypatch):  # noqa:
         assert choose(x, uniform, how)[0].shape == (4,)
     for other in (x.double(), x.t().contiguous().t()):
         assert choose(other, uniform, Sampling(1))[0].shape == (4,)
+
+
+def test_a_kernel_that_is_given_draws_where_nothing_is_truncated():
+    x, uniform = rows(50, torch.float32, 4), torch.rand(4, dtype=torch.float64)
+    seen = []
+
+    def kernel(logits, uniform, temperature):
+        seen.append(temperature)
+        return torch.full((4,), 7), torch.full((4,), -1.0)
+
+    token, logp, sampled = choose(x, uniform, Sampling(1, temperature=0.5), kernel)
+    assert seen == [0.5] and (token == 7).all() and torch.equal(logp, sampled)
+    for how in (Sampling(1, temperature=0.0), Sampling(1, top_k=3), Sampling(1, top_p=0.9)):
+        choose(x, uniform, how, kernel)
+    choose(x.double(), uniform, Sampling(1), kernel)
+    assert len(seen) == 1
