@@ -208,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=("cpu",), default="cpu", help=argparse.SUPPRESS)
+    parser.add_argument("--liger", choices=("auto",), default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--out", type=Path, help="a JSON file")

@@ -24,7 +24,7 @@ from reasonrl.slots import GROW
 from reasonrl.whole_layer import DTYPES, TYPES
 
 TOKENS = 16  # of a call
-MOST = 1 << 28  # weights of a decoder; up to here the kernel was measured as the faster way
+MOST = 1 << 29  # weights of a decoder; up to here the kernel was measured as the faster way
 AT_ONCE = 1 << 26  # bytes of slots up to which they are as wide at once as they may become
 FIXED = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles nothing changes
 

@@ -83,8 +83,11 @@ def known(decoder: Any) -> bool:
 
 
 def plain(layer: Any) -> bool:
-    """Whether it is a linear layer that computes as torch has it, and nobody listens to it."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not structure.heard(layer)
+    """Whether it is a linear layer that computes as torch has it with all of its weight, and nobody
+    listens to it."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or structure.heard(layer):
+        return False
+    return layer.weight.shape == (layer.out_features, layer.in_features)
 
 
 def _known(layer: Any) -> bool:
