@@ -35,13 +35,16 @@ def add_rms_norm(
     return total, y
 
 
-def add_rms_norm_(x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype):
+def add_rms_norm_(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     """The same without a gradient, the sum in the place of x; gives the norm alone."""
     y, width = torch.empty(x.shape, dtype=dtype), len(weight)
     kinds = DTYPES[x.dtype], DTYPES[weight.dtype], DTYPES[dtype]
     here = pointer(x)
     task = core().NormTask(here, pointer(weight), 0, x.numel() // width, width, *kinds, eps)
-    core().rms_norm(task, pointer(delta), here, DTYPES[delta.dtype], pointer(y), threads())
+    added = (0, 0, 0) if delta is None else (pointer(delta), here, DTYPES[delta.dtype])
+    core().rms_norm(task, *added, pointer(y), threads())
     return y
 
 

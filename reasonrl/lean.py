@@ -1,23 +1,22 @@
-"""One new token a row through a decoder on a CPU, without its modules.
+"""One new token a row through a decoder without its modules.
 
-A token of a small model is hundreds of small calls. Where every layer is of known build, nobody
-listens to one (hooks), and the products stand ready (`Policy.inference`), a layer is four products
-and four kernels: norm with the residual; q, k and v; rotary embedding and attention over the slots;
-its product; norm with the residual; gate and up; SwiGLU; its product. The numbers are the modules'.
-Shapes: B rows, D width.
+A token of a small model is hundreds of small calls, and on a GPU most of its time is starting
+kernels. Where every layer is of known build, nobody listens to one (hooks), and the products stand
+ready (`Policy.inference`), a layer is four products and four kernels: norm with the residual; q, k
+and v; turned, placed into the slots and attended in one; its product; norm with the residual; gate
+and up; SwiGLU; its product. The numbers are the modules'. Shapes: B rows, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from reasonrl import cpu_layers, lean_gpu
-from reasonrl.implementations import native
+from reasonrl import cpu_layers, flash
+from reasonrl.implementations import native, triton
 from reasonrl.models import Policy
 from reasonrl.slots import Slots
 
@@ -25,9 +24,18 @@ Product = Callable[[Tensor], Tensor]
 Norm = tuple[Tensor, float, torch.dtype]  # weight, eps, dtype of the result
 
 
-@dataclass(frozen=True)
-class Layer:
+class Kernels(NamedTuple):
+    """What stands between the products."""
+
+    attend: Callable[..., Tensor]
+    gate: Callable[[Tensor], Tensor]
+    norm: Callable[..., Tensor]  # x, what is added to it in place or None, Norm -> its norm
+    draw: Callable[..., tuple[Tensor, Tensor]] | None = None  # for the batch that is decoded
+
+
+class Layer(NamedTuple):
     qkv: Product
+    heads: tuple[Any, ...]  # norms of q's and k's heads and their eps, where there are any
     out: Product
     norm: Norm
     both: Product  # gate and up
@@ -40,10 +48,9 @@ class Layer:
 class Decoder:
     """`Policy.hidden` of one token a row whose prompt's keys and values are in the slots."""
 
-    def __init__(self, decoder: Any, dtype: torch.dtype):
+    def __init__(self, decoder: Any, dtype: torch.dtype, kernels: Kernels):
         self.decoder = decoder
-        self.attend, self.swiglu = native("turned_slot_attention"), native("joined_swiglu")
-        self.norm, self.add_norm = native("rms_norm"), native("add_rms_norm_")
+        self.attend, self.gate, self.norm, self.draw = kernels
         own, residual = decoder.norm.weight.dtype, decoder.embed_tokens.weight.dtype
         firsts = [_norm(layer.input_layernorm, dtype) for layer in decoder.layers]
         self.first, *later = *firsts, _norm(decoder.norm, torch.promote_types(own, residual))
@@ -52,27 +59,46 @@ class Decoder:
     def __call__(self, ids: Tensor, position: Tensor, slots: Slots) -> Tensor:
         """(B,), (B,) -> (B, D)."""
         x: Tensor = self.decoder.embed_tokens(ids)  # the residual, added to in place
-        cos, sin = (a[0] for a in self.decoder.rotary_emb(x[None], position[None]))
-        y = self.norm(x, *self.first)
+        cos, sin = (a[0].contiguous() for a in self.decoder.rotary_emb(x[None], position[None]))
+        y = self.norm(x, None, *self.first)
         for layer in self.layers:
-            keys, values = slots.cache[layer.index]
-            seen = self.attend(layer.qkv(y), cos, sin, keys, values, slots.length, layer.scaling)
-            y = self.add_norm(x, layer.out(seen), *layer.norm)
-            y = self.add_norm(x, layer.down(self.swiglu(layer.both(y))), *layer.after)
+            where = cos, sin, *slots.cache[layer.index], slots.length, layer.scaling
+            seen = self.attend(layer.qkv(y), *where, *layer.heads)
+            y = self.norm(x, layer.out(seen), *layer.norm)
+            y = self.norm(x, layer.down(self.gate(layer.both(y))), *layer.after)
         return y
 
 
 def of(policy: Policy) -> Callable[[Tensor, Tensor, Slots], Tensor]:
     """The decoder without its modules where it fits, inside of `policy.inference()`; else
     `policy.hidden`."""
-    if policy.device.type == "cuda":
-        return lean_gpu.decoder(policy) or policy.hidden
     decoder: Any = policy.model.get_decoder()
-    if not cpu_layers.lean(decoder):
+    on_a_gpu = policy.device.type == "cuda"
+    if not (_on_a_gpu(policy, decoder) if on_a_gpu else cpu_layers.lean(decoder)):
         return policy.hidden
     if decoder.embed_tokens.weight.dtype not in (torch.float32, policy.compute):
         return policy.hidden
-    return Decoder(decoder, policy.compute)
+    return Decoder(decoder, policy.compute, gpu_kernels() if on_a_gpu else cpu_kernels())
+
+
+def cpu_kernels() -> Kernels:
+    return Kernels(*map(native, ("turned_slot_attention", "joined_swiglu", "add_rms_norm_")))
+
+
+def gpu_kernels() -> Kernels:
+    return Kernels(*map(triton, ("place_and_attend", "gate", "add_rms_norm_", "draw")))
+
+
+def _on_a_gpu(policy: Policy, decoder: Any) -> bool:
+    """Whether all its products are joined and cast (products.prepared), and the kernels have its
+    heads."""
+    if policy.compute not in flash.HALF or policy.attn == "sdpa":
+        return False
+    layers = getattr(decoder, "layers", ())
+    parts = [module for layer in layers for module in (layer.self_attn, layer.mlp)]
+    if not parts or not all("joined" in vars(part) for part in parts):
+        return False
+    return flash.unfit(parts[0].head_dim, policy.device) is None
 
 
 def _norm(norm: Any, dtype: torch.dtype) -> Norm:
@@ -80,8 +106,11 @@ def _norm(norm: Any, dtype: torch.dtype) -> Norm:
 
 
 def _layer(layer: Any, after: Norm, dtype: torch.dtype) -> Layer:
-    attn, mlp = layer.self_attn, layer.mlp
+    attn, mlp, heads = layer.self_attn, layer.mlp, ()
+    if hasattr(attn, "q_norm"):
+        heads = (attn.q_norm.weight, attn.k_norm.weight), attn.q_norm.variance_epsilon
     return Layer(
-        attn.joined.product, attn.o_proj.forward, _norm(layer.post_attention_layernorm, dtype),
-        mlp.joined.product, mlp.down_proj.forward, after, attn.layer_idx, attn.scaling,
+        attn.joined.product, heads, attn.o_proj.forward,
+        _norm(layer.post_attention_layernorm, dtype), mlp.joined.product, mlp.down_proj.forward,
+        after, attn.layer_idx, attn.scaling,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Linear layers while nobody learns: weights are cast to the compute dtype once, on a CPU packed
 as oneDNN reads them, and those of one input are joined where a module of `cpu_layers`, or on a GPU
-a decoder without modules (`lean_gpu`), reads them so.
+a decoder without modules (`lean`), reads them so.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def prepared(model: nn.Module, compute: torch.dtype) -> Iterator[None]:
 def _joinable(model: Any, compute: torch.dtype) -> list[tuple[nn.Module, list[nn.Linear]]]:
     """Modules with the layers of one input that are joined: on a CPU where all are packed, on a GPU
     where weights are cast anyway and the decoder is one that reads them so."""
-    if any(True for _ in model.parameters()) and next(model.parameters()).is_cuda:
+    first = next(model.parameters(), None)
+    if first is not None and first.is_cuda:
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
         fits = compute in HALF and decoder is not None and gpu_layers.lean(decoder)
         return gpu_layers.joinable(decoder) if fits else []

@@ -12,7 +12,7 @@ import torch
 from test_gpu import gpu, packed, tiny  # noqa: F401, a fixture
 from test_packing import gradients, made_up
 
-from reasonrl import lean_gpu, sampling, whole_layer
+from reasonrl import lean, sampling, whole_layer
 from reasonrl.attention import attend
 from reasonrl.kernels import draw, reference, slots
 from reasonrl.logprobs import rollout_logp
@@ -86,19 +86,19 @@ def test_a_decoder_without_modules_samples_what_the_trainer_says(monkeypatch):
     """In bf16: log p as drawn against the trainer's, no further apart than through modules."""
     prompts = [[5 + i, 6, 7 + i][: 1 + i % 3] for i in range(12)]
     rows, gaps, taken = [Problem(str(i), "") for i in range(12)], [], []
-    inner = lean_gpu.decoder
-    for lean in (True, False):
+    inner = lean._on_a_gpu
+    for own in (True, False):
         policy = tiny(dtype="bf16", liger="ours", layers=4, width=128)
 
-        def decoder(policy, lean=lean):
-            taken.append(inner(policy) if lean else None)
+        def fits(policy, decoder, own=own):
+            taken.append(own and inner(policy, decoder))
             return taken[-1]
 
-        monkeypatch.setattr(lean_gpu, "decoder", decoder)
+        monkeypatch.setattr(lean, "_on_a_gpu", fits)
         rollout = sample(policy, rows, prompts, 4, Sampling(64), seed=1)
         trained = rollout_logp(policy, rollout, 4096).cpu()
         gaps.append(float((torch.cat(rollout.logp) - trained).abs().mean()))
-    assert [x is not None for x in taken] == [True, False]
+    assert taken == [True, False]
     assert gaps[0] <= 1.5 * gaps[1] + 1e-4, gaps
 
 

@@ -50,7 +50,7 @@ STAIR = [
     },
     {
         *"models rollout batch checkpoint log config lora logprobs heads vision".split(),
-        *"prm prm_heads asking encoder asker decoding burst lean lean_gpu slots engine".split(),
+        *"prm prm_heads asking encoder asker decoding burst lean slots engine".split(),
     },
     {
         *(
