@@ -40,6 +40,7 @@ class Settings:
     threads: int = 0  # 0: torch's own choice
     device: str = "cpu"  # or cuda
     liger: str = "auto"  # our side's fused layers: auto, as a run's default, ours, off
+    batch_tokens: int = 8192  # packed tokens of one of our micro-batches; the rival has all in one
 
     def words(self) -> list[str]:
         """As command-line options."""
@@ -105,7 +106,7 @@ class Ours:
             model=settings.model,
             learning_rate=RATE,
             optim=Optim(betas=(0.9, 0.999)),
-            batch=BatchLimit(tokens=8192),
+            batch=BatchLimit(tokens=settings.batch_tokens),
         )
         self.learner = Learner(self.policy, config, Accelerator(cpu=settings.device == "cpu"))
         self.spec = LossSpec.named("grpo")

@@ -123,8 +123,7 @@ class Layer:
             return parts[0].to(self.known.dtype)
         shape = sum(map(len, parts)), parts[0].shape[1]
         out = parts[0].new_empty(shape, dtype=self.known.dtype)
-        for part, place in zip(parts, out.split([len(part) for part in parts]), strict=True):
-            place.copy_(part)
+        torch._foreach_copy_(out.split([len(part) for part in parts]), parts)
         return out
 
     def product(self, names: Sequence[str], x: Tensor) -> Tensor:

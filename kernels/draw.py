@@ -47,6 +47,14 @@ def block_kernel(
 
 
 @triton.jit
+def first(ends, mass, aim, at, none):
+    """The first of any mass whose end passes the aim; where rounding aims past them all, the last
+    of any mass. A scan's ends may fall by a rounding, and rise where there is no mass."""
+    last = tl.max(tl.where(mass > 0, at, 0), 0)
+    return tl.minimum(tl.min(tl.where((mass > 0) & (ends > aim), at, none), 0), last)
+
+
+@triton.jit
 def pick_kernel(
     u_ptr, most_ptr, sum_ptr, uniform_ptr, token_ptr, logp_ptr, vocab, blocks, heat, cold,
     WARM: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
@@ -62,14 +70,12 @@ def pick_kernel(
     ends = tl.cumsum(mass, 0)
     total = tl.max(ends, 0)
     aim = tl.load(uniform_ptr + row) * total
-    last = tl.max(tl.where(mass > 0, b, 0), 0)  # rounding may aim past the sum
-    block = tl.minimum(tl.sum(tl.where(ends <= aim, 1, 0), 0), last)
+    block = first(ends, mass, aim, b, MANY)
     before = tl.sum(tl.where(b == block, ends - mass, 0.0), 0)
 
     y = scaled_block(u_ptr + row * vocab, block * BLOCK + i, vocab, heat, cold, WARM)
     w = tl.where(y == float("-inf"), 0.0, tl.exp(y - top)).to(tl.float64)
-    last = tl.max(tl.where(w > 0, i, 0), 0)
-    at = tl.minimum(tl.sum(tl.where(before + tl.cumsum(w, 0) <= aim, 1, 0), 0), last)
+    at = first(before + tl.cumsum(w, 0), w, aim, i, BLOCK)
     taken = tl.sum(tl.where(i == at, tl.where(y == float("-inf"), 0.0, y), 0.0), 0)
     logp = (taken - top).to(tl.float64) - tl.log(tl.where(broken, 1.0, total))
     tl.store(token_ptr + row, tl.where(broken, 0, block * BLOCK + at).to(tl.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from reasonrl.kernels import layers, packed
 from reasonrl.kernels.common import available
 from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Turn
 
-__all__ = ["available", "decoder_layer"]
+__all__ = ["available", "decoder_layer", "read_prompts"]
 
 
 def decoder_layer(
@@ -22,6 +23,24 @@ def decoder_layer(
     biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
 ) -> Tensor:  # (L, D) fp32
     return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases)
+
+
+def read_prompts(
+    qkv: Tensor,  # (L, (H + 2 K) d), contiguous; q and k are turned where they are
+    cos: Tensor,  # (L, d)
+    sin: Tensor,  # (L, d)
+    size: int,  # d
+    key_heads: int,
+    where: Any,  # calls.Calls
+    scaling: float,
+    norms: Sequence[Tensor] = (),  # as of `turn_`
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # (L, H d), and keys and values (L, K, d)
+    """Attention of packed prompts, without a gradient."""
+    heads = qkv.unflatten(1, (-1, size))
+    packed.turn_(heads, cos, sin, key_heads, norms, eps)
+    q, k, v = _split(heads, key_heads)
+    return packed.attend(q, k, v, where, scaling)[0].flatten(1), k, v
 
 
 def attend(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Tensor, list[Tensor]]:

@@ -15,6 +15,7 @@ Legend: L tokens, H query and K key heads of size d.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,17 +42,33 @@ def angles(cos_ptr, sin_ptr, row, c, half):
 
 
 @triton.jit
+def of_either(q_ptr, k_ptr, at, real, is_q):
+    """(HEADS, half), the weights of q's heads or of k's."""
+    q = tl.load(q_ptr + at, mask=real, other=0.0).to(tl.float32)[None, :]
+    k = tl.load(k_ptr + at, mask=real, other=0.0).to(tl.float32)[None, :]
+    return tl.where(is_q, q, k)
+
+
+@triton.jit
 def turn_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, turned, all_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
-):
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, heads, turned, all_heads, half, eps,
+    NORMED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     row, h, c = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS), tl.arange(0, HALF)
     cos_a, cos_b, sin_a, sin_b = angles(cos_ptr, sin_ptr, row, c, half)
     h += tl.program_id(1) * HEADS
     at = (row * all_heads + h)[:, None] * (2 * half) + c[None, :]
     real = (h < turned)[:, None] & (c < half)[None, :]
+    kind = qkv_ptr.dtype.element_ty
     a = tl.load(qkv_ptr + at, mask=real, other=0.0).to(tl.float32)
     b = tl.load(qkv_ptr + at + half, mask=real, other=0.0).to(tl.float32)
-    kind = qkv_ptr.dtype.element_ty
+    if NORMED:
+        is_q = (h < heads)[:, None]
+        square = (tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None]
+        scale = 1.0 / tl.sqrt_rn(square / (2 * half) + eps)
+        a, b = (a * scale).to(kind).to(tl.float32), (b * scale).to(kind).to(tl.float32)
+        a *= of_either(q_norm_ptr, k_norm_ptr, c, c < half, is_q)
+        b *= of_either(q_norm_ptr, k_norm_ptr, half + c, c < half, is_q)
     tl.store(qkv_ptr + at, (a * cos_a - b * sin_a).to(kind), mask=real)
     tl.store(qkv_ptr + at + half, (b * cos_b + a * sin_b).to(kind), mask=real)
 
@@ -120,14 +137,22 @@ def back_kernel(
     tl.store(out_ptr + place + half, b.to(kind), mask=real)
 
 
-def turn_(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> None:
-    """The rotary embedding of q and k in place: qkv (L, H + 2 K, d), the angles (L, d)."""
+def turn_(
+    qkv: Tensor,  # (L, H + 2 K, d), contiguous
+    cos: Tensor,  # (L, d)
+    sin: Tensor,  # (L, d)
+    key_heads: int,
+    norms: Sequence[Tensor] = (),  # weights (d,) of the norms of q's heads and of k's
+    eps: float = 0.0,
+) -> None:
+    """The rotary embedding of q and k, normed before it where there are norms, in place."""
     tokens, heads, size = qkv.shape
     many, half, shape = _block(heads - key_heads, size)
     assert qkv.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     turn_kernel[(tokens, many)](
-        qkv, cos, sin, heads - key_heads, heads, size // 2, **shape, num_warps=4
-    )
+        qkv, cos, sin, *(norms or (qkv, qkv)), heads - 2 * key_heads, heads - key_heads, heads,
+        half, eps, NORMED=bool(norms), **shape, num_warps=4,
+    )  # fmt: skip
 
 
 def attend(

@@ -98,12 +98,16 @@ class Packed:
         known = self.cache is None and self.attn != "sdpa" and device.type == "cuda"
         return known and dtype in flash.HALF and flash.unfit(size, device) is None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q (H, L, d), k and v (K, L, d) -> (L, H, d)."""
-        q, k, v = (x.to(v.dtype).transpose(0, 1) for x in (q, k, v))  # (L, heads, d)
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Of k and v (L, K, d) those of the prompts, where they are to be kept."""
         if self.cache is not None:
             prompts = self.blocks.prompt, self.blocks.shape[0]
             self.cache[layer] = _blocks(k, *prompts), _blocks(v, *prompts)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (H, L, d), k and v (K, L, d) -> (L, H, d)."""
+        q, k, v = (x.to(v.dtype).transpose(0, 1) for x in (q, k, v))  # (L, heads, d)
+        self.keep(layer, k, v)
         missing = "" if self.attn == "sdpa" else flash.missing(q)
         if missing is None:
             return flash.attend(q, k, v, self.spans, scaling)

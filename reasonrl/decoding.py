@@ -110,7 +110,7 @@ class Decoding:
         """The next prompts into the slots `at`, each with its group, and their first tokens."""
         first, self.entered = self.entered, self.entered + len(at) // self.group
         ids, images = zip(*self.prompts[first : self.entered], strict=True)
-        plan, last, position = prefill(self.policy, ids, images)
+        plan, last, position = prefill(self.policy, ids, images, self.hidden)
         owner = torch.arange(len(ids), device=at.device).repeat_interleave(self.group)
         length = torch.tensor([len(x) for x in ids], device=at.device)
         self.slots.put(at, plan, owner, length, position)
@@ -195,7 +195,10 @@ def _record(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def prefill(
-    policy: Policy, prompt_ids: Sequence[Sequence[int]], images: Sequence[Any]
+    policy: Policy,
+    prompt_ids: Sequence[Sequence[int]],
+    images: Sequence[Any],
+    decoder: Any = None,  # of `lean`, or what gives hidden states otherwise
 ) -> tuple[Packed, Tensor, Tensor]:
     """The plan with its cache; of every prompt the hidden state that predicts its first new token
     (P, D), and that token's position (P,)."""
@@ -210,6 +213,9 @@ def prefill(
     positions = join_positions(own, bool(seen)).to(policy.device)
     first = torch.tensor([first_position(look, len(ids)) for ids, look in pairs])
     plan = Packed(layout, policy.device, keep=True, attn=policy.attn)
-    hidden = policy.hidden(flat, positions, plan, seen)
+    if isinstance(decoder, lean.Decoder) and decoder.reads(plan, seen):
+        hidden = decoder.read(flat, positions, plan)
+    else:
+        hidden = policy.hidden(flat, positions, plan, seen)
     ends = torch.tensor([start + length - 1 for start, length, _ in layout], device=policy.device)
     return plan, hidden.index_select(0, ends), first.to(policy.device)

@@ -27,7 +27,7 @@ LAYERS = ("rms_norm", "add_rms_norm", "swiglu", "rotary")
 ON_A_CPU = ("masked_softmax", "slot_attention", *LAYERS)  # a GPU has its own ways:
 ON_A_GPU = {
     "add_rms_norm_": "layers", "gate": "layers", "place_and_attend": "slots", "draw": "draw",
-    "decoder_layer": "gpu_decoder",
+    "decoder_layer": "gpu_decoder", "read_prompts": "gpu_decoder",
 }  # fmt: skip
 
 log = keys.logger("reasonrl")

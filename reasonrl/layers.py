@@ -21,8 +21,8 @@ LIGER = ("auto", "ours", "off")
 
 def fuse(model: Any, liger: str) -> bool:
     """Whether layers of the model are fused now. `auto` fuses where the architecture is known: on a
-    CPU by ours, on a GPU by liger-kernel where it is installed; `ours` has whole layers and
-    decoding by ours on a GPU as well, InputError where that cannot be."""
+    CPU by ours, on a GPU by liger-kernel where it is installed, and whole layers and decoding by
+    ours; `ours` is that too, but InputError where a GPU has none of ours."""
     if liger not in LIGER:
         raise InputError(f"liger: expected one of {', '.join(LIGER)}, got {liger!r}")
     if liger == "off":
@@ -32,17 +32,20 @@ def fuse(model: Any, liger: str) -> bool:
     if model.device.type != "cuda":
         return False
     found = importlib.util.find_spec("liger_kernel") is not None and _ligers(model)
-    return _ours(model) if liger == "ours" else found
+    return _whole(model, must=liger == "ours") or found
 
 
-def _ours(model: Any) -> bool:
+def _whole(model: Any, must: bool) -> bool:
     try:
-        if gpu_layers.fuse(model):
-            return True
+        found = gpu_layers.fuse(model)
     except KernelUnavailable as missing:
-        raise InputError(f"liger: ours: {missing}") from None
-    known = ", ".join(structure.TURNED)
-    raise InputError(f"liger: ours knows the layers of {known}, got {model.config.model_type}")
+        if must:
+            raise InputError(f"liger: ours: {missing}") from None
+        return False
+    if must and not found:
+        known = ", ".join(structure.TURNED)
+        raise InputError(f"liger: ours knows the layers of {known}, got {model.config.model_type}")
+    return found
 
 
 def _ligers(model: Any) -> bool:

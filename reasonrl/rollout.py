@@ -65,16 +65,17 @@ def sample(
         if sampling.max_tokens > 0:
             batch.run()
     count = batch.count.tolist()
-    ids = [row.tolist() for row in _cut(batch.tokens, count)]
+    ids = [row[:n].tolist() for row, n in zip(batch.tokens.cpu(), count, strict=True)]
+    text, at = _read(policy.tokenizer, ids)
     return Rollout(
         problems=problems,
         prompt_ids=prompt_ids,
         group=torch.arange(len(problems)).repeat_interleave(group),
         completion_ids=ids,
-        text=[decode(policy.tokenizer, row) for row in ids],
+        text=text,
         finished=[bool(row) and row[-1] in policy.eos for row in ids],
         logp=_cut(batch.logp, count),
-        pieces=[pieces(policy.tokenizer, row) for row in ids],
+        pieces=at,
         sampling_logp=_cut(batch.sampling_logp, count) if sampling.truncates else None,
         images=images,
     )
@@ -106,16 +107,17 @@ def _drawn(policy: Policy, problems, prompt_ids, group: int, found: Sequence[Any
     """What a server drew, `group` completions of each problem, as a rollout."""
     each = len(prompt_ids) * group
     ids = [one.tokens for one in found] or [[]] * each
+    text, at = _read(policy.tokenizer, ids)
     logp = [torch.tensor(one.logp) for one in found] or [torch.zeros(0)] * each
     return Rollout(
         problems=problems,
         prompt_ids=prompt_ids,
         group=torch.arange(len(problems)).repeat_interleave(group),
         completion_ids=ids,
-        text=[decode(policy.tokenizer, row) for row in ids],
+        text=text,
         finished=[bool(row) and row[-1] in policy.eos for row in ids],
         logp=logp,
-        pieces=[pieces(policy.tokenizer, row) for row in ids],
+        pieces=at,
         sampling_logp=logp,
         served=True,
     )
@@ -150,18 +152,25 @@ def given(
     words = policy.tokenizer
     ids = [[*words.encode(t, add_special_tokens=False), words.eos_token_id] for t in texts]
     prompt_ids, images = prepare(policy, problems, prompt_ids)
+    text, at = _read(words, ids)
     each = len(texts) // max(1, len(problems))
     return Rollout(
         problems=problems,
         prompt_ids=prompt_ids,
         group=torch.arange(len(problems)).repeat_interleave(each),
         completion_ids=ids,
-        text=[decode(words, row) for row in ids],
+        text=text,
         finished=[True] * len(ids),
         logp=[torch.zeros(len(row)) for row in ids],
-        pieces=[pieces(words, row) for row in ids],
+        pieces=at,
         images=images,
     )
+
+
+def _read(tokenizer: Any, ids: Sequence[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
+    """The texts, and where each token starts."""
+    text = [decode(tokenizer, row) for row in ids]
+    return text, [pieces(tokenizer, row, t) for row, t in zip(ids, text, strict=True)]
 
 
 def _cut(rows: Tensor, count: Sequence[int]) -> list[Tensor]:

@@ -120,14 +120,21 @@ def _inverse(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     odd = vocabulary % BLOCK  # a padding of nothing would still copy
     padded = torch.nn.functional.pad(weight, (0, BLOCK - odd)) if odd else weight
     blocks = padded.view(rows, -1, BLOCK)
-    ends = blocks.sum(-1).double().cumsum(-1)
+    mass = blocks.sum(-1).double()
+    ends = mass.cumsum(-1)
     aim = uniform[:, None] * ends[:, -1:]
-    block = torch.searchsorted(ends, aim, right=True).clamp_(max=ends.shape[1] - 1)
+    block = _first(ends, mass, aim)
     before = torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0]
-    inside = inner.double().cumsum(-1)
-    at = torch.searchsorted(inside, aim - before, right=True)
-    # rounding may aim past the block's own sum: take its last entry that has any mass
-    columns = torch.arange(BLOCK, device=weight.device)
-    last = columns.where(inner > 0, 0).amax(-1, keepdim=True)
-    return (block * BLOCK + torch.minimum(at, last))[:, 0], ends[:, -1].float()
+    inner = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK))[:, 0].double()
+    at = _first(inner.cumsum(-1), inner, aim - before)
+    return (block * BLOCK + at)[:, 0], ends[:, -1].float()
+
+
+def _first(ends: Tensor, mass: Tensor, aim: Tensor) -> Tensor:
+    """(B, N), (B, N), (B, 1) -> (B, 1): the first entry of any mass whose end passes the aim, or
+    where rounding aims past them all the last of any mass. A GPU's scan is a tree, whose ends may
+    fall by a rounding, and rise where there is no mass."""
+    columns, some = torch.arange(ends.shape[1], device=ends.device), mass > 0
+    last = columns.where(some, 0).amax(-1, keepdim=True)
+    past = columns.where(some & (ends > aim), ends.shape[1]).amin(-1, keepdim=True)
+    return torch.minimum(past, last)

@@ -115,27 +115,43 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), **options)
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Where every token starts in `decode(tokenizer, ids)`: T + 1 offsets, the last the length.
+def pieces(tokenizer: Any, ids: Sequence[int], text: str | None = None) -> list[int]:
+    """Where every token starts in `text`, which is `decode(tokenizer, ids)`: T + 1 offsets, the
+    last the length.
 
     Special tokens have width zero. Exact for byte-level BPE, where bytes are counted, and where
     tokens are plain parts of the text (characters, words); other tokenizers are read by decoding
     every prefix, which costs T decodes.
     """
-    text = decode(tokenizer, ids)
+    text = decode(tokenizer, ids) if text is None else text
     if not hasattr(tokenizer, "convert_ids_to_tokens") or not ids:
         return _prefix_pieces(tokenizer, ids, text)
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(ids))
     parts = ["" if i in special else token or "" for i, token in zip(ids, tokens, strict=True)]
-    if "".join(parts) == text:
+    joined = "".join(parts)
+    if joined == text:
         return [0, *accumulate(map(len, parts))]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if type(getattr(backend, "decoder", None)).__name__ == "ByteLevel":
-        offsets = _byte_pieces([_token_bytes(part) for part in parts], text)
+        offsets = _whole_pieces(parts, joined, text)
+        offsets = offsets or _byte_pieces([_token_bytes(part) for part in parts], text)
         if offsets is not None:
             return offsets
     return _prefix_pieces(tokenizer, ids, text)
+
+
+def _whole_pieces(parts: Sequence[str], joined: str, text: str) -> list[int] | None:
+    """Offsets where every character of the tokens is one byte and the bytes are whole characters;
+    None elsewhere."""
+    data = joined.translate(_plain())
+    if max(data, default="") > "\xff" or data.encode("latin-1") != text.encode("utf-8"):
+        return None
+    ends = [0, *accumulate(map(len, parts))]
+    if len(data) == len(text):
+        return ends
+    before = [0, *accumulate("\x80" > c or c >= "\xc0" for c in data)]  # characters that begin
+    return [before[end] for end in ends]
 
 
 def _byte_pieces(parts: Sequence[bytes], text: str) -> list[int] | None:
@@ -157,17 +173,15 @@ def _character_starts(data: bytes) -> list[int]:
     """Byte position of every character; undecodable bytes count as the decoder counts them."""
     starts, position = [], 0
     while position < len(data):
+        good, broken = len(data), len(data)
         try:
-            good, broken = data[position:].decode("utf-8"), (0, 0)
+            data[position:].decode("utf-8")
         except UnicodeDecodeError as error:
-            good = data[position : position + error.start].decode("utf-8")
-            broken = (error.start, error.end)
-        for character in good:
-            starts.append(position)
-            position += len(character.encode("utf-8"))
-        if broken[1]:
-            starts.append(position)
-            position += broken[1] - broken[0]
+            good, broken = position + error.start, position + error.end
+        starts += [at for at in range(position, good) if not 0x80 <= data[at] < 0xC0]
+        if broken > good:
+            starts.append(good)
+        position = broken
     return starts
 
 
@@ -184,6 +198,7 @@ def _prefix_pieces(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
     return [*out, len(text)] if ids else [len(text)]
 
 
+@lru_cache(maxsize=1 << 16)
 def _token_bytes(token: str) -> bytes:
     """The bytes of a byte-level token; an added token outside that alphabet is plain text."""
     table = _byte_of()
@@ -199,3 +214,8 @@ def _byte_of() -> dict[str, int]:
     hidden = [b for b in range(256) if b not in visible]
     table = {chr(b): b for b in visible}
     return table | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+
+
+@lru_cache(maxsize=1)
+def _plain() -> dict[int, int]:
+    return {ord(character): byte for character, byte in _byte_of().items()}

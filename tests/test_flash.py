@@ -28,7 +28,7 @@ def probabilities(q, k, causal, scaling, lse=None):
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     s = torch.einsum("rhd,shd->hrs", q, k) * scaling
     if causal:
-        s = s.masked_fill(~torch.ones(s.shape[1:], dtype=torch.bool).tril(), -torch.inf)
+        s = s.masked_fill(~torch.ones_like(s[0], dtype=torch.bool).tril(), -torch.inf)
     own = s.logsumexp(-1) if lse is None else lse
     return (s - own[..., None]).exp(), own
 

@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_gpu_layers.py
 
-As test_gpu.py. NOT YET RUN on a card; `liger=auto` takes these kernels when they have passed here.
+As test_gpu.py. These kernels are what `liger=auto` takes there.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def test_a_placed_token_sees_its_row_in_bf16(sizes, width, rows):
     for cache, new in zip(before, (k, v), strict=True):
         cache[at, length] = new.to(kind)
     for ours, wanted in zip(kept, before, strict=True):
-        assert float((ours.double() - wanted.double()).abs().max()) <= 0.05
+        gap, most = ours.double() - wanted.double(), wanted.double().abs().amax(-1, keepdim=True)
+        assert (gap.abs() <= 2**-7 * most).all()  # its halves are rounded once, then turned
     sees = (torch.arange(width, device="cuda") <= length[:, None])[:, None, None, :]
     keys, values = (x.transpose(1, 2).double() for x in before)
     truth = attend(q[:, :, None], keys, values, sees, size**-0.5)[:, :, 0].flatten(1)

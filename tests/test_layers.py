@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from reasonrl import gpu_layers, layers, models, structure
+from reasonrl import gpu_layers, layers, models
 from reasonrl.records import InputError
 
 SMALL = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
@@ -58,23 +58,25 @@ def test_one_instance_alone_is_changed(liger, monkeypatch):
     assert "Liger" not in repr(models.load("tiny", width=32, layers=1).model)
 
 
-def test_whole_layers_of_a_gpu_are_asked_for_by_name(monkeypatch):
+def test_whole_layers_of_a_gpu_are_taken_where_they_are_known(monkeypatch):
     policy = models.load("tiny", width=32, layers=2)
     monkeypatch.setattr(type(policy.model), "device", models.torch.device("cuda"))
     with pytest.raises(InputError, match="liger: ours: impl='triton' cannot run decoder_layer: "):
         layers.fuse(policy.model, "ours")
+    monkeypatch.setattr(layers, "_ligers", lambda model: False)
+    assert not layers.fuse(policy.model, "auto")  # without Triton
     monkeypatch.setattr(gpu_layers, "triton", lambda op: None)
-    monkeypatch.setattr(layers, "_ligers", lambda model: True)
-    for liger in ("auto", "off"):
-        layers.fuse(policy.model, liger)
-        assert not any("forward" in vars(layer) for layer in policy.model.model.layers)
-    assert layers.fuse(policy.model, "ours")
-    whole = [structure.way(layer) for layer in policy.model.model.layers]
-    assert whole == [gpu_layers._layer] * 2
+    assert not layers.fuse(policy.model, "off")
+    assert not any("forward" in vars(layer) for layer in policy.model.model.layers)
+    for liger in ("auto", "ours"):
+        assert layers.fuse(policy.model, liger)
+        whole = [vars(layer).pop("forward").__func__ for layer in policy.model.model.layers]
+        assert whole == [gpu_layers._layer] * 2
     other = GemmaForCausalLM(GemmaConfig(**{k: 16 for k in SMALL}, num_hidden_layers=1))
     monkeypatch.setattr(type(other), "device", models.torch.device("cuda"))
     with pytest.raises(InputError, match="liger: ours knows the layers of llama.*, got gemma$"):
         layers.fuse(other, "ours")
+    assert not layers.fuse(other, "auto")
 
 
 def test_a_decoder_goes_without_modules_where_all_of_it_is_known(monkeypatch):

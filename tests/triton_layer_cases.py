@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 from triton_cases import DEVICE, RUN_HERE, device, within  # noqa: F401, a fixture
 
 from reasonrl import calls, gpu_layers, lean
+from reasonrl.attention import Packed
 from reasonrl.kernels import draw, gpu_decoder, layers, packed, reference, slots
 from reasonrl.products import Cast, Joined
 from reasonrl.slots import Slots
@@ -310,7 +311,8 @@ def test_a_decoder_layer_and_its_gradients(promised, layout, biased):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_a_decoder_without_modules_is_its_modules(kind):
+def test_a_decoder_without_modules_is_its_modules(promised, kind):
+    """Prompts of several lengths at once, then a token a row."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     size = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
@@ -319,7 +321,7 @@ def test_a_decoder_without_modules_is_its_modules(kind):
     for name, parameter in model.named_parameters():
         parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.3)
     inner: Any = model.get_decoder()
-    ids, rows = torch.randint(0, 50, (3, 7)), 3
+    ids, read = torch.randint(0, 50, (3, 7)), [4, 1, 3]
     assert not gpu_layers.lean(inner) and gpu_layers.fuse(model) and gpu_layers.lean(inner)
     with torch.no_grad():
         truth = inner(ids).last_hidden_state
@@ -328,16 +330,21 @@ def test_a_decoder_without_modules_is_its_modules(kind):
             module.joined.packed = False
             module.joined.weight = torch.cat([part.weight for part in parts])
         own = lean.Decoder(inner, FULL, lean.gpu_kernels())
-        place = Slots(rows, 8, torch.device("cpu"))
-        place.fixed, place.width, place.length = True, 8, place.length.to(DEVICE)
-        place.ahead = place.ahead.to(DEVICE)
-        place.cache = {
-            i: [torch.full((rows, 8, 2, 16), torch.nan) for _ in range(2)] for i in range(2)
-        }
-        for n in range(7):
-            hidden = own(ids[:, n], place.position, place)
+        starts = [sum(read[:b]) for b in range(3)]
+        plan = Packed([(s, n, ()) for s, n in zip(starts, read, strict=True)], DEVICE, keep=True)
+        assert own.reads(plan, []) and not own.reads(plan, ["an image"])
+        flat = torch.cat([row[:n] for row, n in zip(ids, read, strict=True)])
+        hidden = own.read(flat, torch.cat([torch.arange(n) for n in read]), plan)
+        wanted = torch.cat([row[:n] for row, n in zip(truth, read, strict=True)])
+        torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)
+        length, each = torch.tensor(read), torch.arange(3)
+        place = Slots(3, 8, torch.device(DEVICE))
+        place.fixed, place.width = True, 8
+        place.put(each, plan, each, length, length)
+        for n in range(3):
+            hidden = own(ids[each, length + n], place.position, place)
             place.length += 1
-            torch.testing.assert_close(hidden, truth[:, n], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(hidden, truth[each, length + n], rtol=1e-4, atol=1e-4)
 
 
 def test_a_part_reads_its_rows_of_the_joined_weight():

@@ -64,15 +64,16 @@ def rollout_of(
     place = [(first + b) // group - first // group for b in range(len(rows))]
     heads = [b for b in range(len(rows)) if not b or place[b] != place[b - 1]]
     ids = [list(row) for row in completion_ids]
+    text = [decode(tokenizer, row) for row in ids]
     return Rollout(
         problems=[problem_of(str(g), rows[b]) for g, b in enumerate(heads)],
         prompt_ids=[() if prompt_ids is None else prompt_ids[b] for b in heads],
         group=torch.tensor(place, dtype=torch.int64),
         completion_ids=ids,
-        text=[decode(tokenizer, row) for row in ids],
+        text=text,
         finished=[bool(row) and row[-1] == tokenizer.eos_token_id for row in ids],
         logp=[torch.zeros(len(row)) for row in ids],
-        pieces=[pieces(tokenizer, row) for row in ids],
+        pieces=[pieces(tokenizer, row, t) for row, t in zip(ids, text, strict=True)],
     )
 
 
