@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 FP32 = "*fp32"
-INTS = "width rows size half heads all_heads key_heads turned tokens blocks vocab"
+INTS = "width rows size half heads all_heads out_heads key_heads turned tokens blocks vocab"
 
 
 def shipped(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict]]:
@@ -22,7 +22,7 @@ def shipped(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
     halves = "delta y grad narrow again both qkv keys values more q k v q_more k_more v_more u"
     types |= {f"{name}_ptr": own for name in halves.split()}
     inner = types | {"out_ptr": own}
-    four = {"num_warps": layers.WARPS}
+    four, eight = {"num_warps": layers.WARPS}, {"num_warps": 8}
     row = {"BLOCK": 1024}
     yield "layers.norm", layers.norm_kernel, types, {"ADDED": True, "KEPT": True, **row}, four
     many = {"num_warps": 4 * layers.WARPS}
@@ -39,11 +39,13 @@ def shipped(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
             yield f"slots.attend.{2 * half}.{parts}", slots.slot_kernel, kind, flags, how
     flags = {"PARTS": 4, "SIZE": 128}
     yield "slots.join", slots.join_kernel, inner | {"part_ptr": FP32}, flags, {"num_warps": 1}
-    eight = {"num_warps": 8}
     flags = {"WARM": True, "BLOCK": draw.BLOCK}
     yield "draw.block", draw.block_kernel, types, flags, eight
     yield "draw.pick", draw.pick_kernel, types, {**flags, "MANY": 64}, eight
     shape = {"HEADS": 16, "HALF": 32}
-    yield "packed.turn", packed.turn_kernel, types, shape, four
+    yield "packed.turn", packed.turn_kernel, inner, {"NORMED": True, **shape}, four
+    flags = {"LEARNT": True, "HEADS": 16, "SIZE": 128}
+    given = types | {"grad_ptr": own}
+    yield "packed.head_norm_grad", packed.head_norm_grad_kernel, given, flags, eight
     yield "packed.merge", packed.merge_kernel, inner, {"HEADS": 16, "SIZE": 64}, four
     yield "packed.back", packed.back_kernel, inner, shape, four

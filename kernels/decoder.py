@@ -19,6 +19,8 @@ from torch import Tensor
 
 QKV, OUT, BOTH, DOWN = ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)
 BIASES = [f"{name}_bias" for name in (*QKV, *OUT, *BOTH, *DOWN)]
+HEADS = ["q_norm", "k_norm"]  # (d,) both, where q's and k's heads are normed before they are turned
+Norms = Sequence[Tensor]  # of HEADS, or none
 
 
 class Weights(NamedTuple):
@@ -33,12 +35,12 @@ class Weights(NamedTuple):
     down: Tensor  # (D, F)
 
 
-NAMES = (*Weights._fields, *BIASES)
+NAMES = (*Weights._fields, *BIASES, *HEADS)
 
 
 class Known(NamedTuple):
     size: int  # d
-    eps: tuple[float, float]
+    eps: tuple[float, float, float]  # of both norms, and of the heads'
     scaling: float
     dtype: torch.dtype  # of the products
     packing: Any  # where the tokens stand: places.Packing on a CPU, calls.Calls on a GPU
@@ -60,10 +62,11 @@ class Between(NamedTuple):
     norm_grad: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
     gate: Callable[[Tensor], Tensor]  # (L, 2 F) -> (L, F)
     gate_grad: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # by both, and what `gate` gave
-    # heads, turn, known, key heads -> what was seen (L, H d), what to keep
+    # heads, turn, known, key heads, norms -> what was seen (L, H d), what to keep
     attend: Callable[..., tuple[Tensor, Sequence[Tensor]]]
-    # gradient, heads, what was seen, what was kept, turn, known, key heads -> by the heads
-    attend_grad: Callable[..., Tensor]
+    # gradient, heads, what was seen, what was kept, turn, known, key heads, norms, whether these
+    # learn -> by the heads, by the norms
+    attend_grad: Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 
 
 class DecoderLayer(torch.autograd.Function):
@@ -72,7 +75,7 @@ class DecoderLayer(torch.autograd.Function):
         layer, turn = Layer(known, given), Turn(cos, sin)
         y, _, scale1 = between.norm(x, None, layer.w.norm1, known.eps[0], known.dtype)
         qkv = layer.product(QKV, y)
-        seen, extra = between.attend(qkv, turn, known, layer.key_heads)
+        seen, extra = between.attend(qkv, turn, known, layer.key_heads, layer.norms)
         delta = layer.product(OUT, seen)
         y, total, scale2 = between.norm(x, delta, layer.w.norm2, known.eps[1], known.dtype)
         both = layer.product(BOTH, y)
@@ -98,7 +101,10 @@ class DecoderLayer(torch.autograd.Function):
         layer.learn(BOTH, by_both, read)
         layer.learn(OUT, above, seen)
         by_seen = layer.below(OUT, above)
-        by_qkv = between.attend_grad(by_seen, qkv, seen, extra, turn, known, layer.key_heads)
+        learnt = any(layer.wants[name] for name in HEADS)
+        given = by_seen, qkv, seen, extra, turn, known, layer.key_heads, layer.norms, learnt
+        by_qkv, by_norms = between.attend_grad(*given)
+        layer.found |= zip(HEADS, by_norms, strict=True)
         grad, _, read, layer.found["norm1"] = between.norm_grad(
             x, layer.w.norm1, scale1, layer.below(QKV, by_qkv), grad, layer.wants["norm1"]
         )
@@ -114,6 +120,7 @@ class Layer:
         self.given = dict(zip(NAMES, given, strict=True))
         self.wants = dict(zip(NAMES, wants, strict=False))
         self.key_heads = len(self.w.k) // known.size
+        self.norms = [x for name in HEADS if (x := self.given[name]) is not None]
         self.found: dict[str, Tensor | None] = {}
 
     def joined(self, names: Sequence[str]) -> Tensor:
@@ -152,8 +159,7 @@ class Layer:
     def _keep(self, names: Sequence[str], parts: Sequence[Tensor]) -> None:
         for name, part in zip(names, parts, strict=True):
             if self.wants[name]:
-                whole = part.dtype == torch.float32 and len(parts) == 1
-                self.found[name] = part if whole else part.to(torch.float32, copy=True)
+                self.found[name] = part.to(torch.float32)
 
 
 def _outer(above: Tensor, read: Tensor) -> Tensor:  # (L, N), (L, D) -> (N, D)

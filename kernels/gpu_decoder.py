@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reasonrl.kernels import layers, packed
 from reasonrl.kernels.common import available
-from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Turn
+from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Norms, Turn
 
 __all__ = ["available", "decoder_layer", "read_prompts"]
 
@@ -21,8 +21,9 @@ def decoder_layer(
     known: Sequence,  # of a half type, with calls.Calls
     weights: Sequence[Tensor],  # fp32, contiguous, in the order of decoder.Weights
     biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
+    norms: Sequence[Tensor | None] = (None, None),  # of q's heads and k's
 ) -> Tensor:  # (L, D) fp32
-    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases)
+    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases, *norms)
 
 
 def read_prompts(
@@ -43,26 +44,44 @@ def read_prompts(
     return packed.attend(q, k, v, where, scaling)[0].flatten(1), k, v
 
 
-def attend(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Tensor, list[Tensor]]:
-    """What was seen; its log-sum-exp and random states. q and k are turned where they are."""
+def attend(
+    qkv: Tensor, turn: Turn, known: Known, key_heads: int, norms: Norms
+) -> tuple[Tensor, list[Tensor]]:
+    """What was seen; its log-sum-exp and random states. q and k are turned where they are, but
+    where they are normed, since the norm's gradient wants them as they came."""
     heads = qkv.unflatten(1, (-1, known.size))
-    packed.turn_(heads, *turn, key_heads)
-    given = _split(heads, key_heads)
+    if not norms:
+        packed.turn_(heads, *turn, key_heads)
+    given = _turned(heads, turn, known, key_heads, norms)
     out, lse, states = packed.attend(*given, known.packing, known.scaling)
     return out.flatten(1), [lse, *(x for state in states for x in state)]
 
 
 def attend_grad(
     grad: Tensor, qkv: Tensor, seen: Tensor, kept: Sequence[Tensor], turn: Turn, known: Known,
-    key_heads: int,
-) -> Tensor:  # fmt: skip
+    key_heads: int, norms: Norms, learnt: bool,
+) -> tuple[Tensor, Sequence[Tensor | None]]:  # fmt: skip
     lse, *rest = kept
     calls = 1 if known.packing.shared is None else 2
     each = len(rest) // calls
     states = [rest[i * each : (i + 1) * each] for i in range(calls)]
     grad, seen, heads = (x.unflatten(1, (-1, known.size)) for x in (grad, seen, qkv))
-    given = grad, *_split(heads, key_heads), seen, lse, states
-    return packed.attend_grad(*given, turn, known.packing, known.scaling).flatten(1)
+    given = grad, *_turned(heads, turn, known, key_heads, norms), seen, lse, states
+    out, by_norms = packed.attend_grad(*given, turn, known.packing, known.scaling), None
+    if norms:
+        by_norms = packed.head_norm_grad_(out, heads, key_heads, norms, known.eps[2], learnt)
+    return out.flatten(1), (None, None) if by_norms is None else by_norms.unbind()
+
+
+def _turned(
+    heads: Tensor, turn: Turn, known: Known, key_heads: int, norms: Norms
+) -> tuple[Tensor, ...]:
+    """q, k and v as attention reads them, of heads that are turned unless they are to be normed."""
+    if not norms:
+        return _split(heads, key_heads)
+    made = packed.turned(heads, *turn, key_heads, norms, known.eps[2])
+    queries = made.shape[1] - key_heads
+    return made[:, :queries], made[:, queries:], heads[:, queries + key_heads :]
 
 
 def _split(heads: Tensor, key_heads: int) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reasonrl.kernels import native_packed
-from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Turn
+from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Norms, Turn
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
 from reasonrl.kernels.native_layers import joined_swiglu
 from reasonrl.kernels.native_packed import Heads
@@ -22,7 +22,7 @@ def decoder_layer(
     weights: Sequence[Tensor],  # fp32, contiguous, in the order of decoder.Weights
     biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
 ) -> Tensor:  # (L, D) fp32
-    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases)
+    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases, None, None)
 
 
 def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype):
@@ -58,8 +58,10 @@ def gate_grad(both: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return out, again
 
 
-def attend(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Tensor, list[Tensor]]:
-    """What was seen, and the softmax' weights."""
+def attend(
+    qkv: Tensor, turn: Turn, known: Known, key_heads: int, norms: Norms
+) -> tuple[Tensor, list[Tensor]]:
+    """What was seen, and the softmax' weights. There are no norms of heads here."""
     heads = _heads(qkv, turn, known, key_heads)
     seen, soft = native_packed.attend(*heads, known.packing, known.scaling)
     return seen.flatten(1), soft
@@ -67,14 +69,14 @@ def attend(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Tenso
 
 def attend_grad(
     grad: Tensor, qkv: Tensor, seen: Tensor, soft: Sequence[Tensor], turn: Turn, known: Known,
-    key_heads: int,
-) -> Tensor:  # fmt: skip
+    key_heads: int, norms: Norms, learnt: bool,
+) -> tuple[Tensor, Sequence[None]]:  # fmt: skip
     by_qkv = torch.empty_like(qkv)
     heads = _heads(qkv, turn, known, key_heads)
     into = [part.x for part in _heads(by_qkv, turn, known, key_heads)]
     above = grad.unflatten(1, (-1, known.size))
     native_packed.attend_grad(above, *heads, soft, known.packing, known.scaling, into)
-    return by_qkv
+    return by_qkv, (None, None)
 
 
 def _heads(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Heads, Heads, Heads]:

@@ -27,6 +27,7 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
     cos and sin (1, L, d); None where its modules must."""
     attn, mlp = layer.self_attn, layer.mlp
     norms = layer.input_layernorm, layer.post_attention_layernorm
+    heads = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else ()
     linears = [getattr(attn if i < 4 else mlp, name) for i, name in enumerate(PRODUCTS)]
     size, width, at = attn.head_dim, x.shape[-1], x.device
     half = torch.is_autocast_enabled(at.type)
@@ -36,24 +37,26 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
     cos, sin = angles
     if not (
         isinstance(plan, attention.Packed) and _fits(plan, at, dtype, linears, size)
-        and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape, at) and not hasattr(attn, "q_norm")
+        and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape, at)
         and not (attn.training and attn.attention_dropout)
         and all(_plain(norm.weight, (width,), at) for norm in norms)
+        and all(_plain(norm.weight, (size,), at) and x.is_cuda for norm in heads)
         and all(_is_plain(linear, at) for linear in linears)
         and cos.dtype in DTYPES and cos.dtype == sin.dtype
         and cos.shape == sin.shape == (1, x.shape[1], size)
     ):  # fmt: skip
         return None
     beat()
-    eps = norms[0].variance_epsilon, norms[1].variance_epsilon
+    eps = *(norm.variance_epsilon for norm in norms), heads[0].variance_epsilon if heads else 0.0
     products = [linear.weight for linear in linears]
     weights = norms[0].weight, *products[:4], norms[1].weight, *products[4:]
     biases = [linear.bias for linear in linears]
     op = (triton if x.is_cuda else native)("decoder_layer")
     known = size, eps, attn.scaling, dtype, plan.calls if x.is_cuda else plan.places
+    given = [known, weights, biases] + ([[norm.weight for norm in heads]] if heads else [])
     with torch.autocast(at.type, enabled=False):
         turn = cos[0].contiguous(), sin[0].contiguous()
-        return op(x[0].contiguous(), *turn, known, weights, biases)[None]
+        return op(x[0].contiguous(), *turn, *given)[None]
 
 
 def _fits(plan: attention.Packed, at: torch.device, dtype: torch.dtype, linears: Any, size: int):

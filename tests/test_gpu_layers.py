@@ -7,13 +7,16 @@ As test_gpu.py. These kernels are what `liger=auto` takes there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_gpu import gpu, packed, tiny  # noqa: F401, a fixture
 from test_packing import gradients, made_up
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from reasonrl import lean, sampling, whole_layer
-from reasonrl.attention import attend
+from reasonrl import layers, lean, sampling, whole_layer
+from reasonrl.attention import NAME, attend
 from reasonrl.kernels import draw, reference, slots
 from reasonrl.logprobs import rollout_logp
 from reasonrl.records import Problem
@@ -22,8 +25,28 @@ from reasonrl.rollout import Sampling, sample
 pytestmark = pytest.mark.gpu
 
 
+def qwen3(liger="ours", **changes):
+    """Whose heads are normed."""
+    policy = tiny(liger="off", **changes)
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 64}
+    size |= {"num_attention_heads": 6, "num_key_value_heads": 2}
+    torch.manual_seed(5)
+    words = policy.head.weight.shape[0]
+    config = AutoConfig.for_model("qwen3", vocab_size=words, tie_word_embeddings=True, **size)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.set_attn_implementation(NAME)
+    model.generation_config.eos_token_id = policy.model.generation_config.eos_token_id
+    model = model.to("cuda")
+    layers.fuse(model, liger)
+    return replace(policy, model=model)
+
+
+@pytest.mark.parametrize("made, count", [(tiny, 2), (qwen3, 4)])
 @pytest.mark.parametrize("rows", [((40, 7, 19), (12, 33, 3)), ((300, 500, 1, 64),)])
-def test_a_layer_as_one_function_errs_no_more_than_its_modules(rows, monkeypatch):
+def test_a_layer_as_one_function_errs_no_more_than_its_modules(rows, made, count, monkeypatch):
     """In bf16, of every parameter's gradient against fp32."""
     rollout, inner, whole = made_up(rows), whole_layer.computed, []
     advantage = torch.randn(sum(map(len, rollout.completion_ids)))
@@ -36,9 +59,9 @@ def test_a_layer_as_one_function_errs_no_more_than_its_modules(rows, monkeypatch
     monkeypatch.setattr(whole_layer, "computed", computed)
     found = []
     for kind in ({"liger": "off"}, {"dtype": "bf16", "liger": "off"}, {"dtype": "bf16"}):
-        policy = tiny(**{"liger": "ours", "context": 2048} | kind)
+        policy = made(**{"liger": "ours", "context": 2048} | kind)
         found.append(gradients(policy, packed(policy, rollout, advantage, 1 << 14)))
-    assert whole == [True] * 2 and len(found) == 3
+    assert whole == [True] * count and len(found) == 3
     truth, yard, ours = found
     for name, wanted in truth.items():
         gap, allowed = (
@@ -83,13 +106,14 @@ def test_a_placed_token_sees_its_row_in_bf16(sizes, width, rows):
     assert float((out.double() - truth).norm() / truth.norm()) < 0.01
 
 
-def test_a_decoder_without_modules_samples_what_the_trainer_says(monkeypatch):
+@pytest.mark.parametrize("made", [tiny, qwen3])
+def test_a_decoder_without_modules_samples_what_the_trainer_says(made, monkeypatch):
     """In bf16: log p as drawn against the trainer's, no further apart than through modules."""
     prompts = [[5 + i, 6, 7 + i][: 1 + i % 3] for i in range(12)]
     rows, gaps, taken = [Problem(str(i), "") for i in range(12)], [], []
     inner = lean._on_a_gpu
     for own in (True, False):
-        policy = tiny(dtype="bf16", liger="ours", layers=4, width=128)
+        policy = made(dtype="bf16", liger="ours", layers=4, width=128)
 
         def fits(policy, decoder, own=own):
             taken.append(own and inner(policy, decoder))

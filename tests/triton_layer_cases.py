@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_flash import cut, probabilities
 from test_native_decoder import dense
 from torch.nn.functional import silu
 from triton_cases import DEVICE, RUN_HERE, device, within  # noqa: F401, a fixture
 
-from reasonrl import calls, gpu_layers, lean
+from reasonrl import calls, gpu_layers, lean, sampling
 from reasonrl.attention import Packed
 from reasonrl.kernels import draw, gpu_decoder, layers, packed, reference, slots
 from reasonrl.products import Cast, Joined
@@ -161,6 +163,25 @@ def test_a_token_is_where_the_sum_passes_the_uniform_number(vocab, temperature, 
     assert torch.allclose(logp.double(), own.log(), rtol=0, atol=2e-5)
 
 
+@triton.jit
+def first_kernel(ends_ptr, mass_ptr, aim_ptr, out_ptr):
+    row, at = tl.program_id(0), tl.arange(0, 8)
+    ends, mass = tl.load(ends_ptr + at), tl.load(mass_ptr + at)
+    tl.store(out_ptr + row, draw.first(ends, mass, tl.load(aim_ptr + row), at, 8))
+
+
+def test_a_word_of_no_mass_is_never_drawn_where_a_scan_falls_or_rises():
+    """Ends as a tree may round them."""
+    mass = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.0, 0.5, 0.0, 0.0])
+    ends = torch.tensor([0.0, 0.25, 0.26, 0.5, 0.49, 1.0, 1.01, 0.99])
+    aims = [0.0, 0.2, 0.255, 0.4, 0.5, 1.0, 1.005, 1.02]
+    aim, out = torch.tensor(aims), torch.zeros(8, dtype=torch.int32)
+    first_kernel[(8,)](ends, mass, aim, out)
+    assert out.tolist() == [1, 1, 3, 3, 5, 5, 5, 5]
+    plain = sampling._first(ends.expand(8, -1), mass.expand(8, -1), aim[:, None])
+    assert plain[:, 0].tolist() == out.tolist()
+
+
 def test_tokens_are_drawn_as_often_as_is_meant(monkeypatch):
     monkeypatch.setattr(draw, "BLOCK", 64)
     at = torch.arange(256, dtype=torch.float64)  # every word's border, and every block's
@@ -264,9 +285,11 @@ def test_two_calls_and_a_turn_are_one_masked_attention(promised, layout, sizes):
         within(truth, yard, got, 3, scale=float(truth.abs().max()) * 4)
 
 
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_decoder_layer_and_its_gradients(promised, layout, biased):
+def test_a_decoder_layer_and_its_gradients(promised, layout, biased, normed, monkeypatch):
+    monkeypatch.setattr(packed, "SHARES", 3)  # rows of the norms' gradients, in turn
     (heads, groups, size), inner, width = (4, 2, 10), 48, 24
     mask = dense(layout)
     shapes = [
@@ -276,11 +299,13 @@ def test_a_decoder_layer_and_its_gradients(promised, layout, biased):
     weights = [torch.randn(s) * (0.2 if len(s) > 1 else 1.0) for s in shapes]
     sides = [shape[0] for shape in shapes if len(shape) > 1]
     biases = [torch.randn(n) if biased and i < 3 else None for i, n in enumerate(sides)]
+    norms = [torch.randn(size) + 1 if normed else None for _ in range(2)]
     x, up = torch.randn(len(mask), width), torch.randn(len(mask), width)
     cos, sin = angles(len(mask), size)
 
     def plain(kind):
         leaves = [t.to(kind).requires_grad_() for t in (x, *weights)]
+        own = [w if w is None else w.to(kind).requires_grad_() for w in norms]
         extra = [None if b is None else b.to(kind).requires_grad_() for b in biases]
         a, n1, q, k, v, o, n2, gate, up_, down = leaves
         y = reference.rms_norm(a, n1, 1e-3, kind)
@@ -288,25 +313,32 @@ def test_a_decoder_layer_and_its_gradients(promised, layout, biased):
             torch.nn.functional.linear(y, w, b).unflatten(1, (-1, size))
             for w, b in zip((q, k, v), extra[:3], strict=True)
         )
+        q, k = (
+            x if w is None else reference.rms_norm(x, w, 0.1, kind)
+            for x, w in zip((q, k), own, strict=True)
+        )
         q, k = reference.rotary(q, k, cos.to(kind), sin.to(kind), kind)
         s = a + seen_by(q, k, v, mask).flatten(1) @ o.T
         y = reference.rms_norm(s, n2, 1e-3, kind)
         out = s + (silu(y @ gate.T) * (y @ up_.T)) @ down.T
-        wanted = [*leaves, *(b for b in extra if b is not None)]
+        wanted = [*leaves, *(b for b in (*extra, *own) if b is not None)]
         return [out, *torch.autograd.grad(out, wanted, up.to(kind))]
 
     leaves = [t.clone().requires_grad_() for t in (x, *weights)]
-    extra = [None if b is None else b.clone().requires_grad_() for b in biases]
-    known = size, (1e-3, 1e-3), 0.3, FULL, calls.calls(layout, DEVICE)
-    out = gpu_decoder.decoder_layer(leaves[0], cos, sin, known, leaves[1:], extra)
-    wanted = [*leaves, *(b for b in extra if b is not None)]
+    extra, own = (
+        [None if b is None else b.clone().requires_grad_() for b in given]
+        for given in (biases, norms)
+    )
+    known = size, (1e-3, 1e-3, 0.1), 0.3, FULL, calls.calls(layout, DEVICE)
+    out = gpu_decoder.decoder_layer(leaves[0], cos, sin, known, leaves[1:], extra, own)
+    wanted = [*leaves, *(b for b in (*extra, *own) if b is not None)]
     found = [out, *torch.autograd.grad(out, wanted, up, retain_graph=True)]
     for truth, yard, got in zip(plain(torch.float64), plain(FULL), found, strict=True):
         within(truth, yard, got, 3, scale=float(truth.abs().max()) * 4)
     again = torch.autograd.grad(out, wanted, up)  # nothing kept was written into
     assert all(map(torch.equal, found[1:], again))
     alone = [*weights[:3], leaves[4], *weights[4:]]  # v's weight learns, nothing else
-    out = gpu_decoder.decoder_layer(x, cos, sin, known, alone, biases)
+    out = gpu_decoder.decoder_layer(x, cos, sin, known, alone, biases, norms)
     assert torch.equal(torch.autograd.grad(out, leaves[4], up)[0], found[5])
 
 
