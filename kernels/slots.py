@@ -166,9 +166,10 @@ def place_and_attend(
 
 
 def shape_of(half: int) -> dict[str, int]:
-    """Places a pass, warps and stages by which no register of a half type is spilled."""
+    """Places a pass, warps and stages: the fastest that spill nothing on an H200."""
     if half <= 64:
-        return {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+        wide = half <= 32
+        return {"BLOCK": 128 if wide else 64, "num_warps": 4, "num_stages": 3 if wide else 2}
     return {"BLOCK": 32, "num_warps": 8, "num_stages": 2}
 
 

@@ -78,7 +78,7 @@ class Config(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn: Literal["auto", "flash", "sdpa"] = "auto"  # of packed batches on a GPU
-    # fused layers: on a CPU ours, on a GPU liger-kernel's; ours: on a GPU too, and decoding by ours
+    # fused layers: ours where the model is known, else liger-kernel's; ours: no GPU without them
     liger: Literal["auto", "ours", "off"] = "auto"
     graphs: Literal["auto", "off"] = "auto"  # rollouts on a GPU replay recorded steps
     threads: Positive | None = None
