@@ -34,11 +34,14 @@ from reasonrl.plan_memory import (
 )
 from reasonrl.plan_shapes import Shape
 from reasonrl.records import InputError
+from reasonrl.structure import TURNED
 
 GIB = 1 << 30
 PHASES = ("rollout", "score", "update")
 COMPUTE = {"mixed": 2, "bf16": 2, "fp32": 4}
 WEIGHT = {"mixed": 4, "bf16": 2, "fp32": 4}
+WHOLE = {"fused": TURNED, "plain": [kind for kind in TURNED if kind != "qwen3"]}
+KEPT = 1 << 24  # scores of a layer whose weights a CPU keeps (kernels/native_packed.py)
 ADAM = 8
 GRADIENT = 4
 
@@ -61,7 +64,8 @@ class Job:
     reference: bool = False
     prm: str = "none"  # none, frozen, full (learned, all weights), lora (an adapter)
     checkpointing: bool = False
-    attention: str = "fused"  # fused, or plain: scores are kept for the backward pass
+    attention: str = "fused"  # fused, or plain: a CPU's, scores are kept for the backward pass
+    liger: str = "auto"  # auto: a layer is one function where the loop has it so; off: modules
     engine: str = "in-process"  # or colocated: another engine on the same GPUs, asleep in updates
     tensor_parallel: int = 1  # of that engine
     rows: int = 256  # completions decoded at a time on a rank
@@ -133,6 +137,8 @@ def plan(shape: Shape, job: Job, prm: Shape | None = None) -> Plan:
     groups = -(-job.prompts_per_step // job.gpus)
     batches, tokens = microbatches(sizes, groups, job.batch_tokens)
     compute = COMPUTE[job.precision]
+    plain, whole = job.attention == "plain", whole_layers(shape, job)
+    kept = tokens * (job.prompt + job.completion) * shape.heads <= KEPT
     rows = [
         *_states(shape, job),
         *_frozen_and_learned(shape, prm, job),
@@ -140,9 +146,7 @@ def plan(shape: Shape, job: Job, prm: Shape | None = None) -> Plan:
         Row(
             f"activations, {tokens} tokens",
             tokens
-            * activation_bytes(
-                shape, sizes, job.precision, job.checkpointing, job.attention == "plain"
-            ),
+            * activation_bytes(shape, sizes, job.precision, job.checkpointing, plain, whole, kept),
             ("update",),
         ),
         Row(
@@ -158,6 +162,13 @@ def plan(shape: Shape, job: Job, prm: Shape | None = None) -> Plan:
         batches=batches,
         tokens=tokens,
     )
+
+
+def whole_layers(shape: Shape, job: Job) -> bool:
+    """Whether a decoder layer is one function: fp32 weights that nothing wraps, of known models."""
+    known = job.liger == "auto" and shape.kind in WHOLE[job.attention]
+    fits = job.precision == "mixed" or job.precision == "fp32" and job.attention == "plain"
+    return known and fits and job.zero < 3 and not job.lora
 
 
 def _share(job: Job, stage: int) -> int:
@@ -178,8 +189,9 @@ def _states(shape: Shape, job: Job) -> list[Row]:
         Row("gradients", GRADIENT * learned / _share(job, 2), ("update",)),
     ]
     if job.precision == "mixed" and job.zero < 3:
-        # autograd holds each layer's bf16 copy until its backward, adapter or not
-        rows.append(Row("bf16 copies in a forward", 2 * size, ("update",)))
+        # autograd holds each module's bf16 copy until its backward, adapter or not
+        copies = shape.block if whole_layers(shape, job) else size
+        rows.append(Row("bf16 copies in a forward", 2 * copies, ("update",)))
     if job.zero == 3:  # the layer at work and the one that is fetched ahead
         gathered = 2 * WEIGHT[job.precision] * shape.block
         rows.append(Row("gathered layers", gathered, ("score", "update")))
@@ -211,13 +223,19 @@ def _rollout(shape: Shape, job: Job, sizes: Lengths, groups: int) -> list[Row]:
     """The engine's weights in the compute dtype, its cache, its logits.
 
     In process the cache is static, and a second one of 0.8 its size stands beside it while rows
-    that ended are dropped (rollout.py); a paged engine has neither.
+    that ended are dropped (slots.py); a paged engine has neither. On a CPU one kernel has the whole
+    decoder where layers are one function: a prompt's keys stand once, no row is dropped, and
+    weights are packed in fp32 too.
     """
     compute, tp = COMPUTE[job.precision], job.tensor_parallel
     rows = min(max(job.rows, sizes.group), groups * sizes.group)
-    cache = rows * (sizes.prompt + sizes.completion) * kv_bytes_per_token(shape, compute)
+    each = kv_bytes_per_token(shape, compute)
+    cache = rows * (sizes.prompt + sizes.completion) * each
     phase = ("rollout",)
-    if job.engine == "in-process":
+    if job.engine == "in-process" and job.attention == "plain" and whole_layers(shape, job):
+        copy, what = compute * shape.params, "weights packed to sample with"
+        cache = (rows / sizes.group * sizes.prompt + rows * sizes.completion) * each
+    elif job.engine == "in-process":
         copy = compute * shape.params if job.precision == "mixed" else 0
         cache, what = 1.8 * cache, "bf16 weights to sample with"
     else:  # tp ranks share the rows of all tp

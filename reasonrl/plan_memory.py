@@ -21,8 +21,9 @@ class Lengths:
 
 
 def activation_bytes(
-    shape: Shape, sizes: Lengths, precision: str, checkpointing: bool, plain: bool
-) -> float:
+    shape: Shape, sizes: Lengths, precision: str, checkpointing: bool, plain: bool,
+    whole: bool = False, weights: bool = True,
+) -> float:  # fmt: skip
     """What autograd keeps for the backward pass of one packed token, all layers.
 
     A layer, by what each operation saves (Korthikanti et al., arXiv 2205.05198, section 4.1, done
@@ -42,6 +43,10 @@ def activation_bytes(
                S = P + R keys (S heads c)
         MLP    gate, up, their product (3 c i)
 
+    A layer that is one function (`whole_layer`) keeps its input and the sum after attention in fp32
+    (8 h), queries, keys, values and what was seen (c (2 q + 2 k)), gate and up (2 c i), and of
+    attention a log-sum-exp (4 heads), on a CPU the weights unless they are made again.
+
     Checkpointing (section 4 there, full recomputation) keeps each layer's input and one layer's
     worth of all that. The last norm keeps 12 h, its input alone where it is ours.
     """
@@ -49,7 +54,11 @@ def activation_bytes(
     stream = (2 if precision == "bf16" else 4) * h
     prompt = 1 + sizes.prompt / sizes.completion
     layer = 2 * c * shape.keys * prompt
-    if plain:
+    if whole:
+        layer = 8 * h + 2 * c * (shape.queries + shape.keys + shape.intermediate)
+        seen = (sizes.prompt + sizes.completion) * c if plain else 4
+        layer += shape.heads * seen * (weights or not plain)
+    elif plain:
         layer += 2 * (stream + c * h) + 2 * c * shape.queries + 3 * c * shape.intermediate
         layer += (sizes.prompt + sizes.completion) * shape.heads * c
     else:

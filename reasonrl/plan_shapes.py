@@ -45,6 +45,7 @@ class Shape:
     vocab: int  # V
     linear_io: int  # sum of inputs + outputs over the linear layers but the head: a rank-1 adapter
     block: int  # parameters of the largest part that is gathered at once under ZeRO-3
+    kind: str = ""  # transformers' model type
 
     @property
     def queries(self) -> int:
@@ -117,6 +118,7 @@ def counted(name: str, config: Any) -> Shape:
         vocab=head.weight.shape[0],
         linear_io=sum(m.in_features + m.out_features for m in linear),
         block=max([head.weight.numel(), *parts]),
+        kind=text.model_type,
     )
 
 
@@ -156,4 +158,5 @@ def described(
         vocab=vocab,
         linear_io=layers * io,
         block=max(vocab * hidden, block),
+        kind="llama",
     )

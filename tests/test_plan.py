@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from bench.step_ours import Ours, Settings
 from reasonrl import InputError, tiny, whole_layer
 from reasonrl.batch import lengths, pack
 from reasonrl.cli import main
-from reasonrl.plan import GIB, Job, advice, check, missing, plan
+from reasonrl.plan import GIB, Job, advice, check, missing, plan, whole_layers
 from reasonrl.plan_memory import (
     Lengths,
     activation_bytes,
@@ -122,6 +123,11 @@ def test_activations_head_and_cache_by_hand():
     assert activation_bytes(TOY, sizes, "fp32", False, True) == 2 * plain + 40
     # mixed: norms 2*(4+2)*10, all else halved
     assert activation_bytes(TOY, sizes, "mixed", False, True) == 2 * (120 + 560) + 40
+    # one function: 8*10, 2*4*(20 + 10 + 30), a log-sum-exp of 4 heads, or 30*4*4 weights, or none
+    whole = 80 + 480
+    for plain, weights, more in ((False, True, 16), (True, True, 480), (True, False, 0)):
+        found = activation_bytes(TOY, sizes, "fp32", False, plain, True, weights)
+        assert found == 2 * (whole + more) + (40 if plain else 120)
     assert kv_bytes_per_token(TOY, 2) == 2 * 2 * 10 * 2
     # chunk 50 * 100 * 2, dW 4000, the head in bf16 2000, hidden states and gradient 2 * 2 * 50 * 10
     assert head_bytes(TOY, 50, 2) == 10000 + 6000 + 2000
@@ -166,12 +172,38 @@ def test_activations_are_what_autograd_keeps(monkeypatch, dtype, precision):
         return sum(nbytes for nbytes, _ in saved.values())
 
     whole = found()
+    sizes, shape = Lengths(len(rollout.prompt_ids[0]), 64, 16), shape_of("tiny")
+    expected = len(batch.input_ids) * activation_bytes(shape, sizes, precision, False, True, True)
+    assert whole == pytest.approx(expected, rel=0.05)
     monkeypatch.setattr(whole_layer, "computed", lambda *given: None)
-    sizes = Lengths(len(rollout.prompt_ids[0]), 64, 16)
-    shape = shape_of("tiny")
     expected = len(batch.input_ids) * activation_bytes(shape, sizes, precision, False, True)
     assert found() == pytest.approx(expected, rel=0.02)
     assert whole < 0.8 * expected
+
+
+def test_where_a_layer_is_one_function():
+    small, large = (replace(TOY, kind=kind) for kind in ("qwen3", "gemma"))
+    cases = [
+        (small, {}, True), (small, {"liger": "off"}, False), (small, {"lora": 3}, False),
+        (small, {"precision": "bf16"}, False), (small, {"precision": "fp32"}, False),
+        (small, {"zero": 3, "engine": "colocated"}, False), (small, {"attention": "plain"}, False),
+        (replace(small, kind="llama"), {"attention": "plain", "precision": "fp32"}, True),
+        (large, {}, False),
+    ]  # fmt: skip
+    for shape, change, wanted in cases:
+        job = Job(**{**vars(ONE), **change})
+        assert whole_layers(shape, job) is wanted, (shape.kind, change)
+        copies = size(plan(shape, job), "bf16 copies")
+        assert (
+            copies == (600 if wanted and job.precision == "mixed" else 2000)
+            or job.zero == 3
+            or job.precision != "mixed"
+        )
+    cpu = Job(**{**vars(ONE), "attention": "plain", "precision": "fp32", "gpus": 1})
+    found = plan(replace(TOY, kind="llama"), cpu)
+    # 16 rows of 20 tokens, 8 prompts of 10, of 2 * 2 * 10 * 4 bytes
+    assert size(found, "KV cache") == (16 * 20 + 8 * 10) * 160
+    assert size(found, "weights packed") == 4000
 
 
 def test_traffic_by_hand():

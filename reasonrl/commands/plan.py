@@ -41,6 +41,7 @@ def add(commands) -> None:
     job.add_argument("--prm-model", help="its shape, named like MODEL (default: the policy's)")
     job.add_argument("--checkpointing", action="store_true", help="of activations")
     job.add_argument("--attention", default="fused", choices=["fused", "plain"])
+    job.add_argument("--liger", default="auto", choices=["auto", "off"])
     job.add_argument(
         "--engine",
         choices=["in-process", "colocated"],
