@@ -222,8 +222,8 @@ def _frozen_and_learned(shape: Shape, prm: Shape, job: Job) -> list[Row]:
 def _rollout(shape: Shape, job: Job, sizes: Lengths, groups: int) -> list[Row]:
     """The engine's weights in the compute dtype, its cache, its logits.
 
-    In process the cache is static, and a second one of 0.8 its size stands beside it while rows
-    that ended are dropped (slots.py); a paged engine has neither. On a CPU one kernel has the whole
+    In process the cache is static, and a second one of up to 0.8 its size stands beside it a layer
+    at a time while rows that ended are dropped (slots.py); a paged engine has neither. On a CPU one kernel has the whole
     decoder where layers are one function: a prompt's keys stand once, no row is dropped, and
     weights are packed in fp32 too.
     """
@@ -237,7 +237,7 @@ def _rollout(shape: Shape, job: Job, sizes: Lengths, groups: int) -> list[Row]:
         cache = (rows / sizes.group * sizes.prompt + rows * sizes.completion) * each
     elif job.engine == "in-process":
         copy = compute * shape.params if job.precision == "mixed" else 0
-        cache, what = 1.8 * cache, "bf16 weights to sample with"
+        cache, what = (1 + 0.8 / shape.layers) * cache, "bf16 weights to sample with"
     else:  # tp ranks share the rows of all tp
         copy, what = compute * shape.params / tp, "inference copy of the weights"
         cache *= max(1, tp / shape.kv_heads)  # a key head is not cut in two

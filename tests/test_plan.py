@@ -93,6 +93,8 @@ def test_mixed_and_bf16_states_by_hand():
     mixed = plan(TOY, ONE)
     assert size(mixed, "weights") == 4000 and size(mixed, "optimiser") == 8000
     assert size(mixed, "bf16 copies") == 2000 and size(mixed, "bf16 weights to sample") == 2000
+    # 4 rows of 30 tokens, 2 * 2 * 10 * 2 bytes; 0.8 of a layer's beside it
+    assert size(mixed, "KV cache") == pytest.approx(4 * 30 * 80 * 1.4)
     half = plan(TOY, Job(**{**vars(ONE), "precision": "bf16"}))
     assert size(half, "weights") == 2000 and size(half, "optimiser") == 12000
     assert size(half, "bf16") == 0
