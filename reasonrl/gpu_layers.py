@@ -25,6 +25,10 @@ def fuse(model: nn.Module) -> bool:
     return bool(found)
 
 
+def fused(model: nn.Module) -> bool:
+    return any(structure.way(module) is _layer for module in model.modules())
+
+
 def joinable(decoder: Any) -> list[tuple[nn.Module, list[Any]]]:
     """Modules of a `lean` decoder with the linear layers that read one input."""
     return [group for layer in decoder.layers for group in _groups(layer)]

@@ -35,6 +35,11 @@ def fuse(model: Any, liger: str) -> bool:
     return _whole(model, must=liger == "ours") or found
 
 
+def fused(model: Any) -> bool:
+    """Whether layers of ours are in the model."""
+    return (cpu_layers if model.device.type == "cpu" else gpu_layers).fused(model)
+
+
 def _whole(model: Any, must: bool) -> bool:
     try:
         found = gpu_layers.fuse(model)

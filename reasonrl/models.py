@@ -31,7 +31,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from reasonrl import (
     attention,
     checkpoint,
-    cpu_layers,
     heads,
     layers,
     pretrained,
@@ -141,11 +140,11 @@ class Policy:
         return torch.autocast(self.device.type, dtype=self.compute, enabled=enabled)
 
     def follow(self, other: Policy) -> Policy:
-        """Itself, in the compute dtype, with the attention, the decoding and on a CPU the layers of
-        the policy that it runs beside."""
+        """Itself, in the compute dtype, with the attention, the decoding and the layers of the
+        policy that it runs beside."""
         self.compute, self.attn, self.graphs = other.compute, other.attn, other.graphs
-        if self.device.type == "cpu" and cpu_layers.fused(other.model):
-            cpu_layers.fuse(self.model)
+        if self.device.type == other.device.type and layers.fused(other.model):
+            layers.fuse(self.model, "auto")
         return self
 
     def frozen(self) -> Policy:

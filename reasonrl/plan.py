@@ -223,9 +223,9 @@ def _rollout(shape: Shape, job: Job, sizes: Lengths, groups: int) -> list[Row]:
     """The engine's weights in the compute dtype, its cache, its logits.
 
     In process the cache is static, and a second one of up to 0.8 its size stands beside it a layer
-    at a time while rows that ended are dropped (slots.py); a paged engine has neither. On a CPU one kernel has the whole
-    decoder where layers are one function: a prompt's keys stand once, no row is dropped, and
-    weights are packed in fp32 too.
+    at a time while rows that ended are dropped (slots.py); a paged engine has neither. On a CPU one
+    kernel has the whole decoder where layers are one function: a prompt's keys stand once, no row
+    is dropped, and weights are packed in fp32 too.
     """
     compute, tp = COMPUTE[job.precision], job.tensor_parallel
     rows = min(max(job.rows, sizes.group), groups * sizes.group)

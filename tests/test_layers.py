@@ -79,6 +79,16 @@ def test_whole_layers_of_a_gpu_are_taken_where_they_are_known(monkeypatch):
     assert not layers.fuse(other, "auto")
 
 
+def test_a_model_beside_a_gpus_policy_takes_its_layers(monkeypatch):
+    one, beside, apart = (models.load("tiny", width=32, layers=2) for _ in range(3))
+    monkeypatch.setattr(type(one.model), "device", models.torch.device("cuda"))
+    monkeypatch.setattr(gpu_layers, "triton", lambda op: None)
+    monkeypatch.setattr(layers, "_ligers", lambda model: False)
+    assert not gpu_layers.fused(apart.follow(one).model)
+    layers.fuse(one.model, "auto")
+    assert gpu_layers.fused(beside.follow(one).model) and gpu_layers.fused(one.frozen().model)
+
+
 def test_a_decoder_goes_without_modules_where_all_of_it_is_known(monkeypatch):
     monkeypatch.setattr(gpu_layers, "triton", lambda op: None)
 
