@@ -28,8 +28,9 @@ struct Kept {
 };
 
 struct DecodeLayer {
-    const void *norm1, *norm2;  // (D,)
-    float eps1, eps2, scaling;
+    const void *norm1, *norm2;    // (D,)
+    const void *q_norm, *k_norm;  // (d,) of a head before it is turned; null: none
+    float eps1, eps2, head_eps, scaling;
     Packed qkv, out, both, down;  // gate and up are each other's halves of a panel
     Kept prompt, own;             // what a prompt's completions share, what each has for itself
 };

@@ -35,7 +35,8 @@ class PackedLinear:
 @dataclass(frozen=True)
 class DecodeLayer:
     norms: tuple[Tensor, Tensor]  # (D,) before the attention, before the gate
-    eps: tuple[float, float]
+    heads: tuple[Tensor | None, Tensor | None]  # (d,) of queries and keys before they are turned
+    eps: tuple[float, float, float]  # of both norms, of the heads'
     scaling: float
     qkv: PackedLinear
     out: PackedLinear
@@ -74,7 +75,7 @@ class WholeDecoder:
         layers = [
             core().DecodeLayer(
                 [
-                    *map(pointer, layer.norms),
+                    *map(pointer, (*layer.norms, *layer.heads)),
                     *layer.qkv.pointers, *layer.out.pointers,
                     *layer.both.pointers, *layer.down.pointers,
                     *map(pointer, shared), *map(pointer, mine),

@@ -160,9 +160,11 @@ def _layer(layer: Any, dtype: torch.dtype) -> Any:
     first, second = layer.input_layernorm, layer.post_attention_layernorm
     *qkv, out = _projections(attn)
     gate, up, down = _gate(mlp)
+    heads = [norm.weight.detach() for norm in _head_norms(attn)] or [None, None]
+    eps = [norm.variance_epsilon for norm in (first, second, *_head_norms(attn)[:1])]
     return native("DecodeLayer")(
-        (first.weight.detach(), second.weight.detach()),
-        (first.variance_epsilon, second.variance_epsilon), attn.scaling,
+        (first.weight.detach(), second.weight.detach()), tuple(heads), (*eps, 0.0)[:3],
+        attn.scaling,
         _packed(qkv, dtype), _packed([out], dtype), _packed([gate, up], dtype, halves=True),
         _packed([down], dtype),
     )  # fmt: skip
@@ -182,7 +184,12 @@ def _gate(mlp: Any) -> list[nn.Linear]:
 
 def _norms(decoder: Any) -> list[Any]:
     names = ("input_layernorm", "post_attention_layernorm")
-    return [decoder.norm, *(getattr(x, name) for x in decoder.layers for name in names)]
+    found = [decoder.norm, *(getattr(x, name) for x in decoder.layers for name in names)]
+    return found + [norm for layer in decoder.layers for norm in _head_norms(layer.self_attn)]
+
+
+def _head_norms(attn: Any) -> list[Any]:
+    return [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
 
 
 def _usable(parameter: Tensor) -> bool:

@@ -58,8 +58,8 @@ def joinable(model: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
 
 
 def lean(decoder: Any) -> bool:
-    """Whether a decoder is `known` and its products are prepared."""
-    if not known(decoder):
+    """Whether a decoder is `known`, without norms of heads, and its products are prepared."""
+    if not known(decoder) or any(hasattr(x.self_attn, "q_norm") for x in decoder.layers):
         return False
     for layer in decoder.layers:
         attn, mlp = layer.self_attn, layer.mlp
@@ -77,7 +77,7 @@ def known(decoder: Any) -> bool:
         return False
     if structure.way(decoder.norm) is not _norm:
         return False
-    if not all(_known(x) and not hasattr(x.self_attn, "q_norm") for x in decoder.layers):
+    if not all(map(_known, decoder.layers)):
         return False
     return not any(structure.heard(module) for module in decoder.modules())
 
@@ -94,7 +94,13 @@ def _known(layer: Any) -> bool:
     """Whether a layer and its parts compute as this file has them."""
     norms = layer.input_layernorm, layer.post_attention_layernorm
     ways = [structure.way(part) for part in (layer, layer.self_attn, layer.mlp, *norms)]
-    return ways == [_layer, _attention, _gated, _narrow_norm, _narrow_norm]
+    attn = layer.self_attn
+    heads = (
+        [structure.way(x) for x in (attn.q_norm, attn.k_norm)] if hasattr(attn, "q_norm") else []
+    )
+    return ways == [_layer, _attention, _gated, _narrow_norm, _narrow_norm] and all(
+        way is _norm for way in heads
+    )
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:

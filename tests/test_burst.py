@@ -42,7 +42,7 @@ def far(a: Any, b: Any) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a.logp, b.logp, strict=True))
 
 
-@pytest.mark.parametrize("name", ["tiny", "Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("name", ["tiny", "Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_the_text_is_that_of_the_modules(native, calls, name):  # noqa: F811
     plain, fused = twins(name)
     ours = drawn(fused)
@@ -52,7 +52,7 @@ def test_the_text_is_that_of_the_modules(native, calls, name):  # noqa: F811
     assert far(ours, theirs) <= 1e-5 and ours.sampling_logp is None
 
 
-@pytest.mark.parametrize("name", ["tiny", "Qwen2"])
+@pytest.mark.parametrize("name", ["tiny", "Qwen2", "Qwen3"])
 def test_in_bf16_log_p_is_the_trainers_as_nearly_as_without_it(native, monkeypatch, name):  # noqa: F811
     _, fused = twins(name)
     fused.compute = torch.bfloat16
@@ -156,11 +156,14 @@ def test_what_it_does_not_take(native, monkeypatch):  # noqa: F811
 
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     yarn = dynamic | {"rope_type": "yarn"}
-    assert all(taken(name=name) for name in ("tiny", "Llama", "Mistral", "Qwen2"))
+    assert all(taken(name=name) for name in ("tiny", "Llama", "Mistral", "Qwen2", "Qwen3"))
     assert taken(compute(torch.bfloat16)) and taken(rope_parameters=yarn)
     assert not taken(rope_parameters=dynamic)  # angles that depend on how long a text is
     assert not taken(compute(torch.float16))
-    assert not any(taken(name=name) for name in ("Qwen3", "SmolLM3"))
+    assert not taken(name="SmolLM3")
+    assert not taken(
+        lambda p: vars(p.model.model.layers[1].self_attn.k_norm).pop("forward"), "Qwen3"
+    )
     assert not taken(other)
     hooked = [
         lambda p: p.model.model.layers[1].mlp.up_proj, lambda p: p.model.model.norm,

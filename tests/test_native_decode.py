@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases and more queries than keys": ("Qwen2", {}),
     "biases everywhere": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "odd": ("Mistral", ODD),
+    "norms of heads": ("Qwen3", {"rms_norm_eps": 0.1}),
     "whole vectors": ("Llama", WIDE),
 }
 

@@ -63,17 +63,16 @@ class Attention {
           weight_(TILE * room_),
           out_(TILE * padded_),
           row_(m.size),
+          norm_(m.size),
           key_(words(DTYPE, m.size)),
           angle_(m.size) {}
 
     // The key and value of row i to place n of a slot.
-    void place(const Kept& kept, int64_t room, int64_t slot, int64_t n, const void* qkv, int64_t i,
-               int64_t head, int64_t position) {
+    void place(const DecodeLayer& layer, const Kept& kept, int64_t room, int64_t slot, int64_t n,
+               const void* qkv, int64_t i, int64_t head, int64_t position) {
         const int64_t size = m_.size, key = i * each() + (m_.heads + head) * size;
         uint32_t* to = keys(kept, room, slot, head) + n / PANEL * keys_ + n % PANEL;
-        angle_.read(m_.angle_dtype, m_.cos, m_.sin, position);
-        read<DTYPE>(qkv, key, (int)size, row_.data());
-        turn<false>(row_.data(), angle_);
+        read_head(qkv, key, layer.k_norm, layer.head_eps, position);
         key_.back() = 0;  // behind an odd number
         write<DTYPE>(key_.data(), 0, (int)size, row_.data());
         for (int64_t k = 0; k < (int64_t)key_.size(); k++) to[k * PANEL] = key_[k];
@@ -109,7 +108,9 @@ class Attention {
         int64_t begin[TILE], longest = 0;  // where a query's own places begin among its weights
         for (int64_t i = 0; i < n; i++) {
             const int64_t row = first + (at + i) / group_, prompt = rows.prompt_length[row];
-            read_query(row, head * group_ + (at + i) % group_, rows.position[row], qkv, i);
+            const int64_t query = row * each() + (head * group_ + (at + i) % group_) * m_.size;
+            read_head(qkv, query, layer.q_norm, layer.head_eps, rows.position[row]);
+            write<DTYPE>(query_.data(), i * m_.size, (int)m_.size, row_.data());
             begin[i] = whole(prompt);
             longest = std::max(longest, prompt);
         }
@@ -153,11 +154,23 @@ class Attention {
 
     static int64_t whole(int64_t places) { return (places + PANEL - 1) / PANEL * PANEL; }
 
-    void read_query(int64_t row, int64_t head, int64_t position, const void* qkv, int64_t i) {
+    // A head into row_, normed where there is a norm, and turned.
+    void read_head(const void* qkv, int64_t at, const void* norm, float eps, int64_t position) {
+        const int64_t size = m_.size;
+        float* x = row_.data();
+        read<DTYPE>(qkv, at, (int)size, x);
+        if (norm) {
+            float square = 0.0f;
+            for (int64_t j = 0; j < size; j++) square += x[j] * x[j];
+            const float scale = 1.0f / sqrtf(square / (float)size + eps);
+            for (int64_t j = 0; j < size; j++) x[j] *= scale;
+            write<DTYPE>(key_.data(), 0, (int)size, x);  // rounded, as its module does
+            read<DTYPE>(key_.data(), 0, (int)size, x);
+            read_any(m_.norm_dtype, norm, 0, size, norm_.data());
+            for (int64_t j = 0; j < size; j++) x[j] *= norm_[j];
+        }
         angle_.read(m_.angle_dtype, m_.cos, m_.sin, position);
-        read<DTYPE>(qkv, row * each() + head * m_.size, (int)m_.size, row_.data());
-        turn<false>(row_.data(), angle_);
-        write<DTYPE>(query_.data(), i * m_.size, (int)m_.size, row_.data());
+        turn<false>(x, angle_);
     }
 
     // Scores of n queries from the i-th on with `places` keys, among their weights from `begin` on.
@@ -193,7 +206,7 @@ class Attention {
 
     const DecodeModel& m_;
     const int64_t group_, padded_, keys_, room_;
-    std::vector<float> query_, weight_, out_, row_;
+    std::vector<float> query_, weight_, out_, row_, norm_;
     std::vector<uint32_t> key_;  // as it is kept
     Angles angle_;
 };

@@ -30,21 +30,24 @@ inline void bind_decode(py::module_& m) {
         },
         "A weight's outputs into the panels of a product.");
     py::class_<DecodeLayer>(m, "DecodeLayer", "A layer with its slots.")
-        .def(py::init([](std::array<uintptr_t, 14> p, std::array<float, 3> scales) {
+        .def(py::init([](std::array<uintptr_t, 16> p, std::array<float, 4> scales) {
             const auto packed = [&](int i) {
                 return Packed{at<const uint32_t>(p[i]), at<const float>(p[i + 1])};
             };
             return DecodeLayer{at<const void>(p[0]),
                                at<const void>(p[1]),
+                               at<const void>(p[2]),
+                               at<const void>(p[3]),
                                scales[0],
                                scales[1],
                                scales[2],
-                               packed(2),
+                               scales[3],
                                packed(4),
                                packed(6),
                                packed(8),
-                               {at<void>(p[10]), at<void>(p[11])},
-                               {at<void>(p[12]), at<void>(p[13])}};
+                               packed(10),
+                               {at<void>(p[12]), at<void>(p[13])},
+                               {at<void>(p[14]), at<void>(p[15])}};
         }));
     py::class_<DecodeModel>(m, "DecodeModel", "A decoder with its head.")
         .def(py::init([](std::vector<DecodeLayer> layers, std::array<uintptr_t, 6> p, float eps,

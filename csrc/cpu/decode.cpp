@@ -176,8 +176,8 @@ class Walk {
         const Share mine = share(rows.rows * m_.key_heads);
         for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t row = i / m_.key_heads, at = rows.position[row];
-            attention_.place(layer.prompt, m_.prompt_room, rows.home[row], at, b_.qkv.data(), row,
-                             i % m_.key_heads, at);
+            attention_.place(layer, layer.prompt, m_.prompt_room, rows.home[row], at, b_.qkv.data(),
+                             row, i % m_.key_heads, at);
         }
     }
 
@@ -186,7 +186,7 @@ class Walk {
         const Share block = b_.blocks[i / m_.key_heads];
         const int64_t head = i % m_.key_heads;
         for (int64_t row = block.begin; row < block.end && rows.slot; row++) {
-            attention_.place(layer.own, m_.own_room, rows.slot[row], rows.own(row) - 1,
+            attention_.place(layer, layer.own, m_.own_room, rows.slot[row], rows.own(row) - 1,
                              b_.qkv.data(), row, head, rows.position[row]);
         }
         attention_.attend(layer, rows, block.begin, block.end - block.begin, head, b_.qkv.data(),
