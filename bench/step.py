@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,30 +61,39 @@ def main(arguments: Sequence[str]) -> int:
             start, peak = 0, torch.cuda.max_memory_allocated() >> 20
         print(json.dumps({"peak_mib": peak, "start_mib": start}))
         return 0
-    report = measure(settings, dtypes, options.sides, options.limit, options.memory)
+    path = _out(options.out) if options.out else None
+
+    def keep(report: Mapping[str, Any]) -> None:
+        if path is not None:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+
+    report = measure(settings, dtypes, options.sides, options.limit, options.memory, keep)
     print(table(report))
-    if options.out:
-        path = _out(options.out)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+    if path is not None:
+        keep(report)
         print(f"written to {path}")
     return 0 if all(row["gate"]["green"] for row in report["rows"]) else 1
 
 
 def measure(
-    settings: Settings, dtypes: Sequence[str], sides: Sequence[str], limit: float, memory: bool
-) -> dict[str, Any]:
-    """All rows and what they were measured on; no further repeat starts after `limit` seconds."""
+    settings: Settings, dtypes: Sequence[str], sides: Sequence[str], limit: float, memory: bool,
+    keep: Callable[[Mapping[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:  # fmt: skip
+    """All rows and what they were measured on; no further repeat starts after `limit` seconds. keep
+    gets what there is before the processes for memory, which take as long again."""
     deadline = time.monotonic() + limit
     facts = machine(settings.device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report = {"bench": "step", "settings": asdict(settings), "machine": facts, "rows": rows}
     for dtype in dtypes:
         rows += run_pair(settings, dtype, sides, deadline)
         settle()  # trainers are cycles: two pairs of models at once would fill the memory
+        keep(report)
     if memory:
         for row in rows:
             row |= _peak(settings, row, deadline)
     facts["load_after"] = os.getloadavg()
-    return {"bench": "step", "settings": asdict(settings), "machine": facts, "rows": rows}
+    return report
 
 
 def run_pair(

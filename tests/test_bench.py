@@ -120,3 +120,16 @@ def test_outside_of_a_checkout_the_command_says_so(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("reasonrl.__file__", str(tmp_path / "reasonrl" / "__init__.py"))
     assert main(["bench", "ops"]) == 2
     assert "needs a source checkout" in capsys.readouterr().err
+
+
+def test_what_was_timed_stands_before_memory_is_measured(tmp_path, monkeypatch):
+    def ended(*given):
+        raise KeyboardInterrupt
+
+    row = {"side": "ours", "dtype": "fp32", "gate": {"green": True}, "median": 1.0}
+    monkeypatch.setattr(step, "run_pair", lambda *given: [row])
+    monkeypatch.setattr(step, "_peak", ended)
+    out = tmp_path / "step.json"
+    with pytest.raises(KeyboardInterrupt):
+        step.main(["--sides", "ours", "--dtype", "fp32", "--out", str(out)])
+    assert json.loads(out.read_text())["rows"] == [row]
