@@ -11,7 +11,7 @@ INTS = "width rows size half heads all_heads out_heads key_heads turned tokens b
 
 def shipped(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict]]:
     """(name, kernel, argument types, compile-time values, options), with every flag on."""
-    from reasonrl.kernels import draw, layers, packed, slots
+    from reasonrl.kernels import draw, layers, packed, slots, turn
 
     own = f"*{dtype}"
     types = dict.fromkeys(INTS.split(), "i32") | {"eps": "fp32", "scaling": "fp32"}
@@ -43,9 +43,9 @@ def shipped(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
     yield "draw.block", draw.block_kernel, types, flags, eight
     yield "draw.pick", draw.pick_kernel, types, {**flags, "MANY": 64}, eight
     shape = {"HEADS": 16, "HALF": 32}
-    yield "packed.turn", packed.turn_kernel, inner, {"NORMED": True, **shape}, four
+    yield "turn.turn", turn.turn_kernel, inner, {"NORMED": True, **shape}, four
     flags = {"LEARNT": True, "HEADS": 16, "SIZE": 128}
     given = types | {"grad_ptr": own}
-    yield "packed.head_norm_grad", packed.head_norm_grad_kernel, given, flags, eight
+    yield "turn.head_norm_grad", turn.head_norm_grad_kernel, given, flags, eight
     yield "packed.merge", packed.merge_kernel, inner, {"HEADS": 16, "SIZE": 64}, four
     yield "packed.back", packed.back_kernel, inner, shape, four

@@ -10,6 +10,7 @@ from torch import Tensor
 from reasonrl.kernels import layers, packed
 from reasonrl.kernels.common import available
 from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Norms, Turn
+from reasonrl.kernels.turn import head_norm_grad_, turn_, turned
 
 __all__ = ["available", "decoder_layer", "read_prompts"]
 
@@ -39,7 +40,7 @@ def read_prompts(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (L, H d), and keys and values (L, K, d)
     """Attention of packed prompts, without a gradient."""
     heads = qkv.unflatten(1, (-1, size))
-    packed.turn_(heads, cos, sin, key_heads, norms, eps)
+    turn_(heads, cos, sin, key_heads, norms, eps)
     q, k, v = _split(heads, key_heads)
     return packed.attend(q, k, v, where, scaling)[0].flatten(1), k, v
 
@@ -51,7 +52,7 @@ def attend(
     where they are normed, since the norm's gradient wants them as they came."""
     heads = qkv.unflatten(1, (-1, known.size))
     if not norms:
-        packed.turn_(heads, *turn, key_heads)
+        turn_(heads, *turn, key_heads)
     given = _turned(heads, turn, known, key_heads, norms)
     out, lse, states = packed.attend(*given, known.packing, known.scaling)
     return out.flatten(1), [lse, *(x for state in states for x in state)]
@@ -69,7 +70,7 @@ def attend_grad(
     given = grad, *_turned(heads, turn, known, key_heads, norms), seen, lse, states
     out, by_norms = packed.attend_grad(*given, turn, known.packing, known.scaling), None
     if norms:
-        by_norms = packed.head_norm_grad_(out, heads, key_heads, norms, known.eps[2], learnt)
+        by_norms = head_norm_grad_(out, heads, key_heads, norms, known.eps[2], learnt)
     return out.flatten(1), (None, None) if by_norms is None else by_norms.unbind()
 
 
@@ -79,7 +80,7 @@ def _turned(
     """q, k and v as attention reads them, of heads that are turned unless they are to be normed."""
     if not norms:
         return _split(heads, key_heads)
-    made = packed.turned(heads, *turn, key_heads, norms, known.eps[2])
+    made = turned(heads, *turn, key_heads, norms, known.eps[2])
     queries = made.shape[1] - key_heads
     return made[:, :queries], made[:, queries:], heads[:, queries + key_heads :]
 

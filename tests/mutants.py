@@ -130,8 +130,8 @@ TRITON = [
     ("statistics of another tile", TILES, "part = part_ptr + j.to(tl.int64) * 3 * n + row", "part = part_ptr + j.to(tl.int64) * 3 + row", "tiles"),
 ]  # fmt: skip
 
-NORMS, SLOTS, DRAW, PACKED, DECODER = (
-    f"kernels/{name}.py" for name in ("layers", "slots", "draw", "packed", "decoder")
+NORMS, SLOTS, DRAW, PACKED, TURN, DECODER = (
+    f"kernels/{name}.py" for name in ("layers", "slots", "draw", "packed", "turn", "decoder")
 )
 LAYERS = [
     ("delta not added", NORMS, "x += tl.load(delta_ptr + at", "x += 0.0 * tl.load(delta_ptr + at", "norms"),
@@ -167,12 +167,12 @@ LAYERS = [
     ("prompt's share of dk missed", PACKED, "b += part_of(k_ptr, k_more_ptr, at + half, real, role == PROMPT)", "b += part_of(k_ptr, k_more_ptr, at + half, real, role < 0)", "masked"),
     ("dv of the second call read by all", PACKED, "a = part_of(v_ptr, v_more_ptr, at, real, role == PROMPT)", "a = part_of(v_ptr, v_more_ptr, at, real, role >= 0)", "masked"),
     ("gradient turned forwards", PACKED, "(a * cos_a + b * sin_b).to(kind)", "(a * cos_a - b * sin_b).to(kind)", "masked"),
-    ("values turned too", PACKED, "real = (h < turned)[:, None]", "real = (h < all_heads)[:, None]", "masked"),
-    ("head norm's weight of the other", PACKED, "return tl.where(is_q, q, k)", "return tl.where(is_q, k, q)", "decoder_layer or modules"),
-    ("head norm's mean term dropped", PACKED, "d = scale * (g - n * (tl.sum(g * n, 1)[:, None] / size))", "d = scale * g", "decoder_layer"),
-    ("head norm of one half", PACKED, "square = (tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None]", "square = (2.0 * tl.sum(a * a, 1))[:, None]", "decoder_layer or modules"),
-    ("keys' gradient among the queries'", PACKED, "by_k += tl.sum(tl.where(is_q, 0.0, g * n), 0)", "by_k += tl.sum(g * n, 0)", "decoder_layer"),
-    ("one token of a head norm's share", PACKED, "token += tl.num_programs(0).to(tl.int64) * all_heads * size", "token += 0", "decoder_layer"),
+    ("values turned too", TURN, "real = (h < turned)[:, None]", "real = (h < all_heads)[:, None]", "masked"),
+    ("head norm's weight of the other", TURN, "return tl.where(is_q, q, k)", "return tl.where(is_q, k, q)", "decoder_layer or modules"),
+    ("head norm's mean term dropped", TURN, "d = scale * (g - n * (tl.sum(g * n, 1)[:, None] / size))", "d = scale * g", "decoder_layer"),
+    ("head norm of one half", TURN, "square = (tl.sum(a * a, 1) + tl.sum(b * b, 1))[:, None]", "square = (2.0 * tl.sum(a * a, 1))[:, None]", "decoder_layer or modules"),
+    ("keys' gradient among the queries'", TURN, "by_k += tl.sum(tl.where(is_q, 0.0, g * n), 0)", "by_k += tl.sum(g * n, 0)", "decoder_layer"),
+    ("one token of a head norm's share", TURN, "token += tl.num_programs(0).to(tl.int64) * all_heads * size", "token += 0", "decoder_layer"),
     ("heads' eps is the layer's", "kernels/gpu_decoder.py", "norms, known.eps[2], learnt)", "norms, known.eps[0], learnt)", "decoder_layer"),
     ("residual's gradient missed", DECODER, "above = grad.to(known.dtype)\n", "above = 0 * grad.to(known.dtype)\n", "decoder_layer"),
     ("one eps for both norms", DECODER, "known.eps[1]", "0.3", "decoder_layer"),

@@ -23,6 +23,7 @@ from triton_cases import DEVICE, RUN_HERE, device, within  # noqa: F401, a fixtu
 from reasonrl import calls, gpu_layers, lean, sampling
 from reasonrl.attention import Packed
 from reasonrl.kernels import draw, gpu_decoder, layers, packed, reference, slots
+from reasonrl.kernels import turn as turns
 from reasonrl.products import Cast, Joined
 from reasonrl.slots import Slots
 
@@ -275,7 +276,7 @@ def test_two_calls_and_a_turn_are_one_masked_attention(promised, layout, sizes):
         return [out, *torch.autograd.grad(out, leaf, up.to(kind))[0].split(widths, 1)]
 
     at, turned = calls.calls(layout, DEVICE), qkv.clone()
-    packed.turn_(turned, *turn, groups)
+    turns.turn_(turned, *turn, groups)
     assert torch.equal(turned[:, heads + groups :], qkv[:, heads + groups :])
     parts = turned.split(widths, 1)
     out, lse, states = packed.attend(*parts, at, 0.3)
@@ -289,7 +290,7 @@ def test_two_calls_and_a_turn_are_one_masked_attention(promised, layout, sizes):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_decoder_layer_and_its_gradients(promised, layout, biased, normed, monkeypatch):
-    monkeypatch.setattr(packed, "SHARES", 3)  # rows of the norms' gradients, in turn
+    monkeypatch.setattr(turns, "SHARES", 3)  # rows of the norms' gradients, in turn
     (heads, groups, size), inner, width = (4, 2, 10), 48, 24
     mask = dense(layout)
     shapes = [

@@ -20,6 +20,7 @@ from triton_layer_cases import angles, backward, forward
 from reasonrl import LossSpec, calls
 from reasonrl.kernels import common, draw, layers, packed, policy_loss, slots, tiles
 from reasonrl.kernels import logp as logp_kernels
+from reasonrl.kernels import turn as turns
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py"),
@@ -273,9 +274,9 @@ def test_nothing_outside_of_the_tensors_of_a_layer_is_touched(last, monkeypatch)
     at = calls.calls([(0, 3, [2, 1]), (6, 2, [])], "cpu")
     turn, qkv = [g(angle) for angle in angles(8, size)], matrix(8, heads + 2 * groups, size)
     raw, above = matrix(*qkv.shape), matrix(*qkv.shape)
-    found += [packed.turned(raw, *turn, groups, norms, 1e-6), above]
-    found.append(packed.head_norm_grad_(above, raw, groups, norms, 1e-6, True))
-    packed.turn_(qkv, *turn, groups)
+    found += [turns.turned(raw, *turn, groups, norms, 1e-6), above]
+    found.append(turns.head_norm_grad_(above, raw, groups, norms, 1e-6, True))
+    turns.turn_(qkv, *turn, groups)
     parts = qkv.split([heads, groups, groups], 1)
     out, lse, states = packed.attend(*parts, at, 0.3)
     found += [
