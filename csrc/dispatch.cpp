@@ -25,8 +25,8 @@ namespace {
      isa::rotary,              \
      isa::swiglu,              \
      isa::swiglu_grad,         \
-     isa::spread,              \
-     isa::gather,              \
+     isa::attend_packed,       \
+     isa::attend_packed_grad,  \
      isa::draw,                \
      isa::panel,               \
      isa::packed_words,        \

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reasonrl.kernels import native_packed
 from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Turn
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
 from reasonrl.kernels.native_layers import joined_swiglu
-from reasonrl.kernels.native_packed import Heads
+
+DOTS = True  # False: without the instruction for pairs of bf16
 
 
 def decoder_layer(
@@ -59,28 +60,30 @@ def gate_grad(both: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Tensor, list[Tensor]]:
-    """What was seen, and the softmax' weights."""
-    heads = _heads(qkv, turn, known, key_heads)
-    seen, soft = native_packed.attend(*heads, known.packing, known.scaling)
-    return seen.flatten(1), soft
+    """What was seen, and what weights are made of again; q and k are turned where they stand."""
+    heads = qkv.shape[1] // known.size - 2 * key_heads
+    seen = torch.empty((len(qkv), heads * known.size), dtype=qkv.dtype)
+    shares = torch.empty(len(qkv), heads, 2)
+    core().attend_packed(_packed(qkv, turn, known, key_heads, shares, seen), threads())
+    return seen, [shares]
 
 
 def attend_grad(
-    grad: Tensor, qkv: Tensor, seen: Tensor, soft: Sequence[Tensor], turn: Turn, known: Known,
+    grad: Tensor, qkv: Tensor, seen: Tensor, kept: Sequence[Tensor], turn: Turn, known: Known,
     key_heads: int,
 ) -> Tensor:  # fmt: skip
     by_qkv = torch.empty_like(qkv)
-    heads = _heads(qkv, turn, known, key_heads)
-    into = [part.x for part in _heads(by_qkv, turn, known, key_heads)]
-    above = grad.unflatten(1, (-1, known.size))
-    native_packed.attend_grad(above, *heads, soft, known.packing, known.scaling, into)
+    task = _packed(qkv, turn, known, key_heads, kept[0], None)
+    core().attend_packed_grad(task, pointer(grad), pointer(by_qkv), threads())
     return by_qkv
 
 
-def _heads(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Heads, Heads, Heads]:
-    parts = qkv.unflatten(1, (-1, known.size))
-    q, k, v = parts.split([parts.shape[1] - 2 * key_heads, key_heads, key_heads], 1)
-    return Heads(q, *turn), Heads(k, *turn), Heads(v)
+def _packed(qkv: Tensor, turn: Turn, known: Known, key_heads: int, shares: Tensor, seen: Any):
+    blocks, heads = known.packing.blocks, shares.shape[1]
+    given = (pointer(x) for x in (qkv, *turn, blocks, shares, seen))
+    sizes = len(qkv), len(blocks), heads, key_heads, known.size
+    kinds = DTYPES[qkv.dtype], DTYPES[turn.cos.dtype]
+    return core().PackedTask(*given, *sizes, *kinds, known.scaling, DOTS)
 
 
 def _task(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype):

@@ -6,57 +6,42 @@
 
 namespace reasonrl {
 
-inline void bind_blocks(py::module_& m) {
-    py::class_<SpreadTask>(m, "SpreadTask", "Heads to spread over blocks; see ops.h.")
-        .def(py::init([](uintptr_t rows, uintptr_t cos, uintptr_t sin, uintptr_t place,
-                         uintptr_t out, int64_t blocks, int64_t width, int64_t heads, int64_t size,
-                         int64_t stride, int dtype, int angle_dtype) {
-            return SpreadTask{at<const void>(rows),
+inline void bind_packed(py::module_& m) {
+    py::class_<PackedTask>(m, "PackedTask", "Packed tokens that attend; see ops.h.")
+        .def(py::init([](uintptr_t heads_of, uintptr_t cos, uintptr_t sin, uintptr_t blocks,
+                         uintptr_t shares, uintptr_t out, int64_t tokens, int64_t count,
+                         int64_t heads, int64_t key_heads, int64_t size, int dtype, int angle_dtype,
+                         float scaling, bool dots) {
+            return PackedTask{at<void>(heads_of),
                               at<const void>(cos),
                               at<const void>(sin),
-                              at<const int64_t>(place),
+                              at<const PackedBlock>(blocks),
+                              at<float>(shares),
                               at<void>(out),
-                              blocks,
-                              width,
+                              tokens,
+                              count,
                               heads,
+                              key_heads,
                               size,
-                              stride,
                               dtype,
-                              angle_dtype};
+                              angle_dtype,
+                              scaling,
+                              dots && dtype == BF16 && has_dots()};
         }));
     m.def(
-        "spread",
-        [](const SpreadTask& task, int threads) {
+        "attend_packed",
+        [](const PackedTask& task, int threads) {
             py::gil_scoped_release release;
-            ops().spread(task, threads);
+            ops().attend_packed(task, threads);
         },
-        "Heads of packed tokens as blocks.");
-    py::class_<GatherTask>(m, "GatherTask", "Blocks to sum back; see ops.h.")
-        .def(py::init([](uintptr_t one, uintptr_t other, uintptr_t cos, uintptr_t sin,
-                         uintptr_t first, uintptr_t place, uintptr_t out, int64_t width,
-                         int64_t other_width, int64_t rows, int64_t heads, int64_t size,
-                         int64_t stride, int dtype, int angle_dtype) {
-            return GatherTask{{at<const void>(one), at<const void>(other)},
-                              at<const void>(cos),
-                              at<const void>(sin),
-                              at<const int64_t>(first),
-                              at<const int64_t>(place),
-                              at<void>(out),
-                              {width, other_width},
-                              rows,
-                              heads,
-                              size,
-                              stride,
-                              dtype,
-                              angle_dtype};
-        }));
+        "Attention over packed tokens.");
     m.def(
-        "gather",
-        [](const GatherTask& task, int threads) {
+        "attend_packed_grad",
+        [](const PackedTask& task, uintptr_t grad, uintptr_t by_heads, int threads) {
             py::gil_scoped_release release;
-            ops().gather(task, threads);
+            ops().attend_packed_grad(task, {at<const void>(grad), at<void>(by_heads)}, threads);
         },
-        "Blocks summed back into the rows they were spread from.");
+        "Gradient by the heads.");
 }
 
 inline void bind_attention(py::module_& m) {
@@ -109,7 +94,7 @@ inline void bind_attention(py::module_& m) {
             ops().masked_softmax_grad(task, at<const void>(grad), at<void>(out), threads);
         },
         "Gradient by the scores, from the weights.");
-    bind_blocks(m);
+    bind_packed(m);
 }
 
 inline void bind_layers(py::module_& m) {
