@@ -40,14 +40,6 @@ struct Share {
     float top, share;
 };
 
-INLINE float sum_of_lanes(Vec x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    return total_of(x);
-#endif
-}
-
 INLINE float most_of_lanes(Vec x) {
 #ifdef __AVX512F__
     return _mm512_reduce_max_ps((__m512)x);
