@@ -28,6 +28,7 @@ namespace {
      isa::attend_packed,       \
      isa::attend_packed_grad,  \
      isa::draw,                \
+     isa::clip,                \
      isa::panel,               \
      isa::packed_words,        \
      isa::pack,                \

@@ -179,6 +179,11 @@ struct DrawTask {
     float temperature;
 };
 
+struct Piece {
+    float* at;
+    int64_t count;
+};
+
 struct GateTask {
     const void *gate, *up;  // (N, D), rows `stride` apart; the result has none between them
     int64_t rows, width, stride;
@@ -225,6 +230,7 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void attend_packed(const PackedTask&, int threads);                                            \
     void attend_packed_grad(const PackedTask&, const PackedGrad&, int threads);                    \
     void draw(const DrawTask&, int threads);                                                       \
+    double clip(const Piece*, int64_t count, double limit, int threads);                           \
     int64_t panel();                                                                               \
     int64_t packed_words(int dtype, int64_t inputs, int64_t outputs);                              \
     void pack(const PackTask&, int threads);                                                       \
@@ -259,6 +265,7 @@ struct Ops {
     decltype(&portable::attend_packed) attend_packed;
     decltype(&portable::attend_packed_grad) attend_packed_grad;
     decltype(&portable::draw) draw;
+    decltype(&portable::clip) clip;
     decltype(&portable::panel) panel;
     decltype(&portable::packed_words) packed_words;
     decltype(&portable::pack) pack;

@@ -181,6 +181,16 @@ inline void bind_layers(py::module_& m) {
         "Gradients by the gate and by what it lets through.");
 }
 
+inline void bind_clip(py::module_& m) {
+    m.def(
+        "clip",
+        [](uintptr_t pieces, int64_t count, double limit, int threads) {
+            py::gil_scoped_release release;
+            return ops().clip(at<const Piece>(pieces), count, limit, threads);
+        },
+        "The norm of all pieces, which are scaled down to a limit.");
+}
+
 inline void bind_draw(py::module_& m) {
     m.def(
         "draw",
