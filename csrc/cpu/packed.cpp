@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "rotary.h"
 #include "tiles.h"
 
 namespace reasonrl {
@@ -84,6 +83,23 @@ INLINE Share soften(float* score, const Seen& seen, float scaling) {
     return by;
 }
 
+// A head turned by its angles, or back; all may be read, and `out` written, a vector beyond the
+// end.
+template <bool BACK>
+INLINE void turn_head(const float* x, const float* cos, const float* sin, int64_t half,
+                      float* out) {
+    for (int64_t j = 0; j < half; j += LANES) {
+        const Vec p = load(x + j), q = load(x + half + j);
+        const Vec other = BACK ? load(sin + half + j) : -load(sin + j);
+        store(out + j, p * load(cos + j) + q * other);
+    }
+    for (int64_t j = 0; j < half; j += LANES) {
+        const Vec p = load(x + j), q = load(x + half + j);
+        const Vec other = BACK ? -load(sin + j) : load(sin + half + j);
+        store(out + half + j, q * load(cos + half + j) + p * other);
+    }
+}
+
 // A prompt (then it is its only block) or some completions of one.
 struct Run {
     int64_t first, last, prompt, place, queries;  // place: of its share of the prompt's gradient
@@ -120,7 +136,11 @@ struct Thread {
           inner((task.size + EACH<DOTS> - 1) / EACH<DOTS>),
           group(task.heads / task.key_heads),
           stride((task.heads + 2 * task.key_heads) * task.size),
-          angle(task.size) {
+          cos(task.size + LANES),
+          sin(cos),
+          row(stride + 2 * LANES),
+          turned(row),
+          half(stride + 2 * LANES) {
         const int64_t wide = vectors(inner), columns = plan.columns, chunk = CHUNK;
         const int64_t pairs = std::max<int64_t>(LANES, chunk / EACH<DOTS>);
         rows = store_.words(std::max(plan.queries, chunk), wide);
@@ -144,28 +164,39 @@ struct Thread {
         by_v = store_.words(plan.queries, width);
     }
 
-    // `count` rows of heads as words, with zeros behind them up to `padded`.
-    void read(const void* from, int64_t at, int64_t apart, int64_t count, int64_t padded,
-              Words to) {
-        const int64_t numbers = EACH<DOTS> * inner;
-        for (int64_t i = 0; i < padded; i++) {
+    // `count` rows of heads as words, with zero rows behind them up to `padded`. Of `all` numbers;
+    // what stands behind a head of even size may be read with it, and concerns no result.
+    void read(const void* from, int64_t all, int64_t at, int64_t apart, int64_t count,
+              int64_t padded, Words to) {
+        for (int64_t i = 0; i < padded; i++, at += apart) {
+            if (DOTS && size % 2 == 0 && i < count && at + 2 * to.apart <= all) {
+                const uint32_t* here = (const uint32_t*)((const uint16_t*)from + at);
+                for (int64_t j = 0; j < to.apart; j += LANES) {
+                    store(to.floats(i) + j, (Vec)load_words(here + j));
+                }
+                continue;
+            }
             memset(to.row(i), 0, to.apart * sizeof(uint32_t));
             if (i >= count) continue;
-            if (DOTS) memcpy(to.row(i), (const uint16_t*)from + at + i * apart, size * 2);
-            if (!DOTS) read_any(t.dtype, from, at + i * apart, numbers, to.floats(i));
+            if (DOTS) memcpy(to.row(i), (const uint16_t*)from + at, size * 2);
+            if (!DOTS) read_any(t.dtype, from, at, size, to.floats(i));
         }
+    }
+
+    void read_heads(int64_t token, int64_t head, int64_t count, int64_t padded, Words to) {
+        const int64_t at = token * stride + head * size;
+        read(t.heads_of, t.tokens * stride, at, stride, count, padded, to);
     }
 
     // Keys and values of a block from column `at` on, as the products want them.
     void take(const PackedBlock& block, int64_t key_head, int64_t at, bool back) {
-        const int64_t padded = vectors(block.count), first = block.start * stride;
-        const int64_t k = first + (t.heads + key_head) * size, v = k + t.key_heads * size;
+        const int64_t padded = vectors(block.count), k = t.heads + key_head, v = k + t.key_heads;
         const auto beside = [&](Words x) { return Words{x.at + at, x.apart}; };
         const auto under = [&](Words x) { return Words{x.row(at / EACH<DOTS>), x.apart}; };
-        read(t.heads_of, k, stride, block.count, padded, rows);
+        read_heads(block.start, k, block.count, padded, rows);
         turn_words(rows, padded, inner, beside(k_across));
         if (back) pair_rows<DOTS>(rows, padded, width, under(k_pairs));
-        read(t.heads_of, v, stride, block.count, padded, rows);
+        read_heads(block.start, v, block.count, padded, rows);
         if (back) turn_words(rows, padded, inner, beside(v_across));
         if (!back) pair_rows<DOTS>(rows, padded, width, under(v_pairs));
     }
@@ -183,13 +214,42 @@ struct Thread {
         }
     }
 
-    // A row of a gradient by q or k, turned back, or by v.
-    void put(float* row, int64_t token, int64_t head_number, bool turned, void* to) {
-        if (turned && t.cos) {
-            angle.read(t.angle_dtype, t.cos, t.sin, token);
-            turn<true>(row, angle);
+    // `count` numbers as the type has them; all may be read a vector beyond the end.
+    void write(const float* from, int64_t count, void* to, int64_t at) {
+        if (!DOTS) return write_any(t.dtype, to, at, count, from);
+        round_pairs(from, vectors(count), (uint32_t*)half.data());
+        memcpy((uint16_t*)to + at, half.data(), count * sizeof(uint16_t));
+    }
+
+    template <bool BACK>
+    void turn(const float* x, int64_t token, int64_t heads, float* to) {
+        const float *c = cos.data(), *s = sin.data();
+        if (t.angle_dtype == F32 && (t.tokens - token) * size >= size + LANES) {
+            c = (const float*)t.cos + token * size, s = (const float*)t.sin + token * size;
+        } else {
+            read_any(t.angle_dtype, t.cos, token * size, size, cos.data());
+            read_any(t.angle_dtype, t.sin, token * size, size, sin.data());
         }
-        write_any(t.dtype, to, token * stride + head_number * size, size, row);
+        for (int64_t h = 0; h < heads; h++) {
+            turn_head<BACK>(x + h * size, c, s, size / 2, to + h * size);
+        }
+    }
+
+    // Queries and keys of a token are turned where they stand.
+    void turn_token(int64_t token) {
+        const int64_t heads = t.heads + t.key_heads, at = token * stride;
+        read_any(t.dtype, t.heads_of, at, heads * size, row.data());
+        turn<false>(row.data(), token, heads, turned.data());
+        write(turned.data(), heads * size, t.heads_of, at);
+    }
+
+    // A row of a gradient by q or k, turned back, or by v.
+    void put(const float* x, int64_t token, int64_t head, bool back, void* to) {
+        if (back && t.cos) {
+            turn<true>(x, token, 1, turned.data());
+            x = turned.data();
+        }
+        write(x, size, to, token * stride + head * size);
     }
 
     void see(const Run& run, int64_t key_head) {
@@ -203,7 +263,7 @@ struct Thread {
                 for (int64_t first = 0; first < block.count; first += HIGH) {
                     const int64_t n = std::min<int64_t>(HIGH, block.count - first);
                     const int64_t columns = own + vectors(first + n), token = block.start + first;
-                    read(t.heads_of, token * stride + h * size, stride, n, HIGH, q);
+                    read_heads(token, h, n, HIGH, q);
                     multiply_small<DOTS>(q, k_across, HIGH, columns, inner, score, false);
                     for (int64_t r = 0; r < n; r++) {
                         const Seen seen = {prompt, own, first + r + 1};
@@ -215,7 +275,7 @@ struct Thread {
                                          false);
                     for (int64_t r = 0; r < n; r++) {
                         const int64_t at = ((token + r) * t.heads + h) * size;
-                        write_any(t.dtype, t.out, at, size, out.floats(r));
+                        write(out.floats(r), size, t.out, at);
                     }
                 }
             }
@@ -258,8 +318,9 @@ struct Thread {
                     int64_t n, int64_t prompt) {
         const int64_t own = vectors(prompt), columns = own + vectors(first + n);
         const int64_t token = block.start + first, padded = (n + HIGH - 1) / HIGH * HIGH;
-        read(t.heads_of, token * stride + h * size, stride, n, padded, q);
-        read(d.grad, (token * t.heads + h) * size, t.heads * size, n, padded, above);
+        const int64_t apart = t.heads * size, at = token * apart + h * size;
+        read_heads(token, h, n, padded, q);
+        read(d.grad, t.tokens * apart, at, apart, n, padded, above);
         pair_rows<DOTS>(q, padded, width, q_pairs);
         pair_rows<DOTS>(above, padded, width, above_pairs);
         for (int64_t i = 0; i < padded; i += HIGH) {
@@ -312,7 +373,8 @@ struct Thread {
 
     const PackedTask& t;
     int64_t size, width, inner, group, stride;
-    Angles angle;
+    std::vector<float> cos, sin, row, turned;
+    std::vector<uint16_t> half;
     Store store_;
     Words rows, k_across, k_pairs, v_across, v_pairs, q, q_pairs, above, above_pairs;
     Words score, by_weight, weight, by_score, paired, across, out, by_k, by_v;
@@ -322,20 +384,12 @@ struct Thread {
 template <bool DOTS>
 void forward(const PackedTask& t, int threads) {
     const Plan plan(t);
-    const int64_t turned = t.heads + t.key_heads, stride = (turned + t.key_heads) * t.size;
-    const int64_t item = t.dtype == F32 ? 4 : 2, count = (int64_t)plan.runs.size() * t.key_heads;
+    const int64_t count = (int64_t)plan.runs.size() * t.key_heads;
 #pragma omp parallel num_threads(threads)
     {
         Thread<DOTS> mine(t, plan, false);
-        std::vector<float> row(turned * t.size);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < (t.cos ? t.tokens : 0); i++) {
-            char* at = (char*)t.heads_of + i * stride * item;
-            mine.angle.read(t.angle_dtype, t.cos, t.sin, i);
-            read_any(t.dtype, at, 0, turned * t.size, row.data());
-            for (int64_t h = 0; h < turned; h++) turn<false>(row.data() + h * t.size, mine.angle);
-            write_any(t.dtype, at, 0, turned * t.size, row.data());
-        }
+        for (int64_t i = 0; i < (t.cos ? t.tokens : 0); i++) mine.turn_token(i);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {
             mine.see(plan.runs[i / t.key_heads], i % t.key_heads);
@@ -347,7 +401,7 @@ template <bool DOTS>
 void backward(const PackedTask& t, const PackedGrad& d, int threads) {
     const Plan plan(t);
     const int64_t width = vectors(t.size), count = (int64_t)plan.runs.size() * t.key_heads;
-    const std::unique_ptr<float[]> places(new float[plan.rows * t.key_heads * 2 * width]);
+    const std::unique_ptr<float[]> places(new float[plan.rows * t.key_heads * 2 * width + LANES]);
     const auto rows = [&](const Run& run) {
         return vectors(t.blocks[run.prompt < 0 ? run.first : run.prompt].count);
     };

@@ -30,11 +30,11 @@ struct Words {
     INLINE float* floats(int64_t i) const { return (float*)row(i); }
 };
 
-// Memory for words, aligned to vectors.
+// Memory for words, aligned to vectors, with a vector behind it.
 class Store {
   public:
     Words words(int64_t rows, int64_t apart) {
-        parts_.emplace_back(new uint32_t[rows * apart + 16]);
+        parts_.emplace_back(new uint32_t[rows * apart + 32]);
         const uintptr_t at = (uintptr_t)parts_.back().get();
         return {(uint32_t*)((at + 63) / 64 * 64), apart};
     }
