@@ -9,8 +9,7 @@
 // that thread's own memory. Weights are made again in the backward, of a maximum and a share a row.
 // What completions add to their prompt's keys is summed run by run, in their order. Sums are
 // float32; weights and ds are rounded to the heads' type, and results, each once.
-#include <algorithm>
-#include <vector>
+#include "packed.h"
 
 #include "tiles.h"
 
@@ -18,114 +17,7 @@ namespace reasonrl {
 namespace ISA {
 namespace {
 
-constexpr float LOWEST = -87.0f;   // less is no weight
-constexpr int64_t TOGETHER = 192;  // queries of a run, where they are of several completions
-constexpr int64_t CHUNK = 64;      // queries of a product by keys
-
-// What a row sees: so many keys of the prompt, and so many from `own` on.
-struct Seen {
-    int64_t prompt, own, mine;
-
-    INLINE int64_t end() const { return own + vectors(mine); }
-    INLINE VecI mask(int64_t j) const {
-        VecI lane;
-        for (int k = 0; k < LANES; k++) lane[k] = k;
-        return lane < (int32_t)(j < own ? prompt - j : own + mine - j);
-    }
-};
-
-// By which scores become weights: their maximum, and 1 / the sum of e^(score - maximum).
-struct Share {
-    float top, share;
-};
-
-INLINE float most_of_lanes(Vec x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float most = x[0];
-    for (int k = 1; k < LANES; k++) most = max_of(most, x[k]);
-    return most;
-#endif
-}
-
-INLINE Vec raised(Vec score, float top, VecI on) {
-    const Vec x = score - top;
-    return where(on & (x > LOWEST), exp_of(min_of(max_of(x, Vec{} + LOWEST), Vec{})));
-}
-
-// Scores become weights, by what `soften` gave.
-INLINE void weigh(float* score, const Seen& seen, float scaling, const Share& by) {
-    for (int64_t j = 0; j < seen.end(); j += LANES) {
-        const VecI on = seen.mask(j);
-        store(score + j, raised(where(on, load(score + j) * scaling), by.top, on) * by.share);
-    }
-}
-
-// Scores become weights; NaN where a seen one is not finite.
-INLINE Share soften(float* score, const Seen& seen, float scaling) {
-    Vec most = Vec{} - INFINITY, sum = {};
-    for (int64_t j = 0; j < seen.end(); j += LANES) {
-        const VecI on = seen.mask(j);
-        const Vec x = where(on, load(score + j) * scaling);
-        sum += 0.0f * x;
-        most = max_of(most, select(on, x, Vec{} - INFINITY));
-        store(score + j, x);
-    }
-    const float top = most_of_lanes(most);
-    for (int64_t j = 0; j < seen.end(); j += LANES) {
-        const Vec e = raised(load(score + j), top, seen.mask(j));
-        store(score + j, e);
-        sum += e;
-    }
-    const Share by = {top, 1.0f / sum_of_lanes(sum)};
-    for (int64_t j = 0; j < seen.end(); j += LANES) store(score + j, load(score + j) * by.share);
-    return by;
-}
-
-// A head turned by its angles, or back; all may be read, and `out` written, a vector beyond the
-// end.
-template <bool BACK>
-INLINE void turn_head(const float* x, const float* cos, const float* sin, int64_t half,
-                      float* out) {
-    for (int64_t j = 0; j < half; j += LANES) {
-        const Vec p = load(x + j), q = load(x + half + j);
-        const Vec other = BACK ? load(sin + half + j) : -load(sin + j);
-        store(out + j, p * load(cos + j) + q * other);
-    }
-    for (int64_t j = 0; j < half; j += LANES) {
-        const Vec p = load(x + j), q = load(x + half + j);
-        const Vec other = BACK ? -load(sin + j) : load(sin + half + j);
-        store(out + half + j, q * load(cos + half + j) + p * other);
-    }
-}
-
-// A prompt (then it is its only block) or some completions of one.
-struct Run {
-    int64_t first, last, prompt, place, queries;  // place: of its share of the prompt's gradient
-};
-
-struct Plan {
-    std::vector<Run> runs;
-    int64_t columns = 0, queries = 0, rows = 0;  // the most of a block; rows of all places
-
-    explicit Plan(const PackedTask& t) {
-        for (int64_t b = 0; b < t.count; b++) {
-            const PackedBlock& block = t.blocks[b];
-            const bool own = block.prompt < 0;
-            const int64_t prompt = own ? 0 : vectors(t.blocks[block.prompt].count);
-            columns = std::max(columns, prompt + vectors(block.count));
-            queries = std::max(queries, vectors(block.count));
-            if (!own && !runs.empty() && runs.back().prompt == block.prompt &&
-                runs.back().queries + block.count <= TOGETHER) {
-                runs.back().last = b + 1, runs.back().queries += block.count;
-            } else {
-                runs.push_back({b, b + 1, block.prompt, rows, block.count});
-                rows += own ? vectors(block.count) : prompt;
-            }
-        }
-    }
-};
+constexpr int64_t CHUNK = 64;  // queries of a product by keys
 
 template <bool DOTS>
 struct Thread {
@@ -252,7 +144,7 @@ struct Thread {
         write(x, size, to, token * stride + head * size);
     }
 
-    void see(const Run& run, int64_t key_head) {
+    void see(const PackedRun& run, int64_t key_head) {
         const int64_t prompt = run.prompt < 0 ? 0 : t.blocks[run.prompt].count;
         const int64_t own = vectors(prompt);
         if (prompt) take(t.blocks[run.prompt], key_head, 0, false);
@@ -267,7 +159,7 @@ struct Thread {
                     multiply_small<DOTS>(q, k_across, HIGH, columns, inner, score, false);
                     for (int64_t r = 0; r < n; r++) {
                         const Seen seen = {prompt, own, first + r + 1};
-                        const Share by = soften(score.floats(r), seen, t.scaling);
+                        const Weighing by = soften(score.floats(r), seen, t.scaling);
                         memcpy(t.shares + ((token + r) * t.heads + h) * 2, &by, sizeof by);
                         keep(score.floats(r), seen.end(), columns, weight.row(r));
                     }
@@ -283,7 +175,7 @@ struct Thread {
     }
 
     // The gradient by a run's own queries, keys and values, and its share of its prompt's.
-    void see_back(const PackedGrad& d, const Run& run, int64_t key_head, float* place) {
+    void see_back(const PackedGrad& d, const PackedRun& run, int64_t key_head, float* place) {
         const bool alone = run.prompt < 0;  // a prompt: all of its gradient goes to its place
         const int64_t prompt = alone ? 0 : t.blocks[run.prompt].count, own = vectors(prompt);
         const int64_t rows_there = alone ? vectors(t.blocks[run.first].count) : own;
@@ -330,7 +222,7 @@ struct Thread {
             multiply_small<DOTS>(from(above), v_across, HIGH, here, inner, by_weight, false);
             for (int64_t r = i; r < end; r++) {
                 const Seen seen = {prompt, own, first + r + 1};
-                Share by;
+                Weighing by;
                 memcpy(&by, t.shares + ((token + r) * t.heads + h) * 2, sizeof by);
                 float *p = score.floats(r - i), *g = by_weight.floats(r - i);
                 weigh(p, seen, t.scaling, by);
@@ -402,10 +294,10 @@ void backward(const PackedTask& t, const PackedGrad& d, int threads) {
     const Plan plan(t);
     const int64_t width = vectors(t.size), count = (int64_t)plan.runs.size() * t.key_heads;
     const std::unique_ptr<float[]> places(new float[plan.rows * t.key_heads * 2 * width + LANES]);
-    const auto rows = [&](const Run& run) {
+    const auto rows = [&](const PackedRun& run) {
         return vectors(t.blocks[run.prompt < 0 ? run.first : run.prompt].count);
     };
-    const auto place = [&](const Run& run, int64_t key_head) {
+    const auto place = [&](const PackedRun& run, int64_t key_head) {
         return places.get() + (run.place * t.key_heads + key_head * rows(run)) * 2 * width;
     };
 #pragma omp parallel num_threads(threads)
@@ -413,17 +305,17 @@ void backward(const PackedTask& t, const PackedGrad& d, int threads) {
         Thread<DOTS> mine(t, plan, true);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {
-            const Run& run = plan.runs[i / t.key_heads];
+            const PackedRun& run = plan.runs[i / t.key_heads];
             mine.see_back(d, run, i % t.key_heads, place(run, i % t.key_heads));
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {
-            const Run& run = plan.runs[i / t.key_heads];
+            const PackedRun& run = plan.runs[i / t.key_heads];
             if (run.prompt >= 0) continue;
             const int64_t key_head = i % t.key_heads, all = rows(run) * width;
             const PackedBlock& block = t.blocks[run.first];
             float* sum = place(run, key_head);
-            for (const Run& other : plan.runs) {
+            for (const PackedRun& other : plan.runs) {
                 if (other.prompt != run.first) continue;
                 const float* more = place(other, key_head);
                 for (int64_t j = 0; j < 2 * all; j++) sum[j] += more[j];
