@@ -11,7 +11,8 @@ namespace reasonrl {
 namespace {
 
 constexpr float LOWEST = -87.0f;   // less is no weight
-constexpr int64_t TOGETHER = 192;  // queries of a run, where they are of several completions
+constexpr int64_t TOGETHER = 192;  // queries that completions may have in a run
+constexpr int64_t RUNS = 8;        // or this part of all of their prompt's
 
 // What a row sees: so many keys of the prompt, and so many from `own` on.
 struct Seen {
@@ -101,14 +102,19 @@ struct Plan {
     int64_t columns = 0, queries = 0, rows = 0;  // the most of a block; rows of all places
 
     explicit Plan(const PackedTask& t) {
+        std::vector<int64_t> asked(t.count);  // queries of a prompt's completions
+        for (int64_t b = 0; b < t.count; b++) {
+            if (t.blocks[b].prompt >= 0) asked[t.blocks[b].prompt] += t.blocks[b].count;
+        }
         for (int64_t b = 0; b < t.count; b++) {
             const PackedBlock& block = t.blocks[b];
             const bool own = block.prompt < 0;
             const int64_t prompt = own ? 0 : vectors(t.blocks[block.prompt].count);
             columns = std::max(columns, prompt + vectors(block.count));
             queries = std::max(queries, vectors(block.count));
+            const int64_t most = own ? 0 : std::max(TOGETHER, asked[block.prompt] / RUNS);
             if (!own && !runs.empty() && runs.back().prompt == block.prompt &&
-                runs.back().queries + block.count <= TOGETHER) {
+                runs.back().queries + block.count <= most) {
                 runs.back().last = b + 1, runs.back().queries += block.count;
             } else {
                 runs.push_back({b, b + 1, block.prompt, rows, block.count});
