@@ -23,11 +23,14 @@ namespace {
      isa::rms_norm,            \
      isa::rms_norm_grad,       \
      isa::rotary,              \
+     isa::norm_heads,          \
+     isa::norm_heads_grad,     \
      isa::swiglu,              \
      isa::swiglu_grad,         \
-     isa::spread,              \
-     isa::gather,              \
+     isa::attend_packed,       \
+     isa::attend_packed_grad,  \
      isa::draw,                \
+     isa::clip,                \
      isa::panel,               \
      isa::packed_words,        \
      isa::pack,                \

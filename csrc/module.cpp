@@ -246,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_layers(m);
     bind_draw(m);
+    bind_clip(m);
     bind_decode(m);
 #ifdef WITH_CUDA
     bind_cuda(m);

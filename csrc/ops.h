@@ -137,6 +137,17 @@ struct NormGrad {
     int dtype;
 };
 
+// Heads of N tokens, q k v side by side, to norm and turn; see cpu/heads.cpp.
+struct HeadsTask {
+    const void* from;              // (N, H + 2 K, d)
+    void* out;                     // the same: heads, or in the backward their gradient, in place
+    const void *cos, *sin;         // (N, d); d is even
+    const float *q_norm, *k_norm;  // (d,)
+    int64_t tokens, heads, key_heads, size;
+    int dtype, angle_dtype;
+    float eps;
+};
+
 // Queries and keys of N tokens to turn by their angles; see cpu/rotary.cpp.
 struct RotaryTask {
     const void *q, *k, *cos, *sin;  // (N, H, d), (N, K, d), (N, d), (N, d); d is even
@@ -145,24 +156,27 @@ struct RotaryTask {
     int dtype, angle_dtype, out_dtype;
 };
 
-// Heads of L rows to spread over N blocks of W places; see cpu/blocks.cpp.
-struct SpreadTask {
-    const void* rows;       // (L, H, d), rows `stride` apart
-    const void *cos, *sin;  // (L, d) by which heads are turned, or null; then d is even
-    const int64_t* place;   // (N, W) the row in each place; below 0: none
-    void* out;              // (N, H, W, d)
-    int64_t blocks, width, heads, size, stride;
-    int dtype, angle_dtype;
+// Neighbouring tokens that are queries together: a prompt's, or those of a completion of it.
+struct PackedBlock {
+    int64_t start, count, prompt;  // the block of its prompt; below 0: it is one
 };
 
-// The sums of L rows over their places in up to two tensors of blocks.
-struct GatherTask {
-    const void* blocks[2];         // (N, H, W, d) each
-    const void *cos, *sin;         // (L, d) by which heads are turned back, or null
-    const int64_t *first, *place;  // (L + 1,), (E,): 2 (n W + w) + which tensor
-    void* out;                     // (L, H, d), rows `stride` apart
-    int64_t width[2], rows, heads, size, stride;
+// Attention over L packed tokens; see cpu/packed.cpp.
+struct PackedTask {
+    void* heads_of;             // (L, (H + 2 K) d) q, k and v; q and k are turned by the forward
+    const void *cos, *sin;      // (L, d) by which they are, or null; then d is even
+    const PackedBlock* blocks;  // (N,), in which every token stands once, prompts first
+    float* shares;              // (L, H, 2) what weights are made of again
+    void* out;                  // (L, H, d)
+    int64_t tokens, count, heads, key_heads, size;
     int dtype, angle_dtype;
+    float scaling;
+    bool dots;  // by the instruction that multiplies pairs of bf16
+};
+
+struct PackedGrad {
+    const void* grad;  // (L, H, d)
+    void* by_heads;    // (L, (H + 2 K) d)
 };
 
 // Rows of logits to draw a token from each; see cpu/draw.cpp.
@@ -174,6 +188,11 @@ struct DrawTask {
     int64_t rows, vocab;
     int dtype;
     float temperature;
+};
+
+struct Piece {
+    float* at;
+    int64_t count;
 };
 
 struct GateTask {
@@ -217,17 +236,20 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void rms_norm(const NormTask&, const Added&, void* y, int threads);                            \
     void rms_norm_grad(const NormTask&, const NormGrad&, int threads);                             \
     void rotary(const RotaryTask&, bool back, int threads);                                        \
+    void norm_heads(const HeadsTask&, int threads);                                                \
+    void norm_heads_grad(const HeadsTask&, float* by_norms, int64_t shares, int threads);          \
     void swiglu(const GateTask&, void* out, int threads);                                          \
     void swiglu_grad(const GateTask&, const GateGrad&, int threads);                               \
-    void spread(const SpreadTask&, int threads);                                                   \
+    void attend_packed(const PackedTask&, int threads);                                            \
+    void attend_packed_grad(const PackedTask&, const PackedGrad&, int threads);                    \
     void draw(const DrawTask&, int threads);                                                       \
+    double clip(const Piece*, int64_t count, double limit, int threads);                           \
     int64_t panel();                                                                               \
     int64_t packed_words(int dtype, int64_t inputs, int64_t outputs);                              \
     void pack(const PackTask&, int threads);                                                       \
     void decode_logits(const DecodeModel&, const DecodeRows&, void* logits, int threads);          \
     void decode_tokens(const DecodeModel&, const DecodeState&, int64_t tokens, int64_t until,      \
                        int threads);                                                               \
-    void gather(const GatherTask&, int threads);                                                   \
     }
 REASONRL_DECLARE(portable)
 REASONRL_DECLARE(avx2)
@@ -251,11 +273,14 @@ struct Ops {
     decltype(&portable::rms_norm) rms_norm;
     decltype(&portable::rms_norm_grad) rms_norm_grad;
     decltype(&portable::rotary) rotary;
+    decltype(&portable::norm_heads) norm_heads;
+    decltype(&portable::norm_heads_grad) norm_heads_grad;
     decltype(&portable::swiglu) swiglu;
     decltype(&portable::swiglu_grad) swiglu_grad;
-    decltype(&portable::spread) spread;
-    decltype(&portable::gather) gather;
+    decltype(&portable::attend_packed) attend_packed;
+    decltype(&portable::attend_packed_grad) attend_packed_grad;
     decltype(&portable::draw) draw;
+    decltype(&portable::clip) clip;
     decltype(&portable::panel) panel;
     decltype(&portable::packed_words) packed_words;
     decltype(&portable::pack) pack;

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from reasonrl.kernels import native_packed
 from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Norms, Turn
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
 from reasonrl.kernels.native_layers import joined_swiglu
-from reasonrl.kernels.native_packed import Heads
+
+SHARES = 64  # of tokens, for the gradient of heads' norms: sums in one order for any threads
+DOTS = True  # False: without the instruction for pairs of bf16
 
 
 def decoder_layer(
@@ -21,8 +23,9 @@ def decoder_layer(
     known: Sequence,
     weights: Sequence[Tensor],  # fp32, contiguous, in the order of decoder.Weights
     biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
+    norms: Sequence[Tensor | None] = (None, None),  # of q's heads and k's
 ) -> Tensor:  # (L, D) fp32
-    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases, None, None)
+    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases, *norms)
 
 
 def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype):
@@ -61,28 +64,56 @@ def gate_grad(both: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def attend(
     qkv: Tensor, turn: Turn, known: Known, key_heads: int, norms: Norms
 ) -> tuple[Tensor, list[Tensor]]:
-    """What was seen, and the softmax' weights. There are no norms of heads here."""
-    heads = _heads(qkv, turn, known, key_heads)
-    seen, soft = native_packed.attend(*heads, known.packing, known.scaling)
-    return seen.flatten(1), soft
+    """What was seen, and what weights are made of again. q and k are turned where they stand, but
+    where they are normed, since the norm's gradient wants them as they came."""
+    heads = qkv.shape[1] // known.size - 2 * key_heads
+    seen = torch.empty((len(qkv), heads * known.size), dtype=qkv.dtype)
+    shares = torch.empty(len(qkv), heads, 2)
+    given, how = (qkv, turn) if not norms else (_normed(qkv, turn, known, key_heads, norms), None)
+    core().attend_packed(_packed(given, how, known, key_heads, shares, seen), threads())
+    return seen, [shares]
 
 
 def attend_grad(
-    grad: Tensor, qkv: Tensor, seen: Tensor, soft: Sequence[Tensor], turn: Turn, known: Known,
+    grad: Tensor, qkv: Tensor, seen: Tensor, kept: Sequence[Tensor], turn: Turn, known: Known,
     key_heads: int, norms: Norms, learnt: bool,
-) -> tuple[Tensor, Sequence[None]]:  # fmt: skip
-    by_qkv = torch.empty_like(qkv)
-    heads = _heads(qkv, turn, known, key_heads)
-    into = [part.x for part in _heads(by_qkv, turn, known, key_heads)]
-    above = grad.unflatten(1, (-1, known.size))
-    native_packed.attend_grad(above, *heads, soft, known.packing, known.scaling, into)
-    return by_qkv, (None, None)
+) -> tuple[Tensor, Sequence[Tensor | None]]:  # fmt: skip
+    by_qkv, heads = torch.empty_like(qkv), qkv
+    if norms:
+        heads = _normed(qkv, turn, known, key_heads, norms)
+    task = _packed(heads, turn, known, key_heads, kept[0], None)
+    core().attend_packed_grad(task, pointer(grad), pointer(by_qkv), threads())
+    if not norms:
+        return by_qkv, (None, None)
+    parts = torch.empty(min(len(qkv), SHARES), 2, known.size)
+    task = _norms(qkv, by_qkv, turn, known, key_heads, norms)
+    core().norm_heads_grad(task, pointer(parts), len(parts), threads())
+    return by_qkv, parts.sum(0).unbind() if learnt else (None, None)
 
 
-def _heads(qkv: Tensor, turn: Turn, known: Known, key_heads: int) -> tuple[Heads, Heads, Heads]:
-    parts = qkv.unflatten(1, (-1, known.size))
-    q, k, v = parts.split([parts.shape[1] - 2 * key_heads, key_heads, key_heads], 1)
-    return Heads(q, *turn), Heads(k, *turn), Heads(v)
+def _normed(qkv: Tensor, turn: Turn, known: Known, key_heads: int, norms: Norms) -> Tensor:
+    """Heads as attention reads them."""
+    out = torch.empty_like(qkv)
+    core().norm_heads(_norms(qkv, out, turn, known, key_heads, norms), threads())
+    return out
+
+
+def _norms(qkv: Tensor, out: Tensor, turn: Turn, known: Known, key_heads: int, norms: Norms):
+    heads = qkv.shape[1] // known.size - 2 * key_heads
+    given = (pointer(x) for x in (qkv, out, *turn, *norms))
+    sizes = len(qkv), heads, key_heads, known.size
+    kinds = DTYPES[qkv.dtype], DTYPES[turn.cos.dtype]
+    return core().HeadsTask(*given, *sizes, *kinds, known.eps[2])
+
+
+def _packed(
+    qkv: Tensor, turn: Turn | None, known: Known, key_heads: int, shares: Tensor, seen: Any
+):
+    blocks, heads = known.packing.blocks, shares.shape[1]
+    given = (pointer(x) for x in (qkv, *(turn or (None, None)), blocks, shares, seen))
+    sizes = len(qkv), len(blocks), heads, key_heads, known.size
+    kinds = DTYPES[qkv.dtype], DTYPES[turn.cos.dtype if turn else torch.float32]
+    return core().PackedTask(*given, *sizes, *kinds, known.scaling, DOTS)
 
 
 def _task(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, dtype: torch.dtype):

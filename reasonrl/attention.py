@@ -90,7 +90,7 @@ class Packed:
         known = (
             self.cache is None and self.attn != "flash" and torch.device(self.device).type == "cpu"
         )
-        return known and all(group * part.block <= SMALL for part in self.places.parts)
+        return known and group * self.places.most <= SMALL
 
     def by_flash(self, dtype: torch.dtype, size: int) -> bool:
         """Whether heads of that size and type go by flash kernels here, and nothing is kept."""

@@ -9,7 +9,8 @@ Legend: B rows, N completion tokens, L packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import Any
@@ -32,8 +33,14 @@ def cu_seqlens(rollout: Rollout) -> Tensor:
 
 def places(rollout: Rollout, rows: Sequence[int] | Tensor) -> Tensor:
     """Where the tokens of these rows stand among all N completion tokens, (n,) int64."""
-    starts = cu_seqlens(rollout)
-    return torch.cat([torch.arange(int(starts[b]), int(starts[b + 1])) for b in rows])
+    starts = [0, *accumulate(lengths(rollout))]
+    return integers(range(starts[int(b)], starts[int(b) + 1]) for b in rows)
+
+
+def integers(parts: Iterable[Iterable[int]]) -> Tensor:
+    """End to end, int64."""
+    found = array("q", chain.from_iterable(parts))
+    return torch.frombuffer(found, dtype=torch.long) if found else torch.zeros(0, dtype=torch.long)
 
 
 def merge(parts: Sequence[Rollout]) -> Rollout:
@@ -130,8 +137,9 @@ def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[i
     """Rows cut so that prompts (once for each group present) and completions fit the budget."""
     chosen: list[int] = []
     used, group = 0, -1
-    for b in sorted(rows, key=lambda b: (int(rollout.group[b]), b)):
-        g = int(rollout.group[b])
+    owner = rollout.group.tolist()
+    for b in sorted(rows, key=lambda b: (owner[b], b)):
+        g = owner[b]
         prompt = len(rollout.prompt_ids[g])
         cost = len(rollout.completion_ids[b]) + (prompt if g != group else 0)
         if chosen and used + cost > tokens:
@@ -146,13 +154,13 @@ def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[i
 
 def _batch(rollout, rows, advantage, old_logp, ref_logp, weight) -> Batch:
     ids: list[int] = []
-    positions: list[Tensor] = []
+    positions: list[Any] = []  # ranges, or what an image says
     seen: list[Any] = []
     predict: list[int] = []
     layout: list[tuple[int, int, list[int]]] = []
-    group = -1
+    group, owner = -1, rollout.group.tolist()
     for b in rows:
-        g = int(rollout.group[b])
+        g = owner[b]
         completion = rollout.completion_ids[b]
         if g != group:
             prompt = rollout.prompt_ids[g]
@@ -160,7 +168,7 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp, weight) -> Batch:
             ids.extend(prompt)
             image = rollout.images[g] if rollout.images else None
             seen += [] if image is None else [image]
-            own = torch.arange(len(prompt)) if image is None else image.positions
+            own = range(len(prompt)) if image is None else image.positions
             positions.append(own)
             after = first_position(image, len(prompt))
             group = g
@@ -168,17 +176,17 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp, weight) -> Batch:
         # the last prompt token predicts the first token of every completion of the group
         predict.append(start + length - 1)
         predict.extend(range(len(ids), len(ids) + len(completion) - 1))
-        positions.append(torch.arange(after, after + len(completion)))
+        positions.append(range(after, after + len(completion)))
         ids.extend(completion)
         sizes.append(len(completion))
     at = places(rollout, rows)
-    target = torch.tensor([i for b in rows for i in rollout.completion_ids[b]])
+    target = integers(rollout.completion_ids[b] for b in rows)
     sizes = [0, *accumulate(len(rollout.completion_ids[b]) for b in rows)]
     return Batch(
-        input_ids=torch.tensor(ids),
-        position_ids=join_positions(positions, bool(seen)),
+        input_ids=integers([ids]),
+        position_ids=_positions(positions, bool(seen)),
         layout=layout,
-        predict=torch.tensor(predict),
+        predict=integers([predict]),
         target=target,
         cu_seqlens=torch.tensor(sizes),
         advantage=advantage[at],
@@ -188,6 +196,14 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp, weight) -> Batch:
         mask=torch.ones(len(target), dtype=torch.bool),
         rows=torch.tensor(rows),
         images=seen,
+    )
+
+
+def _positions(parts: Sequence[Any], images: bool) -> Tensor:
+    if not images:
+        return integers(parts)
+    return join_positions(
+        [torch.tensor(part) if isinstance(part, range) else part for part in parts], True
     )
 
 

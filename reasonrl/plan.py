@@ -40,8 +40,6 @@ GIB = 1 << 30
 PHASES = ("rollout", "score", "update")
 COMPUTE = {"mixed": 2, "bf16": 2, "fp32": 4}
 WEIGHT = {"mixed": 4, "bf16": 2, "fp32": 4}
-WHOLE = {"fused": TURNED, "plain": [kind for kind in TURNED if kind != "qwen3"]}
-KEPT = 1 << 24  # scores of a layer whose weights a CPU keeps (kernels/native_packed.py)
 ADAM = 8
 GRADIENT = 4
 
@@ -138,15 +136,13 @@ def plan(shape: Shape, job: Job, prm: Shape | None = None) -> Plan:
     batches, tokens = microbatches(sizes, groups, job.batch_tokens)
     compute = COMPUTE[job.precision]
     plain, whole = job.attention == "plain", whole_layers(shape, job)
-    kept = tokens * (job.prompt + job.completion) * shape.heads <= KEPT
     rows = [
         *_states(shape, job),
         *_frozen_and_learned(shape, prm, job),
         *_rollout(shape, job, sizes, groups),
         Row(
             f"activations, {tokens} tokens",
-            tokens
-            * activation_bytes(shape, sizes, job.precision, job.checkpointing, plain, whole, kept),
+            tokens * activation_bytes(shape, sizes, job.precision, job.checkpointing, plain, whole),
             ("update",),
         ),
         Row(
@@ -166,7 +162,7 @@ def plan(shape: Shape, job: Job, prm: Shape | None = None) -> Plan:
 
 def whole_layers(shape: Shape, job: Job) -> bool:
     """Whether a decoder layer is one function: fp32 weights that nothing wraps, of known models."""
-    known = job.liger == "auto" and shape.kind in WHOLE[job.attention]
+    known = job.liger == "auto" and shape.kind in TURNED
     fits = job.precision == "mixed" or job.precision == "fp32" and job.attention == "plain"
     return known and fits and job.zero < 3 and not job.lora
 

@@ -22,7 +22,7 @@ class Lengths:
 
 def activation_bytes(
     shape: Shape, sizes: Lengths, precision: str, checkpointing: bool, plain: bool,
-    whole: bool = False, weights: bool = True,
+    whole: bool = False,
 ) -> float:  # fmt: skip
     """What autograd keeps for the backward pass of one packed token, all layers.
 
@@ -45,7 +45,7 @@ def activation_bytes(
 
     A layer that is one function (`whole_layer`) keeps its input and the sum after attention in fp32
     (8 h), queries, keys, values and what was seen (c (2 q + 2 k)), gate and up (2 c i), and of
-    attention a log-sum-exp (4 heads), on a CPU the weights unless they are made again.
+    attention a log-sum-exp (4 heads), on a CPU a maximum and a share (8 heads).
 
     Checkpointing (section 4 there, full recomputation) keeps each layer's input and one layer's
     worth of all that. The last norm keeps 12 h, its input alone where it is ours.
@@ -56,8 +56,7 @@ def activation_bytes(
     layer = 2 * c * shape.keys * prompt
     if whole:
         layer = 8 * h + 2 * c * (shape.queries + shape.keys + shape.intermediate)
-        seen = (sizes.prompt + sizes.completion) * c if plain else 4
-        layer += shape.heads * seen * (weights or not plain)
+        layer += shape.heads * (8 if plain else 4)
     elif plain:
         layer += 2 * (stream + c * h) + 2 * c * shape.queries + 3 * c * shape.intermediate
         layer += (sizes.prompt + sizes.completion) * shape.heads * c

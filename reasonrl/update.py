@@ -15,6 +15,7 @@ sharded head is gathered inside its own module (heads.py). Left out: pipeline pa
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,9 +27,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from reasonrl import heap, importance
-from reasonrl.batch import lengths, pack, places, rows_of
+from reasonrl.batch import cu_seqlens, lengths, pack, places, rows_of
 from reasonrl.config import Config
 from reasonrl.heads import Head
+from reasonrl.implementations import native
 from reasonrl.logprobs import rollout_logp
 from reasonrl.loss import LossSpec, linear_policy_loss
 from reasonrl.models import Policy
@@ -38,6 +40,8 @@ from reasonrl.seen import ratios
 from reasonrl.sharded import Shards, load_optimizer_state, moments, optimizer_state
 from reasonrl.vision import idle
 
+NATIVE = importlib.util.find_spec("reasonrl._C") is not None
+PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")  # kinds of ranks
 METRICS = ("kl", "clip_ratio/region_mean", "ratio/mean", "ratio/max", "nonfinite")  # never absent
 
 
@@ -112,6 +116,9 @@ class Learner:
             fused=policy.device.type in ("cpu", "cuda"),
         )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        # whole weights and no scaler: torch's own optimiser does all that accelerate's does
+        self.plain = accelerator.distributed_type.value in PLAIN and accelerator.scaler is None
+        self.learning = parameters
         self.reference: Policy | None = None
         self.skipped = 0  # steps in a row that the NaN policy left out
         self.watches, self.seen = False, None  # whether to keep what updates see of every token
@@ -228,18 +235,26 @@ class Learner:
     def _apply(self, usable: bool) -> float:
         """Clip and step; a loss or gradient that is not finite leaves the parameters bit-equal on
         every rank. usable: whether the loss is finite."""
-        limit = self.config.optim.grad_clip or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
-        norm = getattr(norm, "full_tensor", lambda: norm)()
-        value = float(norm) if norm is not None else math.nan
+        value = self._clip(self.config.optim.grad_clip or math.inf)
+        optimizer = self.optimizer.optimizer if self.plain else self.optimizer
         # DeepSpeed has stepped, or refused to, inside its backward
         if usable and math.isfinite(value):
-            self.optimizer.step()
+            optimizer.step()
             self.skipped = 0
         else:
             self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return value
+
+    def _clip(self, limit: float) -> float:
+        """The gradient's norm, which is at most the limit from now on."""
+        if self.plain and self.policy.device.type == "cpu" and NATIVE:
+            grads = [p.grad for p in self.learning if p.grad is not None]
+            if all(g.dtype == torch.float32 and g.is_contiguous() for g in grads):
+                return native("clip")(grads, limit)
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+        norm = getattr(norm, "full_tensor", lambda: norm)()
+        return float(norm) if norm is not None else math.nan
 
     def finite(self) -> bool:
         """Whether every weight and every moment is."""
@@ -271,10 +286,11 @@ def rate_at(step: int, steps: int, peak: float, warmup: int, schedule: str, fina
 
 def _live(rollout: Rollout, advantage: Tensor, rows: Sequence[int], spec: LossSpec) -> list[int]:
     """Rows that can have a gradient: all where KL or entropy act, else those with credit."""
-    starts = torch.tensor([0, *lengths(rollout)]).cumsum(0).tolist()
     if spec.kl_coef or spec.entropy_coef:
         return list(rows)
-    return [b for b in rows if bool((advantage[starts[b] : starts[b + 1]] != 0).any())]
+    before = torch.cat([torch.zeros(1, dtype=torch.long), (advantage != 0).cumsum(0)])
+    known = before[cu_seqlens(rollout)].tolist()  # tokens with credit before each row
+    return [b for b in rows if known[b] < known[b + 1]]
 
 
 def _shares(

@@ -40,7 +40,7 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
         and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape, at)
         and not (attn.training and attn.attention_dropout)
         and all(_plain(norm.weight, (width,), at) for norm in norms)
-        and all(_plain(norm.weight, (size,), at) and x.is_cuda for norm in heads)
+        and all(_plain(norm.weight, (size,), at) for norm in heads)
         and all(_is_plain(linear, at) for linear in linears)
         and cos.dtype in DTYPES and cos.dtype == sin.dtype
         and cos.shape == sin.shape == (1, x.shape[1], size)

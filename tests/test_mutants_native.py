@@ -34,11 +34,17 @@ ONCE = ("segments.cpp", "credit.cpp", "trust.cpp")  # in csrc/cpu
 PER_ISA = tuple(
     f"{name}.cpp"
     for name in (
-        *"blocks decode draw layers logp policy returns".split(),
+        *"clip decode draw heads layers logp packed policy returns".split(),
         *"rotary slots softmax steps whiten".split(),
     )
 )
-DECODERS = ("attend.h", "meeting.h", "product.h")  # headers of one source alone
+FEW = {  # headers of few sources
+    "attend.h": ("decode.cpp",),
+    "meeting.h": ("decode.cpp",),
+    "product.h": ("decode.cpp", "packed.cpp"),
+    "packed.h": ("packed.cpp",),
+    "tiles.h": ("packed.cpp",),
+}
 FLAGS = "-std=gnu++17 -O1 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"
 
 
@@ -90,8 +96,8 @@ def mutated(folder: Path, mutant: tuple) -> Path:
 def touched(file: str) -> tuple[str, ...]:
     """What must be compiled again: the source, or all that may include the header."""
     name = Path(file).name
-    if name in DECODERS:
-        return ("decode.cpp",)
+    if name in FEW:
+        return FEW[name]
     return (name,) if name.endswith(".cpp") else (*ONCE, *PER_ISA)
 
 
@@ -123,6 +129,7 @@ def caught_on_the_cpu(base: Path, folder: Path, mutant: tuple, pybind: list[str]
         "native_decoder",
         "native_draw",
         "native_decode",
+        "native_clip",
         "trust",
     )
     command += [str(TESTS / f"test_{name}.py") for name in names]

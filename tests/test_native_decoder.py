@@ -1,5 +1,5 @@
 """A decoder layer as one function on the CPU: where packed tokens stand, attention over them
-against dense float64 masks, and what a backward makes again."""
+against dense float64 masks, the bits of any number of threads, and what a backward makes again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from test_native_layers import angles
 from test_parity import within
 
 from reasonrl import places
-from reasonrl.kernels import native_decoder, native_layers, native_packed, reference
-from reasonrl.kernels.native_packed import Heads
+from reasonrl.kernels import native_decoder, native_layers, reference
+from reasonrl.kernels.decoder import Known, Turn
 
 FULL, HALF = torch.float32, torch.bfloat16
 LAYOUTS: dict[str, Any] = {
@@ -22,6 +22,10 @@ LAYOUTS: dict[str, Any] = {
     "some without completions": [(0, 3, []), (3, 4, [2, 2]), (11, 1, [])],
     "one token each": [(0, 1, [1])],
     "an empty completion": [(0, 2, [0]), (2, 3, [5, 0])],
+    "more than a chunk": [(0, 70, [67, 1, 130])],
+    "more than a run": [(0, 3, [100, 90, 2, 1, 191]), (387, 33, [17, 16])],
+    "many completions": [(0, 9, [60] * 40)],
+    "no prompt": [(0, 0, [3, 4])],
 }
 
 
@@ -48,120 +52,132 @@ def dense(layout) -> torch.Tensor:
 def test_every_token_stands_where_it_sees_what_it_may(layout):
     packing, total = places.packing(layout), length(layout)
     seen = torch.zeros(total, total, dtype=torch.long)
-    asked = torch.zeros(total, dtype=torch.long)
-    for part in packing.parts:
-        sees = part.sees.expand(len(part.queries), -1, -1, -1)[:, 0]
-        assert sees.any(-1).all()  # also of places without a token: no row of weights is 0 / 0
-        for n, row in enumerate(part.queries.tolist()):
-            for w, token in enumerate(row):
-                if token < 0:
-                    continue
-                asked[token] += 1
-                for s, key in enumerate(part.keys[n].tolist()):
-                    if sees[n, w, s]:
-                        assert key >= 0  # a place without a token is not seen
-                        seen[token, key] += 1
-    assert asked.eq(1).all() and torch.equal(seen, dense(layout).long())
-    for back, name in ((packing.queries, "queries"), (packing.keys, "keys")):
-        first, place = back
-        flat = [getattr(part, name).flatten() for part in packing.parts]
-        for token in range(total):
-            mine = place[first[token] : first[token + 1]].tolist()
-            want = [
-                2 * at + p
-                for p, x in enumerate(flat)
-                for at in (x == token).nonzero()[:, 0].tolist()
-            ]
-            assert sorted(mine) == sorted(want) and mine
+    asked, most = torch.zeros(total, dtype=torch.long), 0
+    for number, (start, count, prompt) in enumerate(packing.blocks.tolist()):
+        asked[start : start + count] += 1
+        before = [] if prompt < 0 else packing.blocks[prompt].tolist()
+        assert not before or (prompt < number and before[2] < 0)  # a prompt, and first
+        for i in range(start, start + count):
+            seen[i, start : i + 1] += 1
+            if before:
+                seen[i, before[0] : before[0] + before[1]] += 1
+        most = max(most, count * (count + (before[1] if before else 0)))
+    assert asked.eq(1).all() and torch.equal(seen, dense(layout).long()) and packing.most == most
 
 
-@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
-@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 6), (2, 1, 16)], ids=str)
+def attended(qkv, up, turn, layout, sizes, norms=()):
+    """What the kernels make of it: what is seen and the gradients by q, k and v, and by norms."""
+    (heads, groups, size), dtype = sizes, qkv.dtype
+    known = Known(size, (0.0, 0.0, 0.1), 0.3, dtype, places.packing(layout))
+    heads_of = qkv.clone()  # turned in place
+    out, kept = native_decoder.attend(heads_of, turn, known, groups, norms)
+    assert not norms or torch.equal(heads_of, qkv)
+    given = up.flatten(1), heads_of, out, kept, turn, known, groups, norms
+    grad, by_norms = native_decoder.attend_grad(*given, bool(norms))
+    found = [out.unflatten(1, (heads, size)), *split(grad, sizes)]
+    if norms:
+        again, none = native_decoder.attend_grad(*given, False)
+        assert torch.equal(again, grad) and none == (None, None)
+    return found + ([*by_norms] if norms else [])
+
+
+def split(x, sizes):
+    heads, groups, size = sizes
+    widths = [heads * size, groups * size, groups * size]
+    return [part.unflatten(1, (-1, size)) for part in x.split(widths, 1)]
+
+
+def drawn(layout, sizes, kind):
+    (heads, groups, size), total = sizes, length(layout)
+    qkv = torch.randn(total, (heads + 2 * groups) * size).to(kind)
+    return qkv, torch.randn(total, heads, size).to(kind), Turn(*angles(total, size))
+
+
+@pytest.fixture(params=[True, False], ids=["dots", "no dots"])
+def dots(request, native, monkeypatch):  # noqa: F811
+    if request.param and not native.core().has_dots():
+        pytest.skip("this CPU has no instruction for pairs of bf16")
+    monkeypatch.setattr(native_decoder, "DOTS", request.param)
+
+
+@pytest.mark.parametrize("kind", [FULL, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 6), (2, 1, 16), (3, 3, 40)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_packed_attention_and_its_gradients(isa, layout, sizes, kind):  # noqa: F811
-    (heads, groups, size), total, sees = sizes, length(layout), dense(layout)
-    qkv = torch.randn(total, (heads + 2 * groups) * size).to(kind)
-    cos, sin = angles(total, size)
-    up = torch.randn(total, heads, size).to(kind)
-    widths = [heads * size, groups * size, groups * size]
+    compare(layout, sizes, kind)
 
-    def split(x):
-        return [part.unflatten(1, (-1, size)) for part in x.split(widths, 1)]
+
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 6), (2, 1, 18)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_packed_attention_by_either_product(dots, layout, sizes):
+    compare(layout, sizes, HALF)
+
+
+@pytest.mark.parametrize("kind", [FULL, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 2, 16), (3, 3, 10), (6, 1, 64)], ids=str)
+@pytest.mark.parametrize("layout", ["two groups", "more than a chunk", "a prompt alone"])
+def test_heads_that_are_normed(isa, layout, sizes, kind):  # noqa: F811
+    compare(LAYOUTS[layout], sizes, kind, [torch.randn(sizes[2]) + 1 for _ in range(2)])
+
+
+def compare(layout, sizes, kind, norms=()):
+    (heads, groups, _), sees = sizes, dense(layout)
+    qkv, up, (cos, sin) = drawn(layout, sizes, kind)
 
     def plain(dtype):
         leaf = qkv.to(dtype).requires_grad_()
-        q, k, v = split(leaf)
+        own = [w.to(torch.promote_types(dtype, FULL)).requires_grad_() for w in norms]
+        q, k, v = split(leaf, sizes)
+        if own:  # as its modules: their result is fp32
+            q, k = (
+                reference.rms_norm(x, w, 0.1, w.dtype) for x, w in zip((q, k), own, strict=True)
+            )
         q, k = reference.rotary(q, k, cos.to(dtype), sin.to(dtype), dtype)
         k, v = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
         scores = torch.einsum("ihd,jhd->hij", q, k) * 0.3
         p = scores.masked_fill(~sees, -torch.inf).softmax(-1)
         out = torch.einsum("hij,jhd->ihd", p, v)
-        (grad,) = torch.autograd.grad(out, leaf, up.to(dtype))
-        return [out.detach(), *(x.detach() for x in split(grad))]
+        grad, *by_norms = torch.autograd.grad(out, [leaf, *own], up.to(dtype))
+        return [out.detach(), *(x.detach() for x in split(grad, sizes)), *by_norms]
 
-    packing = places.packing(layout)
-
-    def turned(x):
-        q, k, v = split(x)
-        return Heads(q, cos, sin), Heads(k, cos, sin), Heads(v)
-
-    out, weights = native_packed.attend(*turned(qkv), packing, 0.3)
-    into = torch.full_like(qkv, torch.nan)
-    native_packed.attend_grad(up, *turned(qkv), weights, packing, 0.3, split(into))
-    found = [out, *split(into)]
-    for truth, yard, got in zip(plain(torch.float64), plain(kind), found, strict=True):
-        assert got.dtype == kind
-        # q, k, the scores, their weights, their gradients and sums: each is rounded to the type
+    found = attended(qkv, up, Turn(cos, sin), layout, sizes, norms)
+    for i, (truth, yard, got) in enumerate(
+        zip(plain(torch.float64), plain(kind), found, strict=True)
+    ):
+        assert got.dtype == (kind if i < 4 else FULL)
+        # q, k, the weights, the gradients of scores: each is rounded to the type
         extra = 0.0 if kind == FULL else 2 * torch.finfo(kind).eps * float(truth.abs().max())
         within(got, truth, yard, 3, rounding=extra, scale=float(truth.abs().max()) * 4)
 
 
-@pytest.mark.parametrize("kept", [0, 1 << 24])
-@pytest.mark.parametrize("together, runs", [(1, 12), (300, 9), (700, 3)])
-def test_products_in_runs_and_weights_made_again(native, monkeypatch, together, runs, kept):  # noqa: F811
-    """The same numbers, a run at a time, by whole blocks or by one key head of a block."""
-    layout = [(0, 5, [3, 7, 1]), (16, 2, [4])]
-    (heads, groups, size), total = (4, 2, 6), length(layout)
-    qkv, up = torch.randn(total, heads + 2 * groups, size), torch.randn(total, heads, size)
-    turn, packing = angles(total, size), places.packing(layout)
-    q, k, v = qkv.split([heads, groups, groups], 1)
-    given = Heads(q, *turn), Heads(k, *turn), Heads(v)
-    made, soften = [], native_packed.Run.soften
-    monkeypatch.setattr(
-        native_packed.Run, "soften", lambda run, *x: made.append(run.at) or soften(run, *x)
-    )
-
-    def both():
-        out, weights = native_packed.attend(*given, packing, 0.3)
-        into = torch.full_like(qkv, torch.nan)
-        parts = into.split([heads, groups, groups], 1)
-        native_packed.attend_grad(up, *given, weights, packing, 0.3, parts)
-        return out, into, weights
-
-    *want, weights = both()
-    assert len(made) == len(weights) == 2
-    made.clear()
-    monkeypatch.setattr(native_packed, "TOGETHER", together)
-    monkeypatch.setattr(native_packed, "KEPT", kept)
-    *found, weights = both()
-    assert len(weights) == (len(made) if kept else 0)
-    for x, y in zip(found, want, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-    assert len(made) == runs * (1 if kept else 2) and made[:runs] == made[-runs:]
+@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
+def test_attention_has_the_same_bits_for_any_threads(native, kind):  # noqa: F811
+    sizes, layout = (4, 2, 6), LAYOUTS["more than a run"]
+    given, seen = drawn(layout, sizes, kind), []
+    norms = [torch.randn(6), torch.randn(6)]
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        seen.append(attended(*given, layout, sizes) + attended(*given, layout, sizes, norms))
+    for one, two, again in zip(*seen, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, again)
 
 
-def test_unturned_heads_keep_their_bits(isa):  # noqa: F811
-    """Spread and summed back, each row is itself as often as it stands somewhere."""
-    x = torch.randn(7, 3, 10)[:, :2]  # rows further apart than their heads are wide
-    place = torch.tensor([[0, 3, -1], [6, 3, 1]])
-    blocks = Heads(x).spread(place)
-    assert torch.equal(blocks[0, :, 1], x[3]) and blocks[0, :, 2].eq(0).all()
-    first = torch.tensor([0, 1, 2, 2, 4, 4, 4, 5])
-    entry = torch.tensor([2 * 0, 2 * 5, 2 * 1, 2 * 4, 2 * 3])
-    out = torch.full((7, 2, 10), torch.nan)
-    Heads(out).gather([blocks], (first, entry))
-    times = torch.tensor([1.0, 1.0, 0.0, 2.0, 0.0, 0.0, 1.0])
-    assert torch.equal(out, x * times[:, None, None])
+@pytest.mark.parametrize("kind", [FULL, HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_key_that_is_not_finite_concerns_those_who_see_it(isa, bad, kind):  # noqa: F811
+    """The others keep their bits, of those beside it in a block as well."""
+    layout, sizes = [(0, 5, [20, 3]), (28, 4, [6])], (2, 1, 6)
+    qkv, up, turn = drawn(layout, sizes, kind)
+    clean = attended(qkv, up, turn, layout, sizes)
+    for token in (7, 2):  # of a completion, of a prompt
+        broken = qkv.clone()
+        split(broken, sizes)[1][token] = bad
+        found = attended(broken, up, turn, layout, sizes)
+        sees, blind = dense(layout)[:, token], ~dense(layout)[:, token]
+        assert found[0][sees].isnan().all() and torch.equal(found[0][blind], clean[0][blind])
+        apart = torch.arange(length(layout)) >= 28  # another group
+        for got, want in zip(found[1:], clean[1:], strict=True):
+            assert torch.equal(got[apart], want[apart])
 
 
 @pytest.mark.parametrize("kind", [FULL, HALF, torch.float16], ids=str)
@@ -181,4 +197,4 @@ def test_a_backward_makes_again_what_the_forward_gave(isa, kind):  # noqa: F811
     x, weight = x.requires_grad_(), weight.requires_grad_()
     want = native_layers.add_rms_norm(x, torch.zeros_like(x), weight, 1e-3, kind)
     want = torch.autograd.grad(want, (x, weight), (beside, above))
-    assert torch.equal(out, want[0]) and torch.equal(by, want[1])
+    assert by is not None and torch.equal(out, want[0]) and torch.equal(by, want[1])

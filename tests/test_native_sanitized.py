@@ -48,7 +48,7 @@ def test_native_tests_under_sanitizers(require, tmp_path):
         "PYTHONPATH": str(tmp_path),
         "OMP_NUM_THREADS": "2",
     }
-    parts = ("", "_linear", "_attention", "_layers", "_draw", "_decode")
+    parts = ("", "_linear", "_attention", "_layers", "_decoder", "_draw", "_decode", "_clip")
     tests = [f"tests/test_native{part}.py" for part in parts]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

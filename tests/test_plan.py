@@ -125,10 +125,10 @@ def test_activations_head_and_cache_by_hand():
     assert activation_bytes(TOY, sizes, "fp32", False, True) == 2 * plain + 40
     # mixed: norms 2*(4+2)*10, all else halved
     assert activation_bytes(TOY, sizes, "mixed", False, True) == 2 * (120 + 560) + 40
-    # one function: 8*10, 2*4*(20 + 10 + 30), a log-sum-exp of 4 heads, or 30*4*4 weights, or none
+    # one function: 8*10, 2*4*(20 + 10 + 30), of 4 heads a log-sum-exp, or a maximum and a share
     whole = 80 + 480
-    for plain, weights, more in ((False, True, 16), (True, True, 480), (True, False, 0)):
-        found = activation_bytes(TOY, sizes, "fp32", False, plain, True, weights)
+    for plain, more in ((False, 16), (True, 32)):
+        found = activation_bytes(TOY, sizes, "fp32", False, plain, True)
         assert found == 2 * (whole + more) + (40 if plain else 120)
     assert kv_bytes_per_token(TOY, 2) == 2 * 2 * 10 * 2
     # chunk 50 * 100 * 2, dW 4000, the head in bf16 2000, hidden states and gradient 2 * 2 * 50 * 10
@@ -188,7 +188,7 @@ def test_where_a_layer_is_one_function():
     cases = [
         (small, {}, True), (small, {"liger": "off"}, False), (small, {"lora": 3}, False),
         (small, {"precision": "bf16"}, False), (small, {"precision": "fp32"}, False),
-        (small, {"zero": 3, "engine": "colocated"}, False), (small, {"attention": "plain"}, False),
+        (small, {"zero": 3, "engine": "colocated"}, False), (small, {"attention": "plain"}, True),
         (replace(small, kind="llama"), {"attention": "plain", "precision": "fp32"}, True),
         (large, {}, False),
     ]  # fmt: skip

@@ -6,57 +6,74 @@
 
 namespace reasonrl {
 
-inline void bind_blocks(py::module_& m) {
-    py::class_<SpreadTask>(m, "SpreadTask", "Heads to spread over blocks; see ops.h.")
-        .def(py::init([](uintptr_t rows, uintptr_t cos, uintptr_t sin, uintptr_t place,
-                         uintptr_t out, int64_t blocks, int64_t width, int64_t heads, int64_t size,
-                         int64_t stride, int dtype, int angle_dtype) {
-            return SpreadTask{at<const void>(rows),
+inline void bind_packed(py::module_& m) {
+    py::class_<PackedTask>(m, "PackedTask", "Packed tokens that attend; see ops.h.")
+        .def(py::init([](uintptr_t heads_of, uintptr_t cos, uintptr_t sin, uintptr_t blocks,
+                         uintptr_t shares, uintptr_t out, int64_t tokens, int64_t count,
+                         int64_t heads, int64_t key_heads, int64_t size, int dtype, int angle_dtype,
+                         float scaling, bool dots) {
+            return PackedTask{at<void>(heads_of),
                               at<const void>(cos),
                               at<const void>(sin),
-                              at<const int64_t>(place),
+                              at<const PackedBlock>(blocks),
+                              at<float>(shares),
                               at<void>(out),
-                              blocks,
-                              width,
+                              tokens,
+                              count,
                               heads,
+                              key_heads,
                               size,
-                              stride,
                               dtype,
-                              angle_dtype};
+                              angle_dtype,
+                              scaling,
+                              dots && dtype == BF16 && has_dots()};
         }));
     m.def(
-        "spread",
-        [](const SpreadTask& task, int threads) {
+        "attend_packed",
+        [](const PackedTask& task, int threads) {
             py::gil_scoped_release release;
-            ops().spread(task, threads);
+            ops().attend_packed(task, threads);
         },
-        "Heads of packed tokens as blocks.");
-    py::class_<GatherTask>(m, "GatherTask", "Blocks to sum back; see ops.h.")
-        .def(py::init([](uintptr_t one, uintptr_t other, uintptr_t cos, uintptr_t sin,
-                         uintptr_t first, uintptr_t place, uintptr_t out, int64_t width,
-                         int64_t other_width, int64_t rows, int64_t heads, int64_t size,
-                         int64_t stride, int dtype, int angle_dtype) {
-            return GatherTask{{at<const void>(one), at<const void>(other)},
-                              at<const void>(cos),
-                              at<const void>(sin),
-                              at<const int64_t>(first),
-                              at<const int64_t>(place),
-                              at<void>(out),
-                              {width, other_width},
-                              rows,
-                              heads,
-                              size,
-                              stride,
-                              dtype,
-                              angle_dtype};
+        "Attention over packed tokens.");
+    m.def(
+        "attend_packed_grad",
+        [](const PackedTask& task, uintptr_t grad, uintptr_t by_heads, int threads) {
+            py::gil_scoped_release release;
+            ops().attend_packed_grad(task, {at<const void>(grad), at<void>(by_heads)}, threads);
+        },
+        "Gradient by the heads.");
+    py::class_<HeadsTask>(m, "HeadsTask", "Heads to norm and turn; see ops.h.")
+        .def(py::init([](uintptr_t from, uintptr_t out, uintptr_t cos, uintptr_t sin,
+                         uintptr_t q_norm, uintptr_t k_norm, int64_t tokens, int64_t heads,
+                         int64_t key_heads, int64_t size, int dtype, int angle_dtype, float eps) {
+            return HeadsTask{at<const void>(from),
+                             at<void>(out),
+                             at<const void>(cos),
+                             at<const void>(sin),
+                             at<const float>(q_norm),
+                             at<const float>(k_norm),
+                             tokens,
+                             heads,
+                             key_heads,
+                             size,
+                             dtype,
+                             angle_dtype,
+                             eps};
         }));
     m.def(
-        "gather",
-        [](const GatherTask& task, int threads) {
+        "norm_heads",
+        [](const HeadsTask& task, int threads) {
             py::gil_scoped_release release;
-            ops().gather(task, threads);
+            ops().norm_heads(task, threads);
         },
-        "Blocks summed back into the rows they were spread from.");
+        "Heads normed and turned.");
+    m.def(
+        "norm_heads_grad",
+        [](const HeadsTask& task, uintptr_t by_norms, int64_t shares, int threads) {
+            py::gil_scoped_release release;
+            ops().norm_heads_grad(task, at<float>(by_norms), shares, threads);
+        },
+        "The gradient before the norms, in place, and by their weights in shares.");
 }
 
 inline void bind_attention(py::module_& m) {
@@ -109,7 +126,7 @@ inline void bind_attention(py::module_& m) {
             ops().masked_softmax_grad(task, at<const void>(grad), at<void>(out), threads);
         },
         "Gradient by the scores, from the weights.");
-    bind_blocks(m);
+    bind_packed(m);
 }
 
 inline void bind_layers(py::module_& m) {
@@ -194,6 +211,16 @@ inline void bind_layers(py::module_& m) {
             ops().swiglu_grad(task, out, threads);
         },
         "Gradients by the gate and by what it lets through.");
+}
+
+inline void bind_clip(py::module_& m) {
+    m.def(
+        "clip",
+        [](uintptr_t pieces, int64_t count, double limit, int threads) {
+            py::gil_scoped_release release;
+            return ops().clip(at<const Piece>(pieces), count, limit, threads);
+        },
+        "The norm of all pieces, which are scaled down to a limit.");
 }
 
 inline void bind_draw(py::module_& m) {

@@ -12,9 +12,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "block.h"
+#include "lanes.h"
 #include "share.h"
-#include "vector.h"
 
 namespace reasonrl {
 namespace ISA {
@@ -22,99 +21,64 @@ namespace {
 
 constexpr int64_t CHUNK = 64;  // rows
 
-// One thread's row, in whole vectors with zeros behind its end.
+// The weight, and room for a row: whole vectors, zeros behind the weight's end.
 struct Row {
-    explicit Row(const NormTask& t)
-        : task(t),
-          padded(vectors(t.width)),
-          x(padded),
-          w(padded),
-          g(padded),
-          out(padded),
-          half(padded) {
-        read(t.weight_dtype, t.weight, 0, w);
+    explicit Row(const NormTask& t) : w(vectors(t.width)), out(vectors(t.width)) {
+        read_any(t.weight_dtype, t.weight, 0, t.width, w.data());
     }
 
-    // what stood behind the end before, such as a NaN's scale times zero, is not in the next row
-    void read(int dtype, const void* data, int64_t row, std::vector<float>& into) {
-        read_any(dtype, data, row * task.width, task.width, into.data());
-        std::fill(into.begin() + task.width, into.end(), 0.0f);
-    }
-
-    // as the type of x holds it
-    void round(float* values) {
-        if (task.x_dtype == F32) return;
-        write_any(task.x_dtype, half.data(), 0, task.width, values);
-        read_any(task.x_dtype, half.data(), 0, task.width, values);
-    }
-
-    const NormTask& task;
-    int64_t padded;
-    std::vector<float> x, w, g, out;
-    std::vector<uint16_t> half;
+    std::vector<float> w, out;
 };
 
+template <int X, int Y>
 void normalise(const NormTask& t, const Added& added, void* y, int64_t i, Row& row) {
-    row.read(t.x_dtype, t.x, i, row.x);
+    const int64_t at = i * t.width, width = t.width;
     if (added.delta) {
-        row.read(added.dtype, added.delta, i, row.g);
-        for (int64_t j = 0; j < row.padded; j += LANES) {
-            store(&row.x[j], load(&row.x[j]) + load(&row.g[j]));
-        }
-        row.round(row.x.data());
-        write_any(t.x_dtype, added.sum, i * t.width, t.width, row.x.data());
+        of_type(added.dtype, [&](auto delta) {
+            for (int64_t j = 0; j < width; j += LANES) {
+                const Vec more = take<delta()>(added.delta, at + j, width - j);
+                const Vec x = as<X>(take<X>(t.x, at + j, width - j) + more);
+                give<X>(added.sum, at + j, width - j, x);
+            }
+        });
     }
+    const void* from = added.delta ? added.sum : t.x;
     Vec sum = {};
-    for (int64_t j = 0; j < row.padded; j += LANES) sum += load(&row.x[j]) * load(&row.x[j]);
-    const float scale = 1.0f / sqrtf(total_of(sum) / (float)t.width + t.eps);
+    for (int64_t j = 0; j < width; j += LANES) {
+        const Vec x = take<X>(from, at + j, width - j);
+        sum += x * x;
+    }
+    const float scale = 1.0f / sqrtf(sum_of_lanes(sum) / (float)width + t.eps);
     if (t.scale) t.scale[i] = scale;
-    float left = scale;  // what x is still to be multiplied by
-    if (t.x_dtype != F32) {
-        for (int64_t j = 0; j < row.padded; j += LANES) store(&row.x[j], load(&row.x[j]) * scale);
-        row.round(row.x.data());
-        left = 1.0f;
+    for (int64_t j = 0; j < width; j += LANES) {
+        const Vec n = as<X>(take<X>(from, at + j, width - j) * scale);
+        give<Y>(y, at + j, width - j, load(&row.w[j]) * n);
     }
-    for (int64_t j = 0; j < row.padded; j += LANES) {
-        store(&row.x[j], load(&row.w[j]) * (load(&row.x[j]) * left));
-    }
-    write_any(t.y_dtype, y, i * t.width, t.width, row.x.data());
 }
 
 // Adds dy n to `part` where there is one.
+template <int X, int Y>
 void normalise_grad(const NormTask& t, const NormGrad& d, float* part, int64_t i, Row& row) {
+    const int64_t at = i * t.width, width = t.width;
     const float scale = t.scale[i];
-    row.read(t.x_dtype, t.x, i, row.x);
-    row.read(t.y_dtype, d.grad, i, row.g);
     Vec sum = {};
-    for (int64_t j = 0; j < row.padded; j += LANES) {
-        const Vec n = load(&row.x[j]) * scale;
-        store(&row.x[j], n);
-        sum += load(&row.w[j]) * load(&row.g[j]) * n;
+    for (int64_t j = 0; j < width; j += LANES) {
+        const Vec n = take<X>(t.x, at + j, width - j) * scale;
+        sum += load(&row.w[j]) * take<Y>(d.grad, at + j, width - j) * n;
     }
-    const float mean = total_of(sum) / (float)t.width;
-    for (int64_t j = 0; j < row.padded; j += LANES) {
-        store(&row.out[j], scale * (load(&row.w[j]) * load(&row.g[j]) - load(&row.x[j]) * mean));
+    const float mean = sum_of_lanes(sum) / (float)width;
+    for (int64_t j = 0; j < width; j += LANES) {
+        const int64_t left = width - j;
+        const Vec n = take<X>(t.x, at + j, left) * scale, g = take<Y>(d.grad, at + j, left);
+        const Vec w = load(&row.w[j]), held = as<X>(n);
+        Vec out = scale * (w * g - n * mean);
+        if (part) store(&part[j], load(&part[j]) + g * held);
+        if (d.again) give<Y>(d.again, at + j, left, w * held);
+        if (d.grad_sum) out += take<X>(d.grad_sum, at + j, left);
+        give<X>(d.grad_x, at + j, left, out);
+        if (d.grad_delta) store(&row.out[j], out);
     }
-    if (part || d.again) row.round(row.x.data());
-    if (part) {
-        for (int64_t j = 0; j < row.padded; j += LANES) {
-            store(&part[j], load(&part[j]) + load(&row.g[j]) * load(&row.x[j]));
-        }
-    }
-    if (d.again) {
-        for (int64_t j = 0; j < row.padded; j += LANES) {
-            store(&row.x[j], load(&row.w[j]) * load(&row.x[j]));
-        }
-        write_any(t.y_dtype, d.again, i * t.width, t.width, row.x.data());
-    }
-    if (d.grad_sum) {
-        row.read(t.x_dtype, d.grad_sum, i, row.g);
-        for (int64_t j = 0; j < row.padded; j += LANES) {
-            store(&row.out[j], load(&row.out[j]) + load(&row.g[j]));
-        }
-    }
-    write_any(t.x_dtype, d.grad_x, i * t.width, t.width, row.out.data());
-    if (d.grad_delta) write_any(d.dtype, d.grad_delta, i * t.width, t.width, row.out.data());
+    if (d.grad_delta) write_any(d.dtype, d.grad_delta, at, width, row.out.data());
 }
 
 // SPAN numbers of gate and up, or of their gradients.
@@ -141,7 +105,11 @@ void by_span(const GateTask& t, int threads, F each) {
 
 void norm_share(const NormTask& t, const Added& added, void* y, int64_t begin, int64_t end) {
     Row row(t);
-    for (int64_t i = begin; i < end; i++) normalise(t, added, y, i, row);
+    of_type(t.x_dtype, [&](auto x) {
+        of_type(t.y_dtype, [&](auto to) {
+            for (int64_t i = begin; i < end; i++) normalise<x(), to()>(t, added, y, i, row);
+        });
+    });
 }
 
 void rms_norm(const NormTask& t, const Added& added, void* y, int threads) {
@@ -161,8 +129,14 @@ void rms_norm_grad(const NormTask& t, const NormGrad& d, int threads) {
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < chunks; c++) {
             float* part = d.grad_weight ? parts.data() + c * padded : nullptr;
-            const int64_t end = std::min(t.rows, (c + 1) * CHUNK);
-            for (int64_t i = c * CHUNK; i < end; i++) normalise_grad(t, d, part, i, row);
+            const int64_t begin = c * CHUNK, end = std::min(t.rows, begin + CHUNK);
+            of_type(t.x_dtype, [&](auto x) {
+                of_type(t.y_dtype, [&](auto y) {
+                    for (int64_t i = begin; i < end; i++) {
+                        normalise_grad<x(), y()>(t, d, part, i, row);
+                    }
+                });
+            });
         }
     }
     if (!d.grad_weight) return;

@@ -5,16 +5,14 @@
 // over its inputs in one order, whatever rows stand beside it. Outputs behind the last one are 0.
 #pragma once
 
-#include "block.h"
+#include "lanes.h"
 #include "share.h"
-#include "vector.h"
 
 namespace reasonrl {
 namespace {
 
 constexpr int PANEL = 2 * LANES;           // outputs
 constexpr int TILE = LANES == 16 ? 8 : 4;  // rows that share a pass over a panel
-typedef uint32_t VecU __attribute__((vector_size(4 * LANES)));
 
 // Words that a panel has for each of its outputs.
 INLINE int64_t words(int dtype, int64_t inputs) {
@@ -129,29 +127,6 @@ inline Tile tile_of(int dtype, bool dots, int64_t rows) {
     if (dtype == BF16 && dots) return dot[rows - 1];
 #endif
     return (dtype == BF16 ? wide : full)[rows - 1];
-}
-
-// x, rounded to the type.
-template <int DTYPE>
-INLINE Vec as(Vec x) {
-    if (DTYPE == F32) return x;
-    const VecU bits = (VecU)x;
-    const VecU near = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    const VecU nan = (VecU)(x != x);
-    return (Vec)((near & ~nan) | (nan & 0x7fc00000u));
-}
-
-// The first `count` lanes of x, which is rounded to the type already.
-template <int DTYPE>
-INLINE void keep(void* data, int64_t at, Vec x, int64_t count) {
-    const int64_t n = count < LANES ? count : LANES;
-    if (DTYPE == F32) {
-        memcpy((float*)data + at, &x, n * sizeof(float));
-        return;
-    }
-    const VecH half = __builtin_convertvector((VecU)x >> 16, VecH);
-    if (n == LANES) memcpy((uint16_t*)data + at, &half, sizeof half);
-    if (n < LANES) memcpy((uint16_t*)data + at, &half, n * sizeof(uint16_t));
 }
 
 // A packed weight with its bias, whose panels have `step` outputs each (two halves may be of one).

@@ -83,6 +83,14 @@ INLINE float total_of(Vec x) {
     return (float)sum;
 }
 
+INLINE float sum_of_lanes(Vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    return total_of(x);
+#endif
+}
+
 // How many numbers the whole vectors have that n of them fill.
 INLINE int64_t vectors(int64_t n) {
     return (n + LANES - 1) / LANES * LANES;

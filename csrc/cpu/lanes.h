@@ -1,0 +1,71 @@
+// Numbers of any storage type, a vector at a time.
+#pragma once
+
+#include <type_traits>
+
+#include "block.h"
+#include "vector.h"
+
+namespace reasonrl {
+namespace {
+
+typedef uint32_t VecU __attribute__((vector_size(4 * LANES)));
+
+// x, rounded to the type.
+template <int DTYPE>
+INLINE Vec as(Vec x) {
+    if (DTYPE == F16) {
+        for (int k = 0; k < LANES; k++) x[k] = from_f16(to_f16(x[k]));
+    }
+    if (DTYPE != BF16) return x;
+    const VecU bits = (VecU)x, near = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const VecU kept = select(x == x, near, VecU{} + 0x7fc00000u);
+    return (Vec)(kept & 0xffff0000u);
+}
+
+// The first `count` lanes of x, which is rounded to the type already.
+template <int DTYPE>
+INLINE void keep(void* data, int64_t at, Vec x, int64_t count) {
+    const int64_t n = count < LANES ? count : LANES;
+    if (DTYPE == F32) {
+        memcpy((float*)data + at, &x, n * sizeof(float));
+        return;
+    }
+    const VecH half = __builtin_convertvector((VecU)x >> 16, VecH);
+    if (n == LANES) memcpy((uint16_t*)data + at, &half, sizeof half);
+    if (n < LANES) memcpy((uint16_t*)data + at, &half, n * sizeof(uint16_t));
+}
+
+// Numbers from `at` on, of which there are `left`: zeros behind them.
+template <int DTYPE>
+INLINE Vec take(const void* data, int64_t at, int64_t left) {
+    if (__builtin_expect(left >= LANES, 1)) {
+        if (DTYPE == F32) return load((const float*)data + at);
+        if (DTYPE == BF16) return load_bf16((const uint16_t*)data + at);
+    }
+    float some[LANES] = {};
+    read<DTYPE>(data, at, (int)(left < LANES ? left : LANES), some);
+    return load(some);
+}
+
+template <int DTYPE>
+INLINE void give(void* data, int64_t at, int64_t left, Vec x) {
+    if (__builtin_expect(left >= LANES, 1)) {
+        if (DTYPE == F32) return store((float*)data + at, x);
+        if (DTYPE == BF16) return keep<BF16>(data, at, as<BF16>(x), LANES);
+    }
+    float some[LANES];
+    store(some, x);
+    write<DTYPE>(data, at, (int)(left < LANES ? left : LANES), some);
+}
+
+// f(a constant that is the type).
+template <class F>
+INLINE void of_type(int dtype, F f) {
+    if (dtype == F32) f(std::integral_constant<int, F32>{});
+    if (dtype == BF16) f(std::integral_constant<int, BF16>{});
+    if (dtype == F16) f(std::integral_constant<int, F16>{});
+}
+
+}  // namespace
+}  // namespace reasonrl
