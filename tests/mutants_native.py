@@ -194,7 +194,7 @@ CPU = [
     ("a pair's second by the first", PRODUCT, 'sum[r][0] += odd_of(a) * q,', 'sum[r][0] += odd_of(a) * p,', 'native_decode and (logits)'),
     ("a panel's second half of fp32", PRODUCT, 'sum[r][1] += b * x[r * inputs + k];', 'sum[r][1] += a * x[r * inputs + k];', 'native_decode and (logits)'),
     ("bias of the first panel", PRODUCT, "a += load(p.bias + panel * PANEL),", "a += load(p.bias),", "native_decode and (logits)"),
-    ("rounded towards 0", NUMBERS, "near = bits + 0x7fffu + ((bits >> 16) & 1u)", "near = bits", "native_decode and (logits)"),
+    ("rounded towards 0", NUMBERS, "near = bits + 0x7fffu + ((bits >> 16) & 1u)", "near = bits", "rounds_as_transformers"),
     ("no residual", DECODE, "as<RES>(old + as<DTYPE>(sums[v]))", "as<RES>(as<DTYPE>(sums[v]))", "native_decode and (logits)"),
     ("half of what is added", DECODE, "for (int64_t v = 0; v < 2; v++) {\n                const int64_t first", "for (int64_t v = 0; v < 1; v++) {\n                const int64_t first", "native_decode and (logits)"),
     ("gate alone", DECODE, "as<DTYPE>(g * sigmoid(g) * u)", "as<DTYPE>(g * sigmoid(g))", "native_decode and (logits)"),
