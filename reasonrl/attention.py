@@ -84,13 +84,10 @@ class Packed:
     def places(self) -> places.Packing:
         return places.packing(self.layout)
 
-    def by_blocks(self, group: int) -> bool:
-        """Whether attention with `group` query heads to a key head is plain products here, none of
-        which is too large."""
-        known = (
-            self.cache is None and self.attn != "flash" and torch.device(self.device).type == "cpu"
-        )
-        return known and group * self.places.most <= SMALL
+    def by_blocks(self) -> bool:
+        """Whether it is a CPU's, and nothing is kept."""
+        on_a_cpu = torch.device(self.device).type == "cpu"
+        return self.cache is None and self.attn != "flash" and on_a_cpu
 
     def by_flash(self, dtype: torch.dtype, size: int) -> bool:
         """Whether heads of that size and type go by flash kernels here, and nothing is kept."""

@@ -13,17 +13,14 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Packing:
     blocks: Tensor  # (N, 3) int64, prompts first: first token, tokens, its prompt's block or -1
-    most: int  # scores of a block, of one head
 
 
 def packing(layout: Sequence[tuple[int, int, Sequence[int]]]) -> Packing:
     """Of a packed batch: (start, prompt tokens, tokens of each completion) a group, on the CPU."""
     blocks = [(start, count, -1) for start, count, _ in layout]
-    most = max((count * count for _, count, _ in layout), default=0)
     for group, (start, count, sizes) in enumerate(layout):
         at = start + count
         for size in sizes:
             blocks.append((at, size, group))
-            most = max(most, size * (count + size))
             at += size
-    return Packing(torch.tensor(blocks, dtype=torch.long).view(-1, 3), most)
+    return Packing(torch.tensor(blocks, dtype=torch.long).view(-1, 3))

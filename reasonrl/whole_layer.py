@@ -36,7 +36,7 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
         return None
     cos, sin = angles
     if not (
-        isinstance(plan, attention.Packed) and _fits(plan, at, dtype, linears, size)
+        isinstance(plan, attention.Packed) and _fits(plan, at, dtype, size)
         and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape, at)
         and not (attn.training and attn.attention_dropout)
         and all(_plain(norm.weight, (width,), at) for norm in norms)
@@ -59,11 +59,9 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
         return op(x[0].contiguous(), *turn, *given)[None]
 
 
-def _fits(plan: attention.Packed, at: torch.device, dtype: torch.dtype, linears: Any, size: int):
+def _fits(plan: attention.Packed, at: torch.device, dtype: torch.dtype, size: int) -> bool:
     """Whether the attention is one that the layer has."""
-    if at.type == "cuda":
-        return plan.by_flash(dtype, size)
-    return plan.by_blocks(linears[0].out_features // max(1, linears[1].out_features))
+    return plan.by_flash(dtype, size) if at.type == "cuda" else plan.by_blocks()
 
 
 def _plain(x: Any, shape: Any, at: torch.device) -> bool:
