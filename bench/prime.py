@@ -45,8 +45,8 @@ WORST = 1e-4  # error of our whitened advantages against the loop's, at most
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; 0, or 1 where a gate is red."""
     options = _parser().parse_args(arguments)
-    names = [field.name for field in fields(prime_step.Shape)]
-    shape = prime_step.Shape(**{name: getattr(options, name) for name in names})
+    names = [field.name for field in fields(prime_step.Settings)]
+    shape = prime_step.Settings(**{name: getattr(options, name) for name in names})
     _quiet()
     prime_step.set_threads(options.threads)
     if options.alone:
@@ -183,7 +183,7 @@ def score_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _peak(shape: prime_step.Shape, dtype: str, name: str) -> dict[str, int]:
+def _peak(shape: prime_step.Settings, dtype: str, name: str) -> dict[str, int]:
     command = [sys.executable, "-m", "bench", "prime", "--dtype", dtype, "--alone", name]
     for key, value in asdict(shape).items():
         if not isinstance(value, bool):
@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--loop-rows", type=int, default=16, help="rows the loop is timed on")
     parser.add_argument("--model", default="tiny")
     shape = {"prompts": 8, "group": 8, "tokens": 128, "prompt_tokens": 64, "repeats": 5}
-    for name, value in (shape | {"threads": 1, "pack": 8192}).items():
+    for name, value in (shape | {"threads": 1, "batch_tokens": 8192}).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=("cpu",), default="cpu", help=argparse.SUPPRESS)

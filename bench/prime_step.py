@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from bench.step_ours import NeverEnds, parity, prompt_texts
-from bench.step_ours import Settings as Step
+from bench.step_ours import NeverEnds, Settings, parity, prompt_texts
 from reasonrl import models
 from reasonrl.algos import GRPO, Prime
 from reasonrl.algos.base import Algorithm, Start
@@ -37,11 +36,6 @@ SIDES: dict[str, dict[str, Any]] = {
     "lora": {"prm_learning_rate": 1e-5, "lora_rank": 8},
     "policy_reference": {"prm_learning_rate": 1e-5, "reference": "policy"},
 }
-
-
-@dataclass(frozen=True)
-class Shape(Step):
-    pack: int = 8192  # packed tokens of one micro-batch
 
 
 class Halves:
@@ -68,7 +62,7 @@ class Halved(Halves, Prime):
 class Side:
     """One algorithm with its own policy and optimiser, stepped by the loop's own rooms."""
 
-    def __init__(self, name: str, settings: Shape, dtype: str):
+    def __init__(self, name: str, settings: Settings, dtype: str):
         loaded = models.load(settings.model, dtype=dtype, device="cpu")
         policy = NeverEnds(loaded.model, loaded.tokenizer, loaded.compute)
         self.settings, self.name = settings, name
@@ -79,11 +73,11 @@ class Side:
         )
         accelerator = Accelerator(cpu=True)
         config = Config(
-            model=settings.model, learning_rate=RATE, batch=BatchLimit(tokens=settings.pack)
+            model=settings.model, learning_rate=RATE, batch=BatchLimit(tokens=settings.batch_tokens)
         )
         self.learner = Learner(policy, config, accelerator)
         initial = policy.frozen() if name != "outcome" else None
-        self.algo.begin(Start(initial, False, accelerator, settings.pack))
+        self.algo.begin(Start(initial, False, accelerator, settings.batch_tokens))
         self.spec = LossSpec.named("dapo", clip_high=0.2)
         texts = prompt_texts(policy.tokenizer, settings)
         self.problems = [Problem(str(i), text) for i, text in enumerate(texts)]
@@ -110,7 +104,7 @@ class Side:
         return dict(zip(PHASES, spans, strict=True)) | {"total": marks[-1] - marks[0]}
 
 
-def measure(settings: Shape, dtype: str, names: list[str]) -> dict[str, Any]:
+def measure(settings: Settings, dtype: str, names: list[str]) -> dict[str, Any]:
     """Medians of every side, its overhead over `outcome`, and the gate."""
     sides = [Side(name, settings, dtype) for name in names]
     times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -145,7 +139,7 @@ def green(report: dict[str, Any]) -> bool:
     return all(r["same_completions"] and r["reward_model_moved"] for r in report["rows"])
 
 
-def alone(settings: Shape, dtype: str, name: str) -> None:
+def alone(settings: Settings, dtype: str, name: str) -> None:
     """Two steps of one side, for the high water of this process."""
     side = Side(name, settings, dtype)
     for number in range(2):

@@ -56,7 +56,7 @@ def _native():
 
 @pytest.fixture(scope="module")
 def steps():
-    shape = prime_step.Shape(
+    shape = prime_step.Settings(
         model="tiny", prompts=1, group=2, tokens=6, prompt_tokens=8, repeats=1, threads=1
     )
     return prime_step.measure(shape, "fp32", list(prime_step.SIDES))

@@ -126,7 +126,7 @@ def test_where_tiles_are_chosen(monkeypatch):
 def test_a_new_number_or_length_compiles_nothing():
     """Every numeric argument of a kernel is a run-time argument: flags and block sizes alone are
     not."""
-    from reasonrl.kernels import common, draw, layers, logp, packed, policy_loss, slots, tiles
+    from reasonrl.kernels import common, draw, layers, logp, packed, policy_loss, slots, tiles, turn
 
     flags = {"CAPPED", "WARM", "ENTROPY", "RATIO", "SURROGATE", "KL", "KL_ON", "DELTA", "DUAL"}
     flags |= {"OLD", "REF", "W", "ENT", "MASK", "BLOCK", "BIAS", "KEEP"}
@@ -135,10 +135,10 @@ def test_a_new_number_or_length_compiles_nothing():
     flags |= {"MANY"}
     kernels = [
         kernel
-        for module in (common, draw, layers, logp, packed, policy_loss, slots, tiles)
+        for module in (common, draw, layers, logp, packed, policy_loss, slots, tiles, turn)
         for name, kernel in vars(module).items()
         if name.endswith("kernel") and hasattr(kernel, "params")
     ]
-    assert len(kernels) >= 17
+    assert len(kernels) >= 18
     for kernel in kernels:
         assert {p.name for p in kernel.params if p.is_constexpr} <= flags, kernel
