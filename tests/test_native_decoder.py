@@ -24,7 +24,7 @@ LAYOUTS: dict[str, Any] = {
     "an empty completion": [(0, 2, [0]), (2, 3, [5, 0])],
     "more than a chunk": [(0, 70, [67, 1, 130])],
     "more than a run": [(0, 3, [100, 90, 2, 1, 191]), (387, 33, [17, 16])],
-    "many completions": [(0, 9, [60] * 40)],
+    "many completions": [(0, 9, [41] * 40)],
     "no prompt": [(0, 0, [3, 4])],
 }
 
