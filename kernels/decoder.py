@@ -43,7 +43,7 @@ class Known(NamedTuple):
     eps: tuple[float, float, float]  # of both norms, and of the heads'
     scaling: float
     dtype: torch.dtype  # of the products
-    packing: Any  # where the tokens stand: places.Packing on a CPU, calls.Calls on a GPU
+    packing: Any  # where the tokens stand: blocks of `places` on a CPU, calls.Calls on a GPU
 
 
 class Turn(NamedTuple):

@@ -109,7 +109,7 @@ def _norms(qkv: Tensor, out: Tensor, turn: Turn, known: Known, key_heads: int, n
 def _packed(
     qkv: Tensor, turn: Turn | None, known: Known, key_heads: int, shares: Tensor, seen: Any
 ):
-    blocks, heads = known.packing.blocks, shares.shape[1]
+    blocks, heads = known.packing, shares.shape[1]
     given = (pointer(x) for x in (qkv, *(turn or (None, None)), blocks, shares, seen))
     sizes = len(qkv), len(blocks), heads, key_heads, known.size
     kinds = DTYPES[qkv.dtype], DTYPES[turn.cos.dtype if turn else torch.float32]

@@ -81,7 +81,7 @@ class Packed:
         return Blocks(self.layout, self.device)
 
     @cached_property
-    def places(self) -> places.Packing:
+    def places(self) -> Tensor:
         return places.packing(self.layout)
 
     def by_blocks(self) -> bool:

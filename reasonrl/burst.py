@@ -160,11 +160,12 @@ def _layer(layer: Any, dtype: torch.dtype) -> Any:
     first, second = layer.input_layernorm, layer.post_attention_layernorm
     *qkv, out = _projections(attn)
     gate, up, down = _gate(mlp)
-    heads = [norm.weight.detach() for norm in _head_norms(attn)] or [None, None]
-    eps = [norm.variance_epsilon for norm in (first, second, *_head_norms(attn)[:1])]
+    norms = _head_norms(attn)
+    heads = tuple(norm.weight.detach() for norm in norms) or (None, None)
+    eps = first.variance_epsilon, second.variance_epsilon
     return native("DecodeLayer")(
-        (first.weight.detach(), second.weight.detach()), tuple(heads), (*eps, 0.0)[:3],
-        attn.scaling,
+        (first.weight.detach(), second.weight.detach()), heads,
+        (*eps, norms[0].variance_epsilon if norms else 0.0), attn.scaling,
         _packed(qkv, dtype), _packed([out], dtype), _packed([gate, up], dtype, halves=True),
         _packed([down], dtype),
     )  # fmt: skip

@@ -4,23 +4,18 @@ block of tokens that see their own, a completion one that sees its prompt and it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Packing:
-    blocks: Tensor  # (N, 3) int64, prompts first: first token, tokens, its prompt's block or -1
-
-
-def packing(layout: Sequence[tuple[int, int, Sequence[int]]]) -> Packing:
-    """Of a packed batch: (start, prompt tokens, tokens of each completion) a group, on the CPU."""
+def packing(layout: Sequence[tuple[int, int, Sequence[int]]]) -> Tensor:
+    """The blocks (N, 3) int64 of a packed batch, (start, prompt tokens, tokens of each completion)
+    a group: prompts first; a block's first token, its tokens, its prompt's block or -1."""
     blocks = [(start, count, -1) for start, count, _ in layout]
     for group, (start, count, sizes) in enumerate(layout):
         at = start + count
         for size in sizes:
             blocks.append((at, size, group))
             at += size
-    return Packing(torch.tensor(blocks, dtype=torch.long).view(-1, 3))
+    return torch.tensor(blocks, dtype=torch.long).view(-1, 3)

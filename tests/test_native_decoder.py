@@ -53,9 +53,9 @@ def test_every_token_stands_where_it_sees_what_it_may(layout):
     packing, total = places.packing(layout), length(layout)
     seen = torch.zeros(total, total, dtype=torch.long)
     asked = torch.zeros(total, dtype=torch.long)
-    for number, (start, count, prompt) in enumerate(packing.blocks.tolist()):
+    for number, (start, count, prompt) in enumerate(packing.tolist()):
         asked[start : start + count] += 1
-        before = [] if prompt < 0 else packing.blocks[prompt].tolist()
+        before = [] if prompt < 0 else packing[prompt].tolist()
         assert not before or (prompt < number and before[2] < 0)  # a prompt, and first
         for i in range(start, start + count):
             seen[i, start : i + 1] += 1
