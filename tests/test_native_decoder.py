@@ -179,6 +179,16 @@ def test_a_key_that_is_not_finite_concerns_those_who_see_it(isa, bad, kind):  # 
             assert torch.equal(got[apart], want[apart])
 
 
+@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_score_beyond_any_number_is_seen(isa, sign, kind):  # noqa: F811
+    qkv = torch.zeros(2, 6)  # one head
+    qkv[1, 0], qkv[0, 2] = 1e30, sign * 1e30
+    turn = Turn(torch.ones(2, 2), torch.zeros(2, 2))
+    out, *_ = attended(qkv.to(kind), torch.ones(2, 1, 2).to(kind), turn, [(0, 2, [])], (1, 1, 2))
+    assert out[0].eq(0).all() and out[1].isnan().all()
+
+
 @pytest.mark.parametrize("kind", [FULL, HALF, torch.float16], ids=str)
 def test_a_backward_makes_again_what_the_forward_gave(isa, kind):  # noqa: F811
     both, grad = torch.randn(70, 2 * 1500).to(kind), torch.randn(70, 1500).to(kind)

@@ -226,6 +226,18 @@ def test_swiglu_by_hand(isa):  # noqa: F811
     torch.testing.assert_close(du, torch.tensor([0.75 * math.log(3), 0.0]))
 
 
+def test_a_product_rounds_to_nearest_even(isa):  # noqa: F811
+    """Every pair of bf16 significands, where sigmoid is 1: half of all ties go either way."""
+    step = torch.arange(128) / 128
+    gate, up = (x.flatten() for x in torch.meshgrid(64 + 64 * step, 1 + step, indexing="ij"))
+    for count in (len(up), len(up) - 5):
+        g, u = gate[:count], up[:count]
+        got = swiglu(g.bfloat16(), u.bfloat16(), impl="native")
+        assert torch.equal(got, (g * u).bfloat16())
+    bad = torch.full((17,), -math.nan).bfloat16()
+    assert swiglu(bad, bad, impl="native").isnan().all()
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_same_bits_for_any_threads(native, kind):  # noqa: F811
     x, w, up = drawn((333, 50), kind, FULL)

@@ -11,9 +11,37 @@ namespace {
 
 typedef uint32_t VecU __attribute__((vector_size(4 * LANES)));
 
+// bf16 rounded by one instruction, where the CPU has it: the same bits but that numbers below the
+// least normal one become 0 and a NaN keeps its sign.
+constexpr int QUICK = -1;
+
+#ifdef __AVX512F__
+INLINE VecH quick(Vec x) {
+    VecH half;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(x));
+    return half;
+}
+INLINE bool is_quick() {
+    return __builtin_cpu_supports("avx512bf16");
+}
+INLINE void keep_some(uint16_t* to, VecH half, int64_t count) {
+    const uint32_t first = count < LANES ? (1u << count) - 1 : 0xffffu;
+    _mm256_mask_storeu_epi16(to, (__mmask16)first, (__m256i)half);
+}
+#else
+INLINE VecH quick(Vec) {
+    return VecH{};
+}
+INLINE bool is_quick() {
+    return false;
+}
+INLINE void keep_some(uint16_t*, VecH, int64_t) {}
+#endif
+
 // x, rounded to the type.
 template <int DTYPE>
 INLINE Vec as(Vec x) {
+    if (DTYPE == QUICK) return (Vec)(__builtin_convertvector(quick(x), VecU) << 16);
     if (DTYPE == F16) {
         for (int k = 0; k < LANES; k++) x[k] = from_f16(to_f16(x[k]));
     }
@@ -39,12 +67,13 @@ INLINE void keep(void* data, int64_t at, Vec x, int64_t count) {
 // Numbers from `at` on, of which there are `left`: zeros behind them.
 template <int DTYPE>
 INLINE Vec take(const void* data, int64_t at, int64_t left) {
+    constexpr int KIND = DTYPE == QUICK ? BF16 : DTYPE;
     if (__builtin_expect(left >= LANES, 1)) {
-        if (DTYPE == F32) return load((const float*)data + at);
-        if (DTYPE == BF16) return load_bf16((const uint16_t*)data + at);
+        if (KIND == F32) return load((const float*)data + at);
+        if (KIND == BF16) return load_bf16((const uint16_t*)data + at);
     }
     float some[LANES] = {};
-    read<DTYPE>(data, at, (int)(left < LANES ? left : LANES), some);
+    read<KIND>(data, at, (int)(left < LANES ? left : LANES), some);
     return load(some);
 }
 
@@ -54,6 +83,12 @@ INLINE void give(void* data, int64_t at, int64_t left, Vec x) {
         if (DTYPE == F32) return store((float*)data + at, x);
         if (DTYPE == BF16) return keep<BF16>(data, at, as<BF16>(x), LANES);
     }
+    if (DTYPE == QUICK) {
+        const VecH half = quick(x);
+        if (left >= LANES) memcpy((uint16_t*)data + at, &half, sizeof half);
+        if (left < LANES) keep_some((uint16_t*)data + at, half, left);
+        return;
+    }
     float some[LANES];
     store(some, x);
     write<DTYPE>(data, at, (int)(left < LANES ? left : LANES), some);
@@ -62,8 +97,10 @@ INLINE void give(void* data, int64_t at, int64_t left, Vec x) {
 // f(a constant that is the type).
 template <class F>
 INLINE void of_type(int dtype, F f) {
+    const bool quick = is_quick();
     if (dtype == F32) f(std::integral_constant<int, F32>{});
-    if (dtype == BF16) f(std::integral_constant<int, BF16>{});
+    if (dtype == BF16 && quick) f(std::integral_constant<int, QUICK>{});
+    if (dtype == BF16 && !quick) f(std::integral_constant<int, BF16>{});
     if (dtype == F16) f(std::integral_constant<int, F16>{});
 }
 

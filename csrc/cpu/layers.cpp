@@ -78,26 +78,49 @@ void normalise_grad(const NormTask& t, const NormGrad& d, float* part, int64_t i
         give<X>(d.grad_x, at + j, left, out);
         if (d.grad_delta) store(&row.out[j], out);
     }
-    if (d.grad_delta) write_any(d.dtype, d.grad_delta, at, width, row.out.data());
+    if (!d.grad_delta) return;
+    of_type(d.dtype, [&](auto delta) {
+        for (int64_t j = 0; j < width; j += LANES) {
+            give<delta()>(d.grad_delta, at + j, width - j, load(&row.out[j]));
+        }
+    });
 }
 
 // SPAN numbers of gate and up, or of their gradients.
 constexpr int64_t SPAN = BLOCK;
 
+// each(row, first number, how many), a part of a row at a time.
 template <class F>
 void by_span(const GateTask& t, int threads, F each) {
     const int64_t spans = (t.width + SPAN - 1) / SPAN;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> gate(SPAN), up(SPAN), grad(SPAN);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < t.rows * spans; i++) {
-            const int64_t row = i / spans, at = i % spans * SPAN;
-            const int64_t n = std::min(SPAN, t.width - at);
-            read_any(t.dtype, t.gate, row * t.stride + at, n, gate.data());
-            read_any(t.dtype, t.up, row * t.stride + at, n, up.data());
-            each(row, at, n, gate.data(), up.data(), grad.data());
-        }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < t.rows * spans; i++) {
+        const int64_t at = i % spans * SPAN;
+        each(i / spans, at, std::min(SPAN, t.width - at));
+    }
+}
+
+// `n` numbers, by local pointers: stores might change those of a task.
+template <int T>
+INLINE void gated(const GateTask& t, int64_t from, int64_t to, int64_t n, void* out) {
+    const void *gate = t.gate, *up = t.up;
+    for (int64_t j = 0; j < n; j += LANES) {
+        const Vec g = take<T>(gate, from + j, n - j), u = take<T>(up, from + j, n - j);
+        give<T>(out, to + j, n - j, g * sigmoid(g) * u);
+    }
+}
+
+template <int T>
+INLINE void gated_grad(const GateTask& t, const GateGrad& d, int64_t from, int64_t to,
+                       int64_t dense, int64_t n) {
+    const void *gate = t.gate, *up = t.up, *grad = d.grad;
+    void *by_gate = d.grad_gate, *by_up = d.grad_up, *again = d.again;
+    for (int64_t j = 0; j < n; j += LANES) {
+        const Vec g = take<T>(gate, from + j, n - j), u = take<T>(up, from + j, n - j);
+        const Vec by = take<T>(grad, dense + j, n - j), s = sigmoid(g), silu = g * s;
+        give<T>(by_gate, to + j, n - j, by * u * (s + silu * (1.0f - s)));
+        give<T>(by_up, to + j, n - j, by * silu);
+        if (again) give<T>(again, dense + j, n - j, silu * u);
     }
 }
 
@@ -147,27 +170,19 @@ void rms_norm_grad(const NormTask& t, const NormGrad& d, int threads) {
 }
 
 void swiglu(const GateTask& t, void* out, int threads) {
-    by_span(t, threads, [&](int64_t row, int64_t at, int64_t n, float* gate, float* up, float*) {
-        for (int64_t j = 0; j < n; j += LANES) {
-            const Vec g = load(gate + j);
-            store(gate + j, g * sigmoid(g) * load(up + j));
-        }
-        write_any(t.dtype, out, row * t.width + at, n, gate);
+    by_span(t, threads, [&](int64_t row, int64_t at, int64_t n) {
+        of_type(t.dtype, [&](auto type) {
+            gated<type()>(t, row * t.stride + at, row * t.width + at, n, out);
+        });
     });
 }
 
 void swiglu_grad(const GateTask& t, const GateGrad& d, int threads) {
-    by_span(t, threads, [&](int64_t row, int64_t at, int64_t n, float* gate, float* up, float* by) {
-        read_any(t.dtype, d.grad, row * t.width + at, n, by);
-        for (int64_t j = 0; j < n; j += LANES) {
-            const Vec g = load(gate + j), u = load(up + j), d = load(by + j), s = sigmoid(g);
-            store(gate + j, d * u * s * (1.0f + g * (1.0f - s)));
-            store(up + j, d * g * s);
-            store(by + j, g * s * u);
-        }
-        write_any(t.dtype, d.grad_gate, row * d.stride + at, n, gate);
-        write_any(t.dtype, d.grad_up, row * d.stride + at, n, up);
-        if (d.again) write_any(t.dtype, d.again, row * t.width + at, n, by);
+    by_span(t, threads, [&](int64_t row, int64_t at, int64_t n) {
+        of_type(t.dtype, [&](auto type) {
+            const int64_t dense = row * t.width + at;
+            gated_grad<type()>(t, d, row * t.stride + at, row * d.stride + at, dense, n);
+        });
     });
 }
 

@@ -6,7 +6,8 @@
 //   back
 //
 // A run is a prompt, or a few completions of one: with one key head it is one thread's work, in
-// that thread's own memory. Weights are made again in the backward, of a maximum and a share a row.
+// that thread's own memory. Scores have a row a key and a column a query, so that a vector holds
+// queries. Weights are made again in the backward, of a maximum and a share a query.
 // What completions add to their prompt's keys is summed run by run, in their order. Sums are
 // float32; weights and ds are rounded to the heads' type, and results, each once.
 #include "packed.h"
@@ -16,8 +17,6 @@
 namespace reasonrl {
 namespace ISA {
 namespace {
-
-constexpr int64_t CHUNK = 64;  // queries of a product by keys
 
 template <bool DOTS>
 struct Thread {
@@ -30,28 +29,28 @@ struct Thread {
           stride((task.heads + 2 * task.key_heads) * task.size),
           cos(task.size + LANES),
           sin(cos),
-          row(stride + 2 * LANES),
-          turned(row),
-          half(stride + 2 * LANES) {
-        const int64_t wide = vectors(inner), columns = plan.columns, chunk = CHUNK;
-        const int64_t pairs = std::max<int64_t>(LANES, chunk / EACH<DOTS>);
-        rows = store_.words(std::max(plan.queries, chunk), wide);
-        k_across = store_.words(wide, columns);
-        v_pairs = store_.words(columns / EACH<DOTS>, width);
-        q = store_.words(chunk, wide);
-        score = store_.words(HIGH, columns);
-        out = store_.words(HIGH, width);
-        weight = store_.words(chunk, columns / EACH<DOTS>);
+          row(size + 2 * LANES),
+          turned(row) {
+        const int64_t wide = vectors(inner), columns = plan.columns + CHUNK, each = EACH<DOTS>;
+        const int64_t under = columns / each + LANES;  // words of keys, and what a square has more
+        keys = store_.words(columns, wide);
+        values = store_.words(columns, wide);
+        paired = store_.words(under, width);
+        flat = store_.words(width, under);
+        q = store_.words(CHUNK, wide);
+        q_across = store_.words(wide, CHUNK);
+        score = store_.words(columns, CHUNK);
+        below = store_.words(columns / each, CHUNK);
+        across = store_.words(width, CHUNK);
+        out = store_.words(CHUNK, width);
         if (!back) return;
-        v_across = store_.words(wide, columns);
-        k_pairs = store_.words(columns / EACH<DOTS>, width);
-        above = store_.words(chunk, wide);
-        q_pairs = store_.words(pairs, width);
-        above_pairs = store_.words(pairs, width);
-        by_weight = store_.words(HIGH, columns);
-        by_score = store_.words(chunk, columns / EACH<DOTS>);
-        paired = store_.words(pairs, columns);
-        across = store_.words(columns, pairs);
+        above = store_.words(CHUNK, wide);
+        above_across = store_.words(wide, CHUNK);
+        q_pairs = store_.words(CHUNK / each, width);
+        above_pairs = store_.words(CHUNK / each, width);
+        by_weight = store_.words(columns, CHUNK);
+        weight = store_.words(columns, CHUNK / each);
+        by_score = store_.words(columns, CHUNK / each);
         by_k = store_.words(plan.queries, width);
         by_v = store_.words(plan.queries, width);
     }
@@ -80,41 +79,33 @@ struct Thread {
         read(t.heads_of, t.tokens * stride, at, stride, count, padded, to);
     }
 
-    // Keys and values of a block from column `at` on, as the products want them.
-    void take(const PackedBlock& block, int64_t key_head, int64_t at, bool back) {
-        const int64_t padded = vectors(block.count), k = t.heads + key_head, v = k + t.key_heads;
-        const auto beside = [&](Words x) { return Words{x.at + at, x.apart}; };
-        const auto under = [&](Words x) { return Words{x.row(at / EACH<DOTS>), x.apart}; };
-        read_heads(block.start, k, block.count, padded, rows);
-        turn_words(rows, padded, inner, beside(k_across));
-        if (back) pair_rows<DOTS>(rows, padded, width, under(k_pairs));
-        read_heads(block.start, v, block.count, padded, rows);
-        if (back) turn_words(rows, padded, inner, beside(v_across));
-        if (!back) pair_rows<DOTS>(rows, padded, width, under(v_pairs));
+    // Rows of a block's keys or values from `at` on.
+    Words rows_of(const PackedBlock& block, int64_t head, int64_t at, Words to) {
+        const Words rows = {to.row(at), to.apart};
+        read_heads(block.start, head, block.count, vectors(block.count), rows);
+        return rows;
     }
 
-    // Numbers of a row, rounded to the type, as words; zeros up to `columns`.
-    void keep(float* from, int64_t count, int64_t columns, uint32_t* to) {
-        if (count < columns) memset(from + count, 0, (columns - count) * sizeof(float));
-        if (DOTS) return round_pairs(from, columns, to);
-        for (int64_t j = 0; j < columns; j += LANES) {
-            const Vec x = load(from + j);
-            store((float*)to + j, t.dtype == BF16 ? as<BF16>(x) : x);
+    // The same, a row a number of the head and a word a pair of keys.
+    void lay(Words rows, int64_t count, int64_t at) {
+        const int64_t pairs = vectors(count) / EACH<DOTS>;
+        pair_rows<DOTS>(rows, vectors(count), width, paired);
+        turn_words(paired, pairs, size, {flat.at + at / EACH<DOTS>, flat.apart});
+    }
+
+    // `count` numbers, scaled, as the type has them; all may be read a vector beyond the end.
+    void write(const float* from, int64_t count, void* to, int64_t at, float by = 1.0f) {
+        for (int64_t j = 0; j < count; j += LANES) {
+            const Vec x = load(from + j) * by;
+            if (DOTS) give<QUICK>(to, at + j, count - j, x);
+            if (!DOTS) store(turned.data() + j, x);
         }
-        for (int64_t j = 0; j < columns && t.dtype == F16; j++) {
-            ((float*)to)[j] = from_f16(to_f16(from[j]));
-        }
+        if (!DOTS) write_any(t.dtype, to, at, count, turned.data());
     }
 
-    // `count` numbers as the type has them; all may be read a vector beyond the end.
-    void write(const float* from, int64_t count, void* to, int64_t at) {
-        if (!DOTS) return write_any(t.dtype, to, at, count, from);
-        round_pairs(from, vectors(count), (uint32_t*)half.data());
-        memcpy((uint16_t*)to + at, half.data(), count * sizeof(uint16_t));
-    }
-
-    template <bool BACK>
-    void turn(const float* x, int64_t token, int64_t heads, float* to) {
+    // A head of numbers take(which) gives, turned, goes `to` its place.
+    template <bool BACK, class Take>
+    INLINE void turn(int64_t token, int64_t head, Take take, void* to) {
         const float *c = cos.data(), *s = sin.data();
         if (t.angle_dtype == F32 && (t.tokens - token) * size >= size + LANES) {
             c = (const float*)t.cos + token * size, s = (const float*)t.sin + token * size;
@@ -122,56 +113,109 @@ struct Thread {
             read_any(t.angle_dtype, t.cos, token * size, size, cos.data());
             read_any(t.angle_dtype, t.sin, token * size, size, sin.data());
         }
-        for (int64_t h = 0; h < heads; h++) {
-            turn_head<BACK>(x + h * size, c, s, size / 2, to + h * size);
-        }
+        const int64_t at = token * stride + head * size;
+        turn_head<BACK>(c, s, size / 2, take, [&](int64_t j, int64_t left, Vec x) {
+            if (DOTS) give<QUICK>(to, at + j, left, x);
+            if (!DOTS) give<F32>(turned.data(), j, left, x);
+        });
+        if (!DOTS) write_any(t.dtype, to, at, size, turned.data());
     }
 
-    // Queries and keys of a token are turned where they stand.
-    void turn_token(int64_t token) {
-        const int64_t heads = t.heads + t.key_heads, at = token * stride;
-        read_any(t.dtype, t.heads_of, at, heads * size, row.data());
-        turn<false>(row.data(), token, heads, turned.data());
-        write(turned.data(), heads * size, t.heads_of, at);
+    // A key head of a block and the queries' heads by it are turned where they stand.
+    void turn_block(const PackedBlock& block, int64_t key_head) {
+        for (int64_t i = 0; i < block.count && t.cos; i++) {
+            for (int64_t h = key_head * group; h <= (key_head + 1) * group; h++) {
+                const int64_t head = h < (key_head + 1) * group ? h : t.heads + key_head;
+                const int64_t at = (block.start + i) * stride + head * size;
+                if (!DOTS) read_any(t.dtype, t.heads_of, at, size, row.data());
+                const auto from = [&](int64_t j) {
+                    if (!DOTS) return load(row.data() + j);
+                    return take<QUICK>(t.heads_of, at + j, t.tokens * stride - at - j);
+                };
+                turn<false>(block.start + i, head, from, t.heads_of);
+            }
+        }
     }
 
     // A row of a gradient by q or k, turned back, or by v.
     void put(const float* x, int64_t token, int64_t head, bool back, void* to) {
-        if (back && t.cos) {
-            turn<true>(x, token, 1, turned.data());
-            x = turned.data();
+        if (!back || !t.cos) return write(x, size, to, token * stride + head * size);
+        turn<true>(token, head, [&](int64_t j) { return load(x + j); }, to);
+    }
+
+    // A row a key: what keys make of queries, or values of gradients; none before its own query.
+    void by_rows(Words rows, Words columns, const Chunk& c, Words to) {
+        for (int64_t i = 0; i < c.end(HIGH); i += HIGH) {
+            const int64_t past = std::max<int64_t>(0, i - c.own - c.first) / LANES * LANES;
+            const Words from = {columns.at + past, columns.apart};
+            multiply_small<DOTS>({rows.row(i), rows.apart}, from, HIGH, vectors(c.n) - past, inner,
+                                 inner, {to.row(i) + past, to.apart}, false);
         }
-        write(x, size, to, token * stride + head * size);
+    }
+
+    // A row a query: sums of keys or values by what stands in `below`.
+    void by_columns(const Chunk& c) {
+        const int64_t last = c.end(HIGH) / EACH<DOTS>;
+        const int64_t steps = (c.own + c.first + LANES) / EACH<DOTS>;
+        const int64_t rows = (size + HIGH - 1) / HIGH * HIGH;
+        multiply_small<DOTS>(flat, below, rows, vectors(c.n), std::min(steps, last), last, across,
+                             false);
     }
 
     void see(const PackedRun& run, int64_t key_head) {
         const int64_t prompt = run.prompt < 0 ? 0 : t.blocks[run.prompt].count;
-        const int64_t own = vectors(prompt);
-        if (prompt) take(t.blocks[run.prompt], key_head, 0, false);
+        const int64_t k = t.heads + key_head, v = k + t.key_heads;
+        const auto all_of = [&](const PackedBlock& block, int64_t at) {
+            rows_of(block, k, at, keys);
+            lay(rows_of(block, v, 0, values), block.count, at);
+        };
+        if (prompt) all_of(t.blocks[run.prompt], 0);
         for (int64_t b = run.first; b < run.last; b++) {
-            const PackedBlock& block = t.blocks[b];
-            take(block, key_head, own, false);
-            for (int64_t h = key_head * group; h < (key_head + 1) * group; h++) {
-                for (int64_t first = 0; first < block.count; first += HIGH) {
-                    const int64_t n = std::min<int64_t>(HIGH, block.count - first);
-                    const int64_t columns = own + vectors(first + n), token = block.start + first;
-                    read_heads(token, h, n, HIGH, q);
-                    multiply_small<DOTS>(q, k_across, HIGH, columns, inner, score, false);
-                    for (int64_t r = 0; r < n; r++) {
-                        const Seen seen = {prompt, own, first + r + 1};
-                        const Weighing by = soften(score.floats(r), seen, t.scaling);
-                        memcpy(t.shares + ((token + r) * t.heads + h) * 2, &by, sizeof by);
-                        keep(score.floats(r), seen.end(), columns, weight.row(r));
-                    }
-                    multiply_small<DOTS>(weight, v_pairs, HIGH, width, columns / EACH<DOTS>, out,
-                                         false);
-                    for (int64_t r = 0; r < n; r++) {
-                        const int64_t at = ((token + r) * t.heads + h) * size;
-                        write(out.floats(r), size, t.out, at);
-                    }
+            if (run.prompt >= 0) turn_block(t.blocks[b], key_head);
+            all_of(t.blocks[b], vectors(prompt));
+            each_chunk(t.blocks[b], prompt, key_head, group, [&](const Chunk& c, int64_t h) {
+                read_heads(c.token, h, c.n, vectors(c.n), q);
+                turn_words(q, vectors(c.n), inner, q_across);
+                by_rows(keys, q_across, c, score);
+                float tops[CHUNK], shares[CHUNK];
+                for (int64_t at = 0; at < c.n; at += LANES) {
+                    const Weighing by = weigh(c, at);
+                    store(tops + at, by.top);
+                    store(shares + at, by.share);
                 }
-            }
+                by_columns(c);
+                turn_words(across, size, vectors(c.n), out);
+                for (int64_t r = 0; r < c.n; r++) {
+                    const int64_t at = (c.token + r) * t.heads + h;
+                    t.shares[2 * at] = tops[r], t.shares[2 * at + 1] = shares[r];
+                    write(out.floats(r), size, t.out, at * size, shares[r]);
+                }
+            });
         }
+    }
+
+    // Scores of a vector of queries become weights without their share; NaN where a seen one is not
+    // finite.
+    Weighing weigh(const Chunk& c, int64_t at) {
+        Weighing by = {t.scaling * LOG2_E, Vec{}, Vec{}};
+        Vec most = Vec{} - INFINITY, sum = {};
+        const int64_t end = c.end(HIGH);
+        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) {
+            const Vec x = where(on, load(score.floats(j) + at));
+            const Vec y = where(next, load(score.floats(j + 1) + at));
+            sum += 0.0f * x + 0.0f * y;
+            most = max_of(most, select(on, x, Vec{} - INFINITY));
+            most = max_of(most, select(next, y, Vec{} - INFINITY));
+        });
+        by.top = most * by.scale;
+        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) {
+            const Vec x = where(on, by.raised(load(score.floats(j) + at)));
+            const Vec y = where(next, by.raised(load(score.floats(j + 1) + at)));
+            sum += x + y;
+            give_pair<DOTS>(t.dtype, x, y, nullptr, nullptr, below.row(j / EACH<DOTS>) + at, CHUNK);
+        });
+        by.share = 1.0f / sum;
+        return by;
     }
 
     // The gradient by a run's own queries, keys and values, and its share of its prompt's.
@@ -179,110 +223,114 @@ struct Thread {
         const bool alone = run.prompt < 0;  // a prompt: all of its gradient goes to its place
         const int64_t prompt = alone ? 0 : t.blocks[run.prompt].count, own = vectors(prompt);
         const int64_t rows_there = alone ? vectors(t.blocks[run.first].count) : own;
+        const int64_t k = t.heads + key_head, v = k + t.key_heads;
         const Words shared_k = {(uint32_t*)place, width};
         const Words shared_v = {shared_k.row(rows_there), width};
         memset(place, 0, 2 * rows_there * width * sizeof(float));
-        if (prompt) take(t.blocks[run.prompt], key_head, 0, true);
+        const auto all_of = [&](const PackedBlock& block, int64_t at) {
+            lay(rows_of(block, k, at, keys), block.count, at);
+            rows_of(block, v, at, values);
+        };
+        if (prompt) all_of(t.blocks[run.prompt], 0);
         for (int64_t b = run.first; b < run.last; b++) {
             const PackedBlock& block = t.blocks[b];
-            take(block, key_head, own, true);
+            all_of(block, own);
             const Words mine_k = alone ? shared_k : by_k, mine_v = alone ? shared_v : by_v;
             memset(mine_k.at, 0, vectors(block.count) * width * sizeof(float));
             memset(mine_v.at, 0, vectors(block.count) * width * sizeof(float));
-            for (int64_t h = key_head * group; h < (key_head + 1) * group; h++) {
-                for (int64_t first = 0; first < block.count; first += CHUNK) {
-                    const int64_t n = std::min<int64_t>(CHUNK, block.count - first);
-                    by_queries(d, block, h, first, n, prompt);
-                    by_keys(weight, above_pairs, first, n, own, shared_v, mine_v);
-                    by_keys(by_score, q_pairs, first, n, own, shared_k, mine_k);
-                }
-            }
+            each_chunk(block, prompt, key_head, group, [&](const Chunk& c, int64_t h) {
+                by_queries(d, c, h);
+                by_keys(weight, above_pairs, c, shared_v, mine_v);
+                by_keys(by_score, q_pairs, c, shared_k, mine_k);
+            });
             for (int64_t i = 0; i < block.count && !alone; i++) {
-                put(mine_k.floats(i), block.start + i, t.heads + key_head, true, d.by_heads);
-                put(mine_v.floats(i), block.start + i, t.heads + t.key_heads + key_head, false,
-                    d.by_heads);
+                put(mine_k.floats(i), block.start + i, k, true, d.by_heads);
+                put(mine_v.floats(i), block.start + i, v, false, d.by_heads);
             }
         }
     }
 
-    // `n` queries from `first` on: their gradients, and what they make of the weights.
-    void by_queries(const PackedGrad& d, const PackedBlock& block, int64_t h, int64_t first,
-                    int64_t n, int64_t prompt) {
-        const int64_t own = vectors(prompt), columns = own + vectors(first + n);
-        const int64_t token = block.start + first, padded = (n + HIGH - 1) / HIGH * HIGH;
-        const int64_t apart = t.heads * size, at = token * apart + h * size;
-        read_heads(token, h, n, padded, q);
-        read(d.grad, t.tokens * apart, at, apart, n, padded, above);
+    // The gradients of a chunk's queries, and what they make of the weights.
+    void by_queries(const PackedGrad& d, const Chunk& c, int64_t h) {
+        const int64_t apart = t.heads * size, padded = vectors(c.n);
+        read_heads(c.token, h, c.n, padded, q);
+        read(d.grad, t.tokens * apart, c.token * apart + h * size, apart, c.n, padded, above);
+        turn_words(q, padded, inner, q_across);
+        turn_words(above, padded, inner, above_across);
         pair_rows<DOTS>(q, padded, width, q_pairs);
         pair_rows<DOTS>(above, padded, width, above_pairs);
-        for (int64_t i = 0; i < padded; i += HIGH) {
-            const int64_t end = std::min(n, i + HIGH), here = own + vectors(first + end);
-            const auto from = [&](Words x) { return Words{x.row(i), x.apart}; };
-            multiply_small<DOTS>(from(q), k_across, HIGH, here, inner, score, false);
-            multiply_small<DOTS>(from(above), v_across, HIGH, here, inner, by_weight, false);
-            for (int64_t r = i; r < end; r++) {
-                const Seen seen = {prompt, own, first + r + 1};
-                Weighing by;
-                memcpy(&by, t.shares + ((token + r) * t.heads + h) * 2, sizeof by);
-                float *p = score.floats(r - i), *g = by_weight.floats(r - i);
-                weigh(p, seen, t.scaling, by);
-                keep(p, seen.end(), columns, weight.row(r));
-                Vec sum = {};
-                for (int64_t j = 0; j < seen.end(); j += LANES) sum += load(p + j) * load(g + j);
-                const float mean = sum_of_lanes(sum);
-                for (int64_t j = 0; j < seen.end(); j += LANES) {
-                    store(g + j, t.scaling * load(p + j) * (load(g + j) - mean));
-                }
-                keep(g, seen.end(), columns, by_score.row(r));
-            }
-            for (int64_t r = end; r < i + HIGH; r++) {
-                memset(weight.row(r), 0, weight.apart * sizeof(uint32_t));
-                memset(by_score.row(r), 0, by_score.apart * sizeof(uint32_t));
-            }
-            multiply_small<DOTS>(from(by_score), k_pairs, HIGH, width, here / EACH<DOTS>, out,
-                                 false);
-            for (int64_t r = i; r < end; r++)
-                put(out.floats(r - i), token + r, h, true, d.by_heads);
+        by_rows(keys, q_across, c, score);
+        by_rows(values, above_across, c, by_weight);
+        float tops[CHUNK] = {}, shares[CHUNK] = {};
+        for (int64_t r = 0; r < c.n; r++) {
+            const float* by = t.shares + ((c.token + r) * t.heads + h) * 2;
+            tops[r] = by[0], shares[r] = by[1];
         }
+        for (int64_t at = 0; at < c.n; at += LANES) {
+            weigh_back(c, at, {t.scaling * LOG2_E, load(tops + at), load(shares + at)});
+        }
+        by_columns(c);
+        turn_words(across, size, padded, out);
+        for (int64_t r = 0; r < c.n; r++) put(out.floats(r), c.token + r, h, true, d.by_heads);
     }
 
-    // += what a chunk's queries make of their keys: x^T y, of the prompt's and of the block's own.
-    void by_keys(Words x, Words y, int64_t first, int64_t n, int64_t own, Words shared,
-                 Words mine) {
-        const int64_t columns = own + vectors(first + n);
-        const int64_t padded = (n + HIGH - 1) / HIGH * HIGH, steps = padded / EACH<DOTS>;
-        pair_rows<DOTS>(x, padded, columns, paired);
-        turn_words(paired, steps, columns, across);
-        multiply_small<DOTS>(across, y, own, width, steps, shared, true);
-        for (int64_t j = 0; j < columns - own; j += HIGH) {  // no query before a key sees it
-            const int64_t past = std::max<int64_t>(0, j - first) / EACH<DOTS>;
-            if (past >= steps) break;
-            const Words a = {across.row(own + j) + past, across.apart};
-            const Words b = {y.row(past), y.apart};
-            multiply_small<DOTS>(a, b, HIGH, width, steps - past, {mine.row(j), width}, true);
+    // Weights of a vector of queries, and the gradient by their scores.
+    void weigh_back(const Chunk& c, int64_t at, const Weighing& by) {
+        const int64_t end = c.end(HIGH), word = at / EACH<DOTS>;
+        Vec mean = {};
+        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) {
+            float *x = score.floats(j) + at, *y = x + CHUNK, *g = by_weight.floats(j) + at;
+            const Vec p = where(on, by.raised(load(x)) * by.share);
+            const Vec q = where(next, by.raised(load(y)) * by.share);
+            mean += p * load(g) + q * load(g + CHUNK);
+            store(x, p);
+            store(y, q);
+            give_pair<DOTS>(t.dtype, p, q, weight.row(j) + word, weight.row(j + 1) + word, nullptr,
+                            CHUNK);
+        });
+        each_two(c, at, end, [&](int64_t j, VecI, VecI) {
+            const float *x = score.floats(j) + at, *g = by_weight.floats(j) + at;
+            const Vec a = t.scaling * load(x) * (load(g) - mean);
+            const Vec b = t.scaling * load(x + CHUNK) * (load(g + CHUNK) - mean);
+            give_pair<DOTS>(t.dtype, a, b, by_score.row(j) + word, by_score.row(j + 1) + word,
+                            below.row(j / EACH<DOTS>) + at, CHUNK);
+        });
+    }
+
+    // += what a chunk's queries make of their keys, of the prompt's and of the block's own.
+    void by_keys(Words x, Words y, const Chunk& c, Words shared, Words mine) {
+        const int64_t steps = vectors(c.n) / EACH<DOTS>;
+        multiply_small<DOTS>(x, y, c.own, width, steps, steps, shared, true);
+        for (int64_t j = 0; j < c.end(HIGH) - c.own; j += HIGH) {  // no query before a key sees it
+            const int64_t past = std::max<int64_t>(0, j - c.first) / EACH<DOTS>;
+            const Words a = {x.row(c.own + j) + past, x.apart};
+            const Words b = {y.row(past), y.apart}, to = {mine.row(j), width};
+            multiply_small<DOTS>(a, b, HIGH, width, steps - past, steps - past, to, true);
         }
     }
 
     const PackedTask& t;
     int64_t size, width, inner, group, stride;
     std::vector<float> cos, sin, row, turned;
-    std::vector<uint16_t> half;
     Store store_;
-    Words rows, k_across, k_pairs, v_across, v_pairs, q, q_pairs, above, above_pairs;
-    Words score, by_weight, weight, by_score, paired, across, out, by_k, by_v;
+    Words keys, values, paired, flat, q, q_across, q_pairs, above, above_across, above_pairs;
+    Words score, by_weight, weight, by_score, below, across, out, by_k, by_v;
 };
 
 // Each key head of each run, by whoever is free.
 template <bool DOTS>
 void forward(const PackedTask& t, int threads) {
     const Plan plan(t);
-    const int64_t count = (int64_t)plan.runs.size() * t.key_heads;
+    const int64_t count = (int64_t)plan.runs.size() * t.key_heads, part = plan.part(t, threads);
 #pragma omp parallel num_threads(threads)
     {
         Thread<DOTS> mine(t, plan, false);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < (t.cos ? t.tokens : 0); i++) mine.turn_token(i);
 #pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count; i++) {  // prompts, whose keys several runs want
+            const PackedRun& run = plan.runs[i / t.key_heads];
+            if (run.prompt < 0) mine.turn_block(t.blocks[run.first], i % t.key_heads);
+        }
+#pragma omp for schedule(dynamic, part)
         for (int64_t i = 0; i < count; i++) {
             mine.see(plan.runs[i / t.key_heads], i % t.key_heads);
         }
@@ -292,7 +340,8 @@ void forward(const PackedTask& t, int threads) {
 template <bool DOTS>
 void backward(const PackedTask& t, const PackedGrad& d, int threads) {
     const Plan plan(t);
-    const int64_t width = vectors(t.size), count = (int64_t)plan.runs.size() * t.key_heads;
+    const int64_t width = vectors(t.size), part = plan.part(t, threads);
+    const int64_t count = (int64_t)plan.runs.size() * t.key_heads;
     const std::unique_ptr<float[]> places(new float[plan.rows * t.key_heads * 2 * width + LANES]);
     const auto rows = [&](const PackedRun& run) {
         return vectors(t.blocks[run.prompt < 0 ? run.first : run.prompt].count);
@@ -303,12 +352,12 @@ void backward(const PackedTask& t, const PackedGrad& d, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Thread<DOTS> mine(t, plan, true);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, part)
         for (int64_t i = 0; i < count; i++) {
             const PackedRun& run = plan.runs[i / t.key_heads];
             mine.see_back(d, run, i % t.key_heads, place(run, i % t.key_heads));
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, part)
         for (int64_t i = 0; i < count; i++) {
             const PackedRun& run = plan.runs[i / t.key_heads];
             if (run.prompt >= 0) continue;

@@ -10,86 +10,83 @@
 namespace reasonrl {
 namespace {
 
-constexpr float LOWEST = -87.0f;   // less is no weight
+constexpr int64_t CHUNK = 48;      // queries at once: whole groups of vectors
 constexpr int64_t TOGETHER = 192;  // queries that completions may have in a run
 constexpr int64_t RUNS = 8;        // or this part of all of their prompt's
 
-// What a row sees: so many keys of the prompt, and so many from `own` on.
-struct Seen {
-    int64_t prompt, own, mine;
+// `n` queries of a block from its `first` on, at `token`: what they see stands in rows, so many of
+// their prompt and, from `own` on, those of their block up to themselves.
+struct Chunk {
+    int64_t token, first, n, prompt, own;
 
-    INLINE int64_t end() const { return own + vectors(mine); }
-    INLINE VecI mask(int64_t j) const {
-        VecI lane;
-        for (int k = 0; k < LANES; k++) lane[k] = k;
-        return lane < (int32_t)(j < own ? prompt - j : own + mine - j);
-    }
+    // Rows up to the last query's own, in whole tiles of `high`.
+    INLINE int64_t end(int64_t high) const { return own + (first + n + high - 1) / high * high; }
 };
 
-// By which scores become weights: their maximum, and 1 / the sum of e^(score - maximum).
+// f(a chunk, a head of queries) for all that a key head has of a block.
+template <class F>
+INLINE void each_chunk(const PackedBlock& block, int64_t prompt, int64_t key_head, int64_t group,
+                       F f) {
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; h++) {
+        for (int64_t first = 0; first < block.count; first += CHUNK) {
+            const int64_t n = std::min<int64_t>(CHUNK, block.count - first);
+            f(Chunk{block.start + first, first, n, prompt, vectors(prompt)}, h);
+        }
+    }
+}
+
+// f(row, lanes that see it, lanes that see the next) for each two rows that queries `at` to `at` +
+// LANES of a chunk may see, padding between prompt and block included.
+template <class F>
+INLINE void each_two(const Chunk& c, int64_t at, int64_t end, F f) {
+    VecI lane;
+    for (int k = 0; k < LANES; k++) lane[k] = k;
+    const VecI all = lane < (int32_t)(c.n - at), none = {};
+    const int64_t even = c.prompt / 2 * 2, own = c.own + c.first + at;
+    for (int64_t j = 0; j < even; j += 2) f(j, all, all);
+    for (int64_t j = even; j < c.own; j += 2) f(j, j < c.prompt ? all : none, none);
+    for (int64_t j = c.own; j < own; j += 2) f(j, all, all);
+    for (int64_t j = own; j < std::min(end, own + LANES); j += 2) {
+        const int32_t i = (int32_t)(j - own);
+        f(j, all & (lane >= i), all & (lane > i));
+    }
+}
+
+// By which scores become weights, 2^(scale score - top) share: a vector of queries.
 struct Weighing {
-    float top, share;
+    float scale;
+    Vec top, share;
+
+    INLINE Vec raised(Vec score) const { return two_to(score * scale - top); }
 };
 
-INLINE float most_of_lanes(Vec x) {
-#ifdef __AVX512F__
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float most = x[0];
-    for (int k = 1; k < LANES; k++) most = max_of(most, x[k]);
-    return most;
-#endif
-}
-
-INLINE Vec raised(Vec score, float top, VecI on) {
-    const Vec x = score - top;
-    return where(on & (x > LOWEST), exp_of(min_of(max_of(x, Vec{} + LOWEST), Vec{})));
-}
-
-// Scores become weights, by what `soften` gave.
-INLINE void weigh(float* score, const Seen& seen, float scaling, const Weighing& by) {
-    for (int64_t j = 0; j < seen.end(); j += LANES) {
-        const VecI on = seen.mask(j);
-        store(score + j, raised(where(on, load(score + j) * scaling), by.top, on) * by.share);
+// N vectors of each half of a head from `at` on, turned by its angles, or back: all are read before
+// any is written, so that no read meets what was just written.
+template <bool BACK, int N, class Take, class Give>
+INLINE void turn_vectors(const float* cos, const float* sin, int64_t at, int64_t half, Take take,
+                         Give give) {
+    Vec x[N], y[N];
+    _Pragma("GCC unroll 2") for (int k = 0; k < N; k++) {
+        const int64_t j = at + k * LANES;
+        const Vec p = take(j), q = take(half + j), a = load(sin + j), b = load(sin + half + j);
+        x[k] = p * load(cos + j) + q * (BACK ? b : -a);
+        y[k] = q * load(cos + half + j) + p * (BACK ? -a : b);
+    }
+    _Pragma("GCC unroll 2") for (int k = 0; k < N; k++) {
+        const int64_t j = at + k * LANES;
+        give(j, half - j, x[k]);
+        give(half + j, half - j, y[k]);
     }
 }
 
-// Scores become weights; NaN where a seen one is not finite.
-INLINE Weighing soften(float* score, const Seen& seen, float scaling) {
-    Vec most = Vec{} - INFINITY, sum = {};
-    for (int64_t j = 0; j < seen.end(); j += LANES) {
-        const VecI on = seen.mask(j);
-        const Vec x = where(on, load(score + j) * scaling);
-        sum += 0.0f * x;
-        most = max_of(most, select(on, x, Vec{} - INFINITY));
-        store(score + j, x);
+// A head: `take` gives its numbers from one on, `give` gets as many as are left of a half.
+template <bool BACK, class Take, class Give>
+INLINE void turn_head(const float* cos, const float* sin, int64_t half, Take take, Give give) {
+    int64_t at = 0;
+    for (; half - at > LANES; at += 2 * LANES) {
+        turn_vectors<BACK, 2>(cos, sin, at, half, take, give);
     }
-    const float top = most_of_lanes(most);
-    for (int64_t j = 0; j < seen.end(); j += LANES) {
-        const Vec e = raised(load(score + j), top, seen.mask(j));
-        store(score + j, e);
-        sum += e;
-    }
-    const Weighing by = {top, 1.0f / sum_of_lanes(sum)};
-    for (int64_t j = 0; j < seen.end(); j += LANES) store(score + j, load(score + j) * by.share);
-    return by;
-}
-
-// A head turned by its angles, or back; all may be read, and `out` written, a vector beyond the
-// end.
-template <bool BACK>
-INLINE void turn_head(const float* x, const float* cos, const float* sin, int64_t half,
-                      float* out) {
-    for (int64_t j = 0; j < half; j += LANES) {
-        const Vec p = load(x + j), q = load(x + half + j);
-        const Vec other = BACK ? load(sin + half + j) : -load(sin + j);
-        store(out + j, p * load(cos + j) + q * other);
-    }
-    for (int64_t j = 0; j < half; j += LANES) {
-        const Vec p = load(x + j), q = load(x + half + j);
-        const Vec other = BACK ? -load(sin + j) : load(sin + half + j);
-        store(out + half + j, q * load(cos + half + j) + p * other);
-    }
+    if (at < half) turn_vectors<BACK, 1>(cos, sin, at, half, take, give);
 }
 
 // A prompt (then it is its only block) or some completions of one.
@@ -121,6 +118,11 @@ struct Plan {
                 rows += own ? vectors(block.count) : prompt;
             }
         }
+    }
+
+    // Key heads that a thread takes at once: all of a run, whose lines they share, but of few runs.
+    int64_t part(const PackedTask& t, int threads) const {
+        return (int64_t)runs.size() >= 2 * threads ? t.key_heads : 1;
     }
 };
 

@@ -7,6 +7,7 @@
 // Each result is summed over the inner side in one order, whatever stands beside it.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -43,27 +44,36 @@ class Store {
     std::vector<std::unique_ptr<uint32_t[]>> parts_;
 };
 
-// (HIGH, V vectors) of C from `steps` words of A.
-#define REASONRL_TILE(where, name, step)                                             \
-    template <int V>                                                                 \
-    where void name(Words a, Words b, int64_t steps, Words c, bool add) {            \
-        Vec sum[HIGH][V];                                                            \
+// Words of A and B up to `end`, for vectors from `first` on; the next one ends STAIR words later.
+#define REASONRL_STEPS(first, step)                                                  \
+    for (; k < end; k++) {                                                           \
+        VecU w[V];                                                                   \
+        for (int v = first; v < V; v++) w[v] = load_words(b.row(k) + v * LANES);     \
         _Pragma("GCC unroll 8") for (int r = 0; r < HIGH; r++) {                     \
-            for (int v = 0; v < V; v++) {                                            \
-                sum[r][v] = add ? load(c.floats(r) + v * LANES) : Vec{};             \
-            }                                                                        \
+            const uint32_t word = a.row(r)[k];                                       \
+            for (int v = first; v < V; v++) sum[r][v] = step(sum[r][v], word, w[v]); \
         }                                                                            \
-        for (int64_t k = 0; k < steps; k++) {                                        \
-            VecU w[V];                                                               \
-            for (int v = 0; v < V; v++) w[v] = load_words(b.row(k) + v * LANES);     \
-            _Pragma("GCC unroll 8") for (int r = 0; r < HIGH; r++) {                 \
-                const uint32_t word = a.row(r)[k];                                   \
-                for (int v = 0; v < V; v++) sum[r][v] = step(sum[r][v], word, w[v]); \
-            }                                                                        \
-        }                                                                            \
-        _Pragma("GCC unroll 8") for (int r = 0; r < HIGH; r++) {                     \
-            for (int v = 0; v < V; v++) store(c.floats(r) + v * LANES, sum[r][v]);   \
-        }                                                                            \
+    }                                                                                \
+    end = end + STAIR < last ? end + STAIR : last;
+
+// (HIGH, V vectors) of C from `end` words of A; later vectors go on to `last`.
+#define REASONRL_TILE(where, name, each, step)                                        \
+    template <int V>                                                                  \
+    where void name(Words a, Words b, int64_t end, int64_t last, Words c, bool add) { \
+        constexpr int64_t STAIR = LANES / each;                                       \
+        Vec sum[HIGH][V];                                                             \
+        _Pragma("GCC unroll 8") for (int r = 0; r < HIGH; r++) {                      \
+            for (int v = 0; v < V; v++) {                                             \
+                sum[r][v] = add ? load(c.floats(r) + v * LANES) : Vec{};              \
+            }                                                                         \
+        }                                                                             \
+        int64_t k = 0;                                                                \
+        REASONRL_STEPS(0, step)                                                       \
+        REASONRL_STEPS(1, step)                                                       \
+        REASONRL_STEPS(2, step)                                                       \
+        _Pragma("GCC unroll 8") for (int r = 0; r < HIGH; r++) {                      \
+            for (int v = 0; v < V; v++) store(c.floats(r) + v * LANES, sum[r][v]);    \
+        }                                                                             \
     }
 
 #define REASONRL_PAIRS __attribute__((target("avx512f,avx512bf16")))
@@ -71,45 +81,33 @@ class Store {
 #define REASONRL_DOTS(sum, word, w) \
     (Vec) _mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)word), (__m512bh)w)
 
-REASONRL_TILE(, tile_of_floats, REASONRL_STEP)
+REASONRL_TILE(, tile_of_floats, 1, REASONRL_STEP)
 #ifdef __AVX512F__
-REASONRL_TILE(REASONRL_PAIRS, tile_of_pairs, REASONRL_DOTS)
-#endif
-
-// Numbers as bf16, in whole vectors.
-#ifdef __AVX512F__
-REASONRL_PAIRS inline void round_pairs(const float* from, int64_t n, uint32_t* to) {
-    for (int64_t j = 0; j < n; j += LANES) {
-        const __m256bh half = _mm512_cvtneps_pbh((__m512)load(from + j));
-        memcpy((uint16_t*)to + j, &half, sizeof half);
-    }
-}
-#else
-inline void round_pairs(const float* from, int64_t n, uint32_t* to) {
-    write<BF16>(to, 0, (int)n, from);
-}
+REASONRL_TILE(REASONRL_PAIRS, tile_of_pairs, 2, REASONRL_DOTS)
 #endif
 
 template <bool DOTS, int V>
-INLINE void tile(Words a, Words b, int64_t steps, Words c, bool add) {
+INLINE void tile(Words a, Words b, int64_t steps, int64_t last, Words c, bool add) {
 #ifdef __AVX512F__
-    if (DOTS) return tile_of_pairs<V>(a, b, steps, c, add);
+    if (DOTS) return tile_of_pairs<V>(a, b, steps, last, c, add);
 #endif
-    tile_of_floats<V>(a, b, steps, c, add);
+    tile_of_floats<V>(a, b, steps, last, c, add);
 }
 
-// C (+)= A B: `rows` and `columns` whole tiles and vectors, `steps` words of A's rows.
+// C (+)= A B: `rows` and `columns` whole tiles and vectors, `steps` words of A's rows. A column
+// takes one number more than the one before it, in whole vectors, until it has `last` words.
 template <bool DOTS>
-void multiply_small(Words a, Words b, int64_t rows, int64_t columns, int64_t steps, Words c,
-                    bool add) {
+void multiply_small(Words a, Words b, int64_t rows, int64_t columns, int64_t steps, int64_t last,
+                    Words c, bool add) {
     for (int64_t j = 0; j < columns; j += WIDE * LANES) {
         const Words from = {b.at + j, b.apart};
         const int64_t left = (columns - j) / LANES;
+        const int64_t here = std::min<int64_t>(last, steps + j / EACH<DOTS>);
         for (int64_t i = 0; i < rows; i += HIGH) {
             const Words x = {a.row(i), a.apart}, y = {c.row(i) + j, c.apart};
-            if (left >= 3) tile<DOTS, 3>(x, from, steps, y, add);
-            if (left == 2) tile<DOTS, 2>(x, from, steps, y, add);
-            if (left == 1) tile<DOTS, 1>(x, from, steps, y, add);
+            if (left >= 3) tile<DOTS, 3>(x, from, here, last, y, add);
+            if (left == 2) tile<DOTS, 2>(x, from, here, last, y, add);
+            if (left == 1) tile<DOTS, 1>(x, from, here, last, y, add);
         }
     }
 }
@@ -170,6 +168,24 @@ void pair_rows(Words from, int64_t rows, int64_t columns, Words to) {
             memcpy(to.row(i) + j, &word, sizeof word);
         }
     }
+}
+
+// Two rows of numbers as the words that A has of them, `EACH` of a row each, and that B has, a word
+// a column; rounded.
+template <bool DOTS>
+INLINE void give_pair(int dtype, Vec x, Vec y, uint32_t* x_row, uint32_t* y_row, uint32_t* under,
+                      int64_t apart) {
+    if (DOTS) {
+        const VecH a = quick(x), b = quick(y);
+        const VecU both = __builtin_convertvector(a, VecU) | __builtin_convertvector(b, VecU) << 16;
+        if (x_row) memcpy(x_row, &a, sizeof a), memcpy(y_row, &b, sizeof b);
+        if (under) memcpy(under, &both, sizeof both);
+        return;
+    }
+    x = dtype == BF16 ? as<BF16>(x) : dtype == F16 ? as<F16>(x) : x;
+    y = dtype == BF16 ? as<BF16>(y) : dtype == F16 ? as<F16>(y) : y;
+    if (x_row) store((float*)x_row, x), store((float*)y_row, y);
+    if (under) store((float*)under, x), store((float*)under + apart, y);
 }
 
 }  // namespace

@@ -117,4 +117,50 @@ INLINE Vec max_of(Vec a, Vec b) {
 }
 #endif
 
+namespace {
+
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^f of |f| <= 1/2, two roundings away from exact; 1 of 0.
+INLINE Vec two_to_part(Vec f) {
+    const Vec f2 = f * f;
+    const Vec low = 2.4022647738e-1f * f + 6.9314718246e-1f;
+    const Vec middle = 9.6184369177e-3f * f + 5.5503323674e-2f;
+    const Vec high = 1.5353361960e-4f * f + 1.3398875017e-3f;
+    return ((high * f2 + middle) * f2 + low) * f + 1.0f;
+}
+
+#ifdef __AVX512F__
+INLINE Vec nearest(Vec x) {
+    return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// x 2^n of whole n, down to 0.
+INLINE Vec scaled(Vec x, Vec n) {
+    return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
+}
+
+// In place of math.h's: 1 / (1 + 2^y), y = -x log2 e in two parts.
+INLINE Vec sigmoid(Vec x) {
+    const Vec most = Vec{} + 87.0f, y = min_of(most, max_of(-most, -x));
+    const Vec n = nearest(y * LOG2_E), f = (y * LOG2_E - n) + y * 1.92596303e-8f;
+    return 1.0f / (1.0f + scaled(two_to_part(f), n));
+}
+#endif
+
+// 2^x where that is a normal number; NaN is kept. Below, AVX-512 goes on to 0, others stop at the
+// least normal number.
+INLINE Vec two_to(Vec x) {
+#ifdef __AVX512F__
+    const Vec n = nearest(x);
+    return scaled(two_to_part(x - n), n);
+#else
+    x = min_of(Vec{} + 127.0f, max_of(Vec{} - 126.0f, x));
+    const Vec magic = Vec{} + 12582912.0f;  // 1.5 * 2^23: the integer lands in the low bits
+    const Vec shifted = x + magic;
+    return two_to_part(x - (shifted - magic)) * (Vec)(((VecI)shifted << 23) + (127 << 23));
+#endif
+}
+
+}  // namespace
 }  // namespace reasonrl
