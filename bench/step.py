@@ -2,10 +2,12 @@
 
     python -m bench step --model smollm2 --prompts 2 --group 8 --tokens 48 --out bench/results
 
-Steps alternate (ours, theirs, ours, ...) after one warm-up each; the median counts, the range is
-shown. Peak memory is the resident high water of a process that runs one side alone. A row is
-printed only where its gates are green: both sides give the same gradient on one batch, both
-produced exactly the tokens asked for from the same prompts, both moved their parameters.
+Steps alternate (ours, theirs, ours, ...; --turn N: N of ours, N of theirs, since a step of some
+milliseconds that follows a rival's finds the caches full of the rival) after one warm-up each; the
+median counts, the range is shown. Peak memory is the resident high water of a process that runs one
+side alone. A row is printed only where its gates are green: both sides give the same gradient on
+one batch, both produced exactly the tokens asked for from the same prompts, both moved their
+parameters.
 --device cuda: the same on a GPU, its own memory in place of the process's.
 """
 
@@ -39,7 +41,10 @@ PHASES = ("rollout", "score", "update")
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; 0, 1 where a gate is red, 2 without TRL."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.turn < 1:
+        parser.error(f"--turn: expected a number of steps >= 1, got {options.turn}")
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     _quiet()
     if settings.threads:
@@ -67,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         if path is not None:
             path.write_text(json.dumps(report, indent=1) + "\n")
 
-    report = measure(settings, dtypes, options.sides, options.limit, options.memory, keep)
+    how = options.limit, options.memory, keep, options.turn
+    report = measure(settings, dtypes, options.sides, *how)
     print(table(report))
     if path is not None:
         keep(report)
@@ -77,16 +83,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def measure(
     settings: Settings, dtypes: Sequence[str], sides: Sequence[str], limit: float, memory: bool,
-    keep: Callable[[Mapping[str, Any]], None] = lambda report: None,
+    keep: Callable[[Mapping[str, Any]], None] = lambda report: None, turn: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """All rows and what they were measured on; no further repeat starts after `limit` seconds. keep
-    gets what there is before the processes for memory, which take as long again."""
+    gets what there is before the processes for memory, which take as long again; turn: steps of a
+    side before it is the other's turn."""
     deadline = time.monotonic() + limit
     facts = machine(settings.device)
     rows: list[dict[str, Any]] = []
-    report = {"bench": "step", "settings": asdict(settings), "machine": facts, "rows": rows}
+    report = {"bench": "step", "settings": asdict(settings), "turn": turn, "machine": facts}
+    report["rows"] = rows
     for dtype in dtypes:
-        rows += run_pair(settings, dtype, sides, deadline)
+        rows += run_pair(settings, dtype, sides, deadline, turn)
         settle()  # trainers are cycles: two pairs of models at once would fill the memory
         keep(report)
     if memory:
@@ -97,17 +105,18 @@ def measure(
 
 
 def run_pair(
-    settings: Settings, dtype: str, sides: Sequence[str], deadline: float
+    settings: Settings, dtype: str, sides: Sequence[str], deadline: float, turn: int = 1
 ) -> list[dict[str, Any]]:
-    """Both sides at one dtype, step by step in turn (or one side alone)."""
+    """Both sides at one dtype, `turn` steps by `turn` steps (or one side alone)."""
     ours = Ours(settings, dtype) if "ours" in sides else None
     times: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     facts: dict[str, Any] = {}
 
     def go_on(number: int) -> bool:
         began = time.monotonic()
-        if ours is not None:
-            times["ours"].append(ours.step(number))
+        if ours is not None and number == len(times["ours"]):  # the warm-up is a turn of its own
+            last = min(number + turn, settings.repeats + 1) if number else 1
+            times["ours"] += [ours.step(n) for n in range(number, last)]
         spent = time.monotonic() - began + (times["trl"][-1]["total"] if times.get("trl") else 0.0)
         return number == 0 or time.monotonic() + spent < deadline
 
@@ -179,7 +188,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"GRPO step: {size['model']}, {size['prompts']} prompts x {size['group']} completions x"
         f" {size['tokens']} tokens, prompts of {size['prompt_tokens']}, rival's gradient"
-        f" checkpointing {'on' if size['checkpointing'] else 'off'}",
+        f" checkpointing {'on' if size['checkpointing'] else 'off'}"
+        + (f", {report['turn']} steps of a side in a row" if report["turn"] > 1 else ""),
         f"{machine['cpu']}, {machine['threads']} threads, load {machine['load_before'][0]:.2f}"
         f" -> {machine['load_after'][0]:.2f}; {machine.get('gpu', '')} "
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
@@ -269,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(flag, type=type(field.default), default=field.default)
     parser.add_argument("--dtype", choices=("both", "fp32", "bf16"), default="both")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--turn", type=int, default=1, help="steps of a side in a row")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds, about")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--out", type=Path, help="a JSON file, or a folder for one")

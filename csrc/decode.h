@@ -4,16 +4,31 @@
 
 #include <stdint.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace reasonrl {
 
-// A weight (N, K) to pack from output `first` on, or into a half (0, 1) of every panel.
-struct PackTask {
+// A weight (N, K), of which a row is an output's.
+struct PackPart {
     const void* weight;
+    int64_t outputs;
+    int dtype;
+};
+
+// Weights of one input, packed one after the other, or two of one shape as halves of every panel.
+struct PackTask {
+    std::vector<PackPart> parts;
     uint32_t* out;
-    int64_t outputs, inputs, first;
-    int dtype, to, half;  // half: -1 = both
+    int64_t inputs;
+    int to;
+    bool halves;
+
+    int64_t outputs() const {
+        int64_t sum = 0;
+        for (const PackPart& part : parts) sum += part.outputs;
+        return sum;
+    }
 };
 
 // A linear layer's weight and bias, packed (cpu/product.h); null: absent.
@@ -58,6 +73,20 @@ struct DecodeRows {
     const int64_t* position;       // (N,) how many tokens stand before
     const uint8_t* asked;          // (N,) whose logits are wanted; null: all
     int64_t rows;
+
+    // n of them, from the `at`-th on.
+    DecodeRows part(int64_t at, int64_t n) const {
+        return {token + at,
+                home + at,
+                prompt_length + at,
+                slot ? slot + at : nullptr,
+                position + at,
+                asked ? asked + at : nullptr,
+                n};
+    }
+
+    // How many of the first n are asked.
+    int64_t before(int64_t n) const { return asked ? n - std::count(asked, asked + n, 0) : n; }
 
     // Places of its completion that a row sees, with its own.
     int64_t own(int64_t row) const { return slot ? position[row] - prompt_length[row] + 1 : 0; }

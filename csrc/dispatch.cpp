@@ -30,7 +30,10 @@ namespace {
      isa::attend_packed,       \
      isa::attend_packed_grad,  \
      isa::draw,                \
-     isa::clip,                \
+     isa::adamw,               \
+     isa::linear,              \
+     isa::linear_by_input,     \
+     isa::linear_by_weight,    \
      isa::panel,               \
      isa::packed_words,        \
      isa::pack,                \

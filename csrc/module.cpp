@@ -246,7 +246,8 @@ PYBIND11_MODULE(_C, m) {
     bind_attention(m);
     bind_layers(m);
     bind_draw(m);
-    bind_clip(m);
+    bind_adamw(m);
+    bind_linear(m);
     bind_decode(m);
 #ifdef WITH_CUDA
     bind_cuda(m);

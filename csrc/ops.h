@@ -190,9 +190,29 @@ struct DrawTask {
     float temperature;
 };
 
-struct Piece {
-    float* at;
+// A parameter, its gradient, AdamW's moments of it and its number of steps.
+struct Learned {
+    float *weight, *grad, *mean, *square, *step;
     int64_t count;
+};
+
+struct AdamW {
+    double rate, beta1, beta2, eps, decay, limit;
+    bool usable;  // false: for the norm alone
+};
+
+struct Piece {
+    const float* at;
+    int64_t count;
+};
+
+// Linear layers of one input that learn; see cpu/linear.cpp. bf16: only where has_dots, and of even
+// widths.
+struct LinearTask {
+    std::vector<Piece> parts;          // their weights, rows of `inputs`, and how many of these
+    std::vector<const float*> biases;  // as many, null where there is none
+    int64_t rows, inputs, outputs;
+    int dtype;
 };
 
 struct GateTask {
@@ -243,7 +263,11 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void attend_packed(const PackedTask&, int threads);                                            \
     void attend_packed_grad(const PackedTask&, const PackedGrad&, int threads);                    \
     void draw(const DrawTask&, int threads);                                                       \
-    double clip(const Piece*, int64_t count, double limit, int threads);                           \
+    double adamw(const Learned*, int64_t count, const AdamW&, int threads);                        \
+    void linear(const LinearTask&, const void* x, void* y, int threads);                           \
+    void linear_by_input(const LinearTask&, const void* grad, void* out, int threads);             \
+    void linear_by_weight(const LinearTask&, const void* grad, const void* x, float* out,          \
+                          int threads);                                                            \
     int64_t panel();                                                                               \
     int64_t packed_words(int dtype, int64_t inputs, int64_t outputs);                              \
     void pack(const PackTask&, int threads);                                                       \
@@ -280,7 +304,10 @@ struct Ops {
     decltype(&portable::attend_packed) attend_packed;
     decltype(&portable::attend_packed_grad) attend_packed_grad;
     decltype(&portable::draw) draw;
-    decltype(&portable::clip) clip;
+    decltype(&portable::adamw) adamw;
+    decltype(&portable::linear) linear;
+    decltype(&portable::linear_by_input) linear_by_input;
+    decltype(&portable::linear_by_weight) linear_by_weight;
     decltype(&portable::panel) panel;
     decltype(&portable::packed_words) packed_words;
     decltype(&portable::pack) pack;

@@ -42,7 +42,7 @@ ELSEWHERE = {
     ),
     "native_decoder": ("decoder_layer",),
     "native_draw": ("draw",),
-    "native_clip": ("clip",),
+    "native_adamw": ("adamw",),
     "native_decode": ("pack_linear", "DecodeLayer", "WholeDecoder", "DecodeBatch"),
     "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }

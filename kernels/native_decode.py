@@ -111,33 +111,23 @@ class WholeDecoder:
 
 def pack_linear(parts: Sequence[Linear], dtype: torch.dtype, halves: bool = False) -> PackedLinear:
     """Weights and biases as `dtype` holds them; halves: two of one shape, side by side."""
-    inputs, outputs = parts[0][0].shape[1], [len(weight) for weight, _ in parts]
-    most = 2 * lanes_up(outputs[0]) if halves else sum(outputs)
-    weight = torch.zeros(core().packed_words(DTYPES[dtype], inputs, most), dtype=torch.int32)
     bias = None
     if any(b is not None for _, b in parts):
-        bias = torch.zeros(core().packed_words(0, 1, most))
-    first = 0
-    for i, (w, b) in enumerate(parts):
-        known = first, i if halves else -1
-        _pack(w.detach().contiguous(), weight, dtype, known)
-        if b is not None and bias is not None:
-            column = b.detach().to(dtype).float()[:, None].contiguous()
-            _pack(column, bias, torch.float32, known)
-        first += len(w)
-    return PackedLinear(weight, bias)
+        known = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in parts]
+        bias = _packed([b.to(dtype).float()[:, None] for b in known], torch.float32, halves)
+    weight = _packed([w.detach() for w, _ in parts], dtype, halves)
+    return PackedLinear(weight, None if bias is None else bias.view(torch.float32))
 
 
-def lanes_up(outputs: int) -> int:
-    """Outputs in whole halves of a panel."""
-    half = core().packed_words(0, 1, 1) // 2
-    return -(-outputs // half) * half
-
-
-def _pack(weight: Tensor, out: Tensor, dtype: torch.dtype, known: tuple[int, int]) -> None:
-    first, half = known
-    kinds = DTYPES[weight.dtype], DTYPES[dtype]
-    core().pack(pointer(weight), pointer(out), *weight.shape, first, *kinds, half, threads())
+def _packed(weights: Sequence[Tensor], dtype: torch.dtype, halves: bool) -> Tensor:
+    weights = [weight.contiguous() for weight in weights]
+    outputs, inputs = [weight.shape[0] for weight in weights], weights[0].shape[1]
+    half = core().panel() // 2
+    most = -(-outputs[0] // half) * 2 * half if halves else sum(outputs)
+    out = torch.empty(core().packed_words(DTYPES[dtype], inputs, most), dtype=torch.int32)
+    parts = [(w.data_ptr(), n, DTYPES[w.dtype]) for w, n in zip(weights, outputs, strict=True)]
+    core().pack(parts, pointer(out), inputs, DTYPES[dtype], halves, threads())
+    return out
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What stands between the products of a decoder layer (decoder.py) on the CPU."""
+"""The products of a decoder layer (decoder.py) on the CPU, and what stands between them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Norms, Turn
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
 from reasonrl.kernels.native_layers import joined_swiglu
+from reasonrl.kernels.native_products import products
 
 SHARES = 64  # of tokens, for the gradient of heads' norms: sums in one order for any threads
 DOTS = True  # False: without the instruction for pairs of bf16
@@ -121,4 +122,4 @@ def _task(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, dtype: to
     return core().NormTask(pointer(x), pointer(weight), pointer(scale), *x.shape, *kinds, eps)
 
 
-BETWEEN = Between(norm, norm_grad, joined_swiglu, gate_grad, attend, attend_grad)
+BETWEEN = Between(norm, norm_grad, joined_swiglu, gate_grad, attend, attend_grad, products)

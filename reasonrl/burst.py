@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reasonrl import cpu_layers, heads
+from reasonrl import cpu_layers, heads, structure
 from reasonrl.decoding import REFILL, Decoding
 from reasonrl.implementations import native
 from reasonrl.models import Policy
@@ -123,19 +123,20 @@ def takes(policy: Policy) -> bool:
         return False
     if heads.scale_of(policy.model) != 1.0 or policy.softcap is not None:
         return False
-    linears = [policy.head]
-    for layer in decoder.layers:
-        linears += [*_projections(layer.self_attn), *_gate(layer.mlp)]
-    norms = {norm.weight.dtype for norm in _norms(decoder)}
-    table = decoder.embed_tokens.weight
+    layers, table = list(decoder.layers), structure.weight(decoder.embed_tokens)
+    linears = [policy.head, *(x for layer in layers for x in structure.linears(layer))]
+    norms = [decoder.norm, *(x for layer in layers for x in structure.norms(layer))]
+    weights = [*map(structure.weight, linears)]
+    scales = [*map(structure.weight, norms)]
+    biases = [x for x in map(structure.bias, linears) if x is not None]
     return (
         all(map(cpu_layers.plain, linears))
-        and all(map(_usable, decoder.parameters())) and _usable(policy.head.weight)
-        and len(norms) == 1
+        and all(map(_usable, (table, *weights, *scales, *biases)))
+        and len({scale.dtype for scale in scales}) == 1
         and type(decoder.embed_tokens) is nn.Embedding
         and table.dtype in (torch.float32, policy.compute)
         and getattr(decoder.rotary_emb, "rope_type", None) in FIXED
-        and sum(linear.weight.numel() for linear in linears) <= MOST
+        and sum(weight.numel() for weight in weights) <= MOST
     )  # fmt: skip
 
 
@@ -156,16 +157,13 @@ def whole(policy: Policy, positions: int) -> Any:
 
 
 def _layer(layer: Any, dtype: torch.dtype) -> Any:
-    attn, mlp = layer.self_attn, layer.mlp
-    first, second = layer.input_layernorm, layer.post_attention_layernorm
-    *qkv, out = _projections(attn)
-    gate, up, down = _gate(mlp)
-    norms = _head_norms(attn)
+    *qkv, out, gate, up, down = structure.linears(layer)
+    first, second, *norms = structure.norms(layer)
     heads = tuple(norm.weight.detach() for norm in norms) or (None, None)
     eps = first.variance_epsilon, second.variance_epsilon
     return native("DecodeLayer")(
         (first.weight.detach(), second.weight.detach()), heads,
-        (*eps, norms[0].variance_epsilon if norms else 0.0), attn.scaling,
+        (*eps, norms[0].variance_epsilon if norms else 0.0), layer.self_attn.scaling,
         _packed(qkv, dtype), _packed([out], dtype), _packed([gate, up], dtype, halves=True),
         _packed([down], dtype),
     )  # fmt: skip
@@ -175,24 +173,6 @@ def _packed(linears: Sequence[nn.Linear], dtype: torch.dtype, halves: bool = Fal
     return native("pack_linear")([(x.weight, x.bias) for x in linears], dtype, halves)
 
 
-def _projections(attn: Any) -> list[nn.Linear]:
-    return [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj]
-
-
-def _gate(mlp: Any) -> list[nn.Linear]:
-    return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _norms(decoder: Any) -> list[Any]:
-    names = ("input_layernorm", "post_attention_layernorm")
-    found = [decoder.norm, *(getattr(x, name) for x in decoder.layers for name in names)]
-    return found + [norm for layer in decoder.layers for norm in _head_norms(layer.self_attn)]
-
-
-def _head_norms(attn: Any) -> list[Any]:
-    return [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
-
-
-def _usable(parameter: Tensor) -> bool:
+def _usable(parameter: Any) -> bool:
     known = type(parameter) in TYPES and parameter.dtype in DTYPES
     return known and parameter.is_cpu and parameter.is_contiguous()

@@ -79,7 +79,9 @@ def known(decoder: Any) -> bool:
         return False
     if not all(map(_known, decoder.layers)):
         return False
-    return not any(structure.heard(module) for module in decoder.modules())
+    own = decoder, decoder.embed_tokens, decoder.rotary_emb, decoder.norm
+    modules = [*own, *(part for layer in decoder.layers for part in structure.parts(layer))]
+    return not any(map(structure.heard, modules))
 
 
 def plain(layer: Any) -> bool:
@@ -87,20 +89,15 @@ def plain(layer: Any) -> bool:
     listens to it."""
     if type(layer) is not nn.Linear or "forward" in vars(layer) or structure.heard(layer):
         return False
-    return layer.weight.shape == (layer.out_features, layer.in_features)
+    weight = structure.weight(layer)
+    return weight is not None and weight.shape == (layer.out_features, layer.in_features)
 
 
 def _known(layer: Any) -> bool:
     """Whether a layer and its parts compute as this file has them."""
-    norms = layer.input_layernorm, layer.post_attention_layernorm
+    norms = structure.norms(layer)
     ways = [structure.way(part) for part in (layer, layer.self_attn, layer.mlp, *norms)]
-    attn = layer.self_attn
-    heads = (
-        [structure.way(x) for x in (attn.q_norm, attn.k_norm)] if hasattr(attn, "q_norm") else []
-    )
-    return ways == [_layer, _attention, _gated, _narrow_norm, _narrow_norm] and all(
-        way is _norm for way in heads
-    )
+    return ways == [*WAYS, *[_norm] * (len(norms) - 2)]
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -169,9 +166,7 @@ def _layer(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    if _known(self) and not any(
-        structure.heard(part) for part in self.modules() if part is not self
-    ):
+    if _known(self):
         plan = kwargs.get("plan")
         out = whole_layer.computed(self, hidden_states, position_embeddings, plan)
         if out is not None:
@@ -198,6 +193,7 @@ def _added(norm: Any, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return native("add_rms_norm")(residual.contiguous(), x.contiguous(), *known)
 
 
+WAYS = [_layer, _attention, _gated, _narrow_norm, _narrow_norm]
 for method in (_norm, _narrow_norm, _gated, _attention, _layer):
     method.__name__ = "forward"  # pickled by this name: read back, a module computes as before
 

@@ -77,7 +77,7 @@ def _own(module: nn.Module) -> bool:
 
 
 def _layer(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-    if known(self) and not any(structure.heard(m) for m in self.modules() if m is not self):
+    if known(self):
         angles, plan = kwargs.get("position_embeddings"), kwargs.get("plan")
         out = whole_layer.computed(self, hidden_states, angles, plan)
         if out is not None:

@@ -160,14 +160,13 @@ class Policy:
                     part.save_pretrained(folder)
 
     @contextlib.contextmanager
-    def inference(self, prepare: bool = True) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
         """Without gradients, linear layers in the compute dtype: cast (and on a CPU packed) once,
-        not per call; prepare False: as they are, for who packs them otherwise."""
+        not per call."""
         was_training = self.model.training
         self.model.eval()
-        ready = products.prepared(self.model, self.compute) if prepare else contextlib.nullcontext()
         try:
-            with ready, torch.no_grad():
+            with products.prepared(self.model, self.compute), torch.no_grad():
                 yield
         finally:
             self.model.train(was_training)

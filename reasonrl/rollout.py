@@ -58,9 +58,9 @@ def sample(
     else:
         own = [streams(one, 0, group, sampling.max_tokens) for one in seed]
         uniform = torch.cat(own) if own else torch.empty(0, sampling.max_tokens)
-    whole = burst.takes(policy)
+    whole = burst.takes(policy)  # by a kernel that asks no module, whatever its mode
     kind = burst.Burst if whole else Decoding
-    with policy.inference(prepare=not whole), policy.autocast():
+    with torch.no_grad() if whole else policy.inference(), policy.autocast():
         batch = kind(policy, prompt_ids, images, group, sampling, uniform, rows)
         if sampling.max_tokens > 0:
             batch.run()
@@ -170,7 +170,8 @@ def given(
 def _read(tokenizer: Any, ids: Sequence[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
     """The texts, and where each token starts."""
     text = [decode(tokenizer, row) for row in ids]
-    return text, [pieces(tokenizer, row, t) for row, t in zip(ids, text, strict=True)]
+    special = {*tokenizer.all_special_ids}
+    return text, [pieces(tokenizer, row, t, special) for row, t in zip(ids, text, strict=True)]
 
 
 def _cut(rows: Tensor, count: Sequence[int]) -> list[Tensor]:

@@ -14,7 +14,7 @@ character has width zero, like a special token. T tokens, S steps.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -115,7 +115,12 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), **options)
 
 
-def pieces(tokenizer: Any, ids: Sequence[int], text: str | None = None) -> list[int]:
+def pieces(
+    tokenizer: Any,
+    ids: Sequence[int],
+    text: str | None = None,
+    special: Set[int] | None = None,  # its special ids, where they are known
+) -> list[int]:
     """Where every token starts in `text`, which is `decode(tokenizer, ids)`: T + 1 offsets, the
     last the length.
 
@@ -126,7 +131,7 @@ def pieces(tokenizer: Any, ids: Sequence[int], text: str | None = None) -> list[
     text = decode(tokenizer, ids) if text is None else text
     if not hasattr(tokenizer, "convert_ids_to_tokens") or not ids:
         return _prefix_pieces(tokenizer, ids, text)
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids) if special is None else special
     tokens = tokenizer.convert_ids_to_tokens(list(ids))
     parts = ["" if i in special else token or "" for i, token in zip(ids, tokens, strict=True)]
     joined = "".join(parts)

@@ -10,6 +10,9 @@ from torch import nn
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smollm3")
 READ_BY_LINEAR = ("input_layernorm", "post_attention_layernorm")
 TURNED = ("llama", "mistral", "qwen2", "qwen3")  # whose attention turns all its queries and keys
+HEAD_NORMS = ("q_norm", "k_norm")
+IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+IN_MLP = ("gate_proj", "up_proj", "down_proj")
 SILU = ("SiLU", "SiLUActivation")
 
 
@@ -22,6 +25,33 @@ def heard(module: Any) -> bool:
     """Whether somebody listens, as a trainer does that brings weights."""
     hooks = module._forward_pre_hooks, module._forward_hooks
     return bool(any(hooks) or module._backward_hooks or module._backward_pre_hooks)
+
+
+def linears(layer: Any) -> list[Any]:
+    """The linear layers of a decoder layer: q, k, v, o, gate, up, down."""
+    attn, mlp = layer.self_attn._modules, layer.mlp._modules  # not by name: that costs ten times
+    return [*(attn[name] for name in IN_ATTENTION), *(mlp[name] for name in IN_MLP)]
+
+
+def norms(layer: Any) -> list[Any]:
+    """Its norms: before the attention, before the gate, of q's and k's heads where they are."""
+    own, attn = layer._modules, layer.self_attn._modules
+    return [own[name] for name in READ_BY_LINEAR] + [attn[x] for x in HEAD_NORMS if x in attn]
+
+
+def parts(layer: Any) -> list[Any]:
+    """Itself and all of its modules that are called."""
+    attn, mlp = layer.self_attn, layer.mlp
+    return [layer, attn, mlp, mlp.act_fn, *norms(layer), *linears(layer)]
+
+
+def weight(module: Any) -> Any:
+    """None where it has none of its own, as one that something else computes."""
+    return module._parameters.get("weight")
+
+
+def bias(module: Any) -> Any:
+    return module._parameters.get("bias")
 
 
 def of(module: nn.Module, end: str, known: tuple[str, ...] = KNOWN) -> bool:

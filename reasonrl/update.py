@@ -118,7 +118,6 @@ class Learner:
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         # whole weights and no scaler: torch's own optimiser does all that accelerate's does
         self.plain = accelerator.distributed_type.value in PLAIN and accelerator.scaler is None
-        self.learning = parameters
         self.reference: Policy | None = None
         self.skipped = 0  # steps in a row that the NaN policy left out
         self.watches, self.seen = False, None  # whether to keep what updates see of every token
@@ -235,26 +234,38 @@ class Learner:
     def _apply(self, usable: bool) -> float:
         """Clip and step; a loss or gradient that is not finite leaves the parameters bit-equal on
         every rank. usable: whether the loss is finite."""
-        value = self._clip(self.config.optim.grad_clip or math.inf)
-        optimizer = self.optimizer.optimizer if self.plain else self.optimizer
-        # DeepSpeed has stepped, or refused to, inside its backward
-        if usable and math.isfinite(value):
-            optimizer.step()
-            self.skipped = 0
-        else:
-            self.skipped += 1
-        optimizer.zero_grad(set_to_none=True)
+        limit = self.config.optim.grad_clip or math.inf
+        value = self._native_step(limit, usable)
+        if value is None:
+            norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+            norm = getattr(norm, "full_tensor", lambda: norm)()
+            value = float(norm) if norm is not None else math.nan
+            # DeepSpeed has stepped, or refused to, inside its backward
+            if usable and math.isfinite(value):
+                (self.optimizer.optimizer if self.plain else self.optimizer).step()
+        self.skipped = 0 if usable and math.isfinite(value) else self.skipped + 1
+        self.optimizer.zero_grad(set_to_none=True)
         return value
 
-    def _clip(self, limit: float) -> float:
-        """The gradient's norm, which is at most the limit from now on."""
-        if self.plain and self.policy.device.type == "cpu" and NATIVE:
-            grads = [p.grad for p in self.learning if p.grad is not None]
-            if all(g.dtype == torch.float32 and g.is_contiguous() for g in grads):
-                return native("clip")(grads, limit)
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
-        norm = getattr(norm, "full_tensor", lambda: norm)()
-        return float(norm) if norm is not None else math.nan
+    def _native_step(self, limit: float, usable: bool) -> float | None:
+        """Both in one pass over the moments of torch's own optimiser; None where that must."""
+        if not (self.plain and self.policy.device.type == "cpu" and NATIVE):
+            return None
+        optimizer: Any = self.optimizer.optimizer
+        (group,) = optimizer.param_groups
+        all_of = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = optimizer.state[p]
+            if not state:
+                state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            all_of.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+        if not all(x.dtype == torch.float32 and x.is_contiguous() for of in all_of for x in of):
+            return None
+        known = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        return native("adamw")(all_of, *known, limit, usable)
 
     def finite(self) -> bool:
         """Whether every weight and every moment is."""

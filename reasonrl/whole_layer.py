@@ -13,34 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reasonrl import attention
+from reasonrl import attention, structure
 from reasonrl.implementations import native, triton
 from reasonrl.watchdog import beat
 
 TYPES = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
     """What the layer (attention and gated MLP behind a norm each) makes of x (1, L, D), turned by
     cos and sin (1, L, d); None where its modules must."""
-    attn, mlp = layer.self_attn, layer.mlp
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    heads = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else ()
-    linears = [getattr(attn if i < 4 else mlp, name) for i, name in enumerate(PRODUCTS)]
+    if angles is None or not isinstance(plan, attention.Packed) or torch.compiler.is_compiling():
+        return None
+    attn, linears, norms = layer.self_attn, structure.linears(layer), structure.norms(layer)
+    norms, heads = norms[:2], norms[2:]
+    if any(map(structure.heard, structure.parts(layer)[1:])):  # torch calls who hears the layer
+        return None
     size, width, at = attn.head_dim, x.shape[-1], x.device
     half = torch.is_autocast_enabled(at.type)
     dtype = torch.get_autocast_dtype(at.type) if half else torch.float32
-    if torch.compiler.is_compiling() or angles is None:
-        return None
     cos, sin = angles
     if not (
-        isinstance(plan, attention.Packed) and _fits(plan, at, dtype, size)
+        _fits(plan, at, dtype, size)
         and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape, at)
         and not (attn.training and attn.attention_dropout)
-        and all(_plain(norm.weight, (width,), at) for norm in norms)
-        and all(_plain(norm.weight, (size,), at) for norm in heads)
+        and all(_plain(structure.weight(norm), (width,), at) for norm in norms)
+        and all(_plain(structure.weight(norm), (size,), at) for norm in heads)
         and all(_is_plain(linear, at) for linear in linears)
         and cos.dtype in DTYPES and cos.dtype == sin.dtype
         and cos.shape == sin.shape == (1, x.shape[1], size)
@@ -48,9 +47,8 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
         return None
     beat()
     eps = *(norm.variance_epsilon for norm in norms), heads[0].variance_epsilon if heads else 0.0
-    products = [linear.weight for linear in linears]
+    products, biases = [[*map(of, linears)] for of in (structure.weight, structure.bias)]
     weights = norms[0].weight, *products[:4], norms[1].weight, *products[4:]
-    biases = [linear.bias for linear in linears]
     op = (triton if x.is_cuda else native)("decoder_layer")
     known = size, eps, attn.scaling, dtype, plan.calls if x.is_cuda else plan.places
     given = [known, weights, biases] + ([[norm.weight for norm in heads]] if heads else [])
@@ -72,5 +70,6 @@ def _plain(x: Any, shape: Any, at: torch.device) -> bool:
 def _is_plain(linear: Any, at: torch.device) -> bool:
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return False
-    bias = linear.bias is None or _plain(linear.bias, (linear.out_features,), at)
-    return bias and _plain(linear.weight, (linear.out_features, linear.in_features), at)
+    weight, bias = structure.weight(linear), structure.bias(linear)
+    known = bias is None or _plain(bias, (linear.out_features,), at)
+    return known and _plain(weight, (linear.out_features, linear.in_features), at)

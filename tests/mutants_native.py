@@ -25,17 +25,21 @@ SLOTS = "csrc/cpu/slots.cpp"
 WEIGHTS = "csrc/cpu/weights.h"
 SOFTMAX = "csrc/cpu/softmax.cpp"
 LAYERS = "csrc/cpu/layers.cpp"
+NORM = "csrc/cpu/norm.h"
 ROTARY = "csrc/cpu/rotary.cpp"
 TURN = "csrc/cpu/rotary.h"
 HEADS = "csrc/cpu/heads.cpp"
 PACKED = "csrc/cpu/packed.cpp"
 ROWS = "csrc/cpu/packed.h"
 TILES = "csrc/cpu/tiles.h"
-CLIP = "csrc/cpu/clip.cpp"
+LINEAR = "csrc/cpu/linear.cpp"
+PACK = "csrc/cpu/pack.cpp"
+ADAMW = "csrc/cpu/adamw.cpp"
 NUMBERS = "csrc/cpu/lanes.h"
 VECTOR = "csrc/cpu/vector.h"
 DRAW = "csrc/cpu/draw.cpp"
 DECODE = "csrc/cpu/decode.cpp"
+GOING = "csrc/cpu/going.h"
 PRODUCT = "csrc/cpu/product.h"
 ATTEND = "csrc/cpu/attend.h"
 
@@ -107,7 +111,7 @@ CPU = [
     ("places behind the length weigh", SLOTS, "s.weight[h * room + at + j] = -FLT_MAX;", "s.weight[h * room + at + j] = 0.0f;", "slots or row"),
     ("the new key goes one place before", SLOTS, "t.cos, keys, n, s);", "t.cos, keys, n ? n - 1 : 0, s);", "slots or row"),
     ("the new value is left out", SLOTS, "put<DTYPE>(t.v, t.v_dtype, row * t.v_stride + head * t.size, false, values, n, s);", "", "slots or row"),
-    ("a score that is not finite is let through", WEIGHTS, "(double)sum[k] + (double)broken[k]", "(double)sum[k]", "slots or row"),
+    ("a score that is not finite is let through", WEIGHTS, "sum_of_lanes(sum + broken)", "sum_of_lanes(sum)", "slots or row"),
     ("query heads of another key head", SLOTS, "head * group + g", "head + g", "slots or row"),
     ("values of the last places alone", SLOTS, "sum[h] = load(s.out.data() + h * s.padded + c);", "sum[h] = Vec{};", "slots or row"),
     ("every other lane", SLOTS, "+ every_second<1>(a, b, lanes)", "+ every_second<0>(a, b, lanes)", "slots or row"),
@@ -119,9 +123,9 @@ CPU = [
     ("a broken score is let through", SOFTMAX, "(total_of(sum) + total_of(broken))", "total_of(sum)", "score"),
     ("softmax gradient without its mean", SOFTMAX, "(load(&g[j]) - mean)", "load(&g[j])", "softmax"),
     ("softmax gradient not scaled", SOFTMAX, "t.scaling * load(&p[j])", "load(&p[j])", "softmax"),
-    ("norm without eps", LAYERS, "(float)width + t.eps", "(float)width", "norm"),
-    ("norm of a sum, not a mean", LAYERS, "sqrtf(sum_of_lanes(sum) / (float)width", "sqrtf(sum_of_lanes(sum)", "norm"),
-    ("normalised input not rounded", LAYERS, "const Vec n = as<X>(take<X>(from, at + j, width - j) * scale);", "const Vec n = take<X>(from, at + j, width - j) * scale;", "norm"),
+    ("norm without eps", NORM, "(float)width + t.eps", "(float)width", "norm"),
+    ("norm of a sum, not a mean", NORM, "sqrtf(sum_of_lanes(sum) / (float)width", "sqrtf(sum_of_lanes(sum)", "norm"),
+    ("normalised input not rounded", NORM, "const Vec n = as<X>(take<X>(from, at + j, width - j) * scale);", "const Vec n = take<X>(from, at + j, width - j) * scale;", "norm"),
     ("norm gradient without its mean", LAYERS, "w * g - n * mean", "w * g", "norm"),
     ("norm gradient not scaled", LAYERS, "Vec out = scale * (w * g", "Vec out = (w * g", "norm"),
     ("weight gradient of the last row", LAYERS, "load(&part[j]) + g * held", "g * held", "norm"),
@@ -133,8 +137,8 @@ CPU = [
     ("last gates left out", LAYERS, "(t.width + SPAN - 1) / SPAN", "t.width / SPAN", "swiglu or gate"),
     ("gates of the row before", LAYERS, "gated<type()>(t, row * t.stride + at", "gated<type()>(t, row * t.width + at", "gate"),
     ("results where the inputs stand", LAYERS, "row * t.width + at, n, out);", "row * t.stride + at, n, out);", "gate"),
-    ("the residual is left out", LAYERS, "take<X>(t.x, at + j, width - j) + more", "take<X>(t.x, at + j, width - j)", "residual"),
-    ("the norm of what came in", LAYERS, "const void* from = added.delta ? added.sum : t.x;", "const void* from = t.x;", "residual"),
+    ("the residual is left out", NORM, "take<X>(t.x, at + j, width - j) + more", "take<X>(t.x, at + j, width - j)", "residual"),
+    ("the norm of what came in", NORM, "const void* from = added.delta ? added.sum : t.x;", "const void* from = t.x;", "residual"),
     ("the sum's own gradient is left out", LAYERS, "if (d.grad_sum) out", "if (false) out", "residual or alone"),
     ("no gradient by what was added", LAYERS, "if (!d.grad_delta) return;", "return;", "residual"),
     ("turned the other way", TURN, "p * cos[j] - q * sin[j]", "p * cos[j] + q * sin[j]", "rotary"),
@@ -181,19 +185,36 @@ CPU = [
     ("sums begin anew", TILES, "add ? load(c.floats(r) + v * LANES) : Vec{}", "Vec{}", "packed"),
     ("the second vector of three", TILES, "if (left == 2) tile<DOTS, 2>", "if (left == 2) tile<DOTS, 1>", "packed"),
     ("words not turned", TILES, "to.row(j)[i] = from.row(i)[j];", "to.row(i)[j] = from.row(i)[j];", "packed"),
-    ("a norm of the first chunk's size", CLIP, "pieces[p].at + at, std::min", "pieces[p].at, std::min", "native_clip"),
-    ("what is left of a chunk has no norm", CLIP, "rest += (double)x[j] * x[j]", "rest += 0.0 * x[j]", "native_clip"),
-    ("scaled up to the limit", CLIP, "isfinite(norm) && scale < 1.0f", "isfinite(norm)", "native_clip"),
-    ("a norm that is not finite scales", CLIP, "isfinite(norm) && scale < 1.0f", "!(scale >= 1.0f)", "native_clip"),
+    ("a norm of the first chunks", ADAMW, "square_of(chunks[c].of->grad + chunks[c].at", "square_of(chunks[c].of->grad", "native_adamw"),
+    ("what is left of a chunk has no norm", ADAMW, "rest += (double)x[j] * x[j]", "rest += 0.0 * x[j]", "native_adamw"),
+    ("scaled up to the limit", ADAMW, "std::min(1.0, how.limit / (norm + 1e-6))", "how.limit / (norm + 1e-6)", "native_adamw"),
+    ("a norm that is not finite steps", ADAMW, "!how.usable || !isfinite(norm)", "!how.usable", "native_adamw"),
+    ("what is not usable steps", ADAMW, "!how.usable || !isfinite(norm)", "!isfinite(norm)", "native_adamw"),
+    ("squares of the gradient alone", ADAMW, "a2 * g * g", "a2 * g", "native_adamw"),
+    ("the mean not corrected", ADAMW, "how.rate / (1.0 - pow(how.beta1, t))", "how.rate", "native_adamw"),
+    ("the square not corrected", ADAMW, "1.0 / sqrt(1.0 - pow(how.beta2, t))", "1.0", "native_adamw"),
+    ("no decay", ADAMW, "keep * w[j] - rate", "w[j] - rate", "native_adamw"),
+    ("steps not counted", ADAMW, "*all[p].step += 1.0f", "*all[p].step += 0.0f", "native_adamw"),
+    ("rows of the first layer again", LINEAR, "part++) i -= part->count;", "part++) i = 0;", "native_products"),
+    ("no bias", LINEAR, "keep(bias ? sum + load(bias + j) : sum)", "keep(bias ? sum + 0.0f * load(bias + j) : sum)", "native_products"),
+    ("biases over each other", LINEAR, "t.parts[i].count, all.begin() + at);", "t.parts[i].count, all.begin());", "native_products"),
+    ("the first rows again behind whole tiles", LINEAR, "all.row(rows - some), some * apart", "all.row(0), some * apart", "native_products"),
+    ("outputs in part of a vector have no gradient", LINEAR, "share_of(vectors(t.outputs) / LANES)", "share_of(t.outputs / LANES)", "native_products"),
+    ("panels all of the first columns", LINEAR, "word(k, v * LANES)", "word(k, (v - mine.begin) * LANES)", "native_products"),
+    ("later steps by the first's words", LINEAR, "x = {whole.at + some.begin, whole.apart}", "x = {whole.at, whole.apart}", "native_products"),
+    ("weights of the last words lost", PACK, "!whole && n < each - k", "!whole && n < each - k - 1", "native_decode and (packing or logits)"),
+    ("both halves of the first", PACK, "t.parts[output / LANES % 2]", "t.parts[0]", "native_decode and (packing or logits)"),
+    ("a part not counted", PACK, "part++) output -= part->outputs;", "part++) output = 0;", "native_decode and (packing or logits)"),
+    ("a half's rows from its start", PACK, "LANES + output % LANES;", "LANES;", "native_decode and (packing or logits)"),
     ("drawn without its temperature", DRAW, "x[j] /= task.temperature;", "x[j] += 0.0f;", "uniform or choose"),
     ("drawn with the inverse of its temperature", DRAW, "x[j] /= task.temperature;", "x[j] *= task.temperature;", "uniform or choose"),
     ("words behind the end may be drawn", DRAW, "x[j] = -INFINITY;", "x[j] = 0.0f;", "uniform or choose or often"),
     ("a block's own sum for the sum so far", DRAW, "ends[b] = total;", "ends[b] = total - (b ? ends[b - 1] : 0.0);", "uniform or choose"),
     ("a block begins at nothing", DRAW, "block ? ends[block - 1] : 0.0", "0.0 * block", "uniform or choose"),
-    ("the first block alone", DRAW, "block * BLOCK + at;", "at;", "uniform or choose"),
+    ("the first block alone", DRAW, "task.token[row] = first + at;", "task.token[row] = at;", "uniform or choose"),
     ("a word without weight is drawn", DRAW, "if (!(x[j] > 0.0f)) continue;", "", "uniform or often"),
     ("a uniform number of 1 for all", DRAW, "task.uniform[row] * total", "0.5 * total", "uniform or often"),
-    ("log p of the weight alone", DRAW, "(y[at] - top) - log(total)", "(y[at] - top)", "uniform"),
+    ("log p of the weight alone", DRAW, "(y / task.temperature - top) - log(total)", "(y / task.temperature - top)", "uniform"),
     ("not a number is let through", DRAW, "broken |= ~(v < Vec{} + INFINITY);", "", "distribution"),
     ("nothing possible is let through", DRAW, "return top == -INFINITY ? NAN : top;", "return top;", "distribution"),
     ("values as far apart as if alone", SLOTS, "row * t.v_stride + head * t.size", "i * t.size", "slots or row"),
@@ -205,31 +226,38 @@ CPU = [
     ("no residual", DECODE, "as<RES>(old + as<DTYPE>(sums[v]))", "as<RES>(as<DTYPE>(sums[v]))", "native_decode and (logits)"),
     ("half of what is added", DECODE, "for (int64_t v = 0; v < 2; v++) {\n                const int64_t first", "for (int64_t v = 0; v < 1; v++) {\n                const int64_t first", "native_decode and (logits)"),
     ("gate alone", DECODE, "as<DTYPE>(g * sigmoid(g) * u)", "as<DTYPE>(g * sigmoid(g))", "native_decode and (logits)"),
-    ("gate and up change places", DECODE, "t.half * LANES", "(1 - t.half) * LANES", "native_decode and (logits)"),
-    ("second norm by the first's weight", DECODE, 'norm(rows.rows, layer.norm2, layer.eps2);', 'norm(rows.rows, layer.norm1, layer.eps2);', 'native_decode and (logits)'),
-    ("last norm missed", DECODE, "last ? m_.norm : m_.layers[i + 1].norm1", "last ? layer.norm1 : m_.layers[i + 1].norm1", "native_decode and (logits)"),
+    ("gate and up change places", PACK, "t.parts[output / LANES % 2]", "t.parts[1 - output / LANES % 2]", "native_decode and (logits)"),
+    ("second norm by the first's weight", DECODE, "norm(rows.rows, 2 * i + 1, layer.eps2);", "norm(rows.rows, 2 * i, layer.eps2);", 'native_decode and (logits)'),
+    ("last norm missed", DECODE, "norm(rows.rows, 2 * i + 2,", "norm(rows.rows, last ? 2 * i : 2 * i + 2,", "native_decode and (logits)"),
     ("first rows in place of those asked", DECODE, "b_.narrow.data() + i * m_.width * WIDE", "b_.narrow.data() + count * m_.width * WIDE", "native_decode and (asked)"),
     ("later rows over earlier ones", DECODE, "(char*)logits + asked * m.vocab", "(char*)logits + 0 * asked * m.vocab", "native_decode and (bits)"),
     ("rows of two prompts together", DECODE, "rows.home[i] != rows.home[blocks.back().begin]", "false", "native_decode and (logits or books)"),
-    ("a kept token not counted", DECODE, "        s.length[b]++;\n", "", "native_decode and (books)"),
-    ("the end missed", DECODE, " || std::find(s.eos, end, word) != end", "", "native_decode and (books)"),
-    ("one token too few", DECODE, "s.done[b] = at + 1 >= s.most", "s.done[b] = at + 2 >= s.most", "native_decode and (books)"),
+    ("a kept token not counted", GOING, "        s.length[b]++;\n", "", "native_decode and (books)"),
+    ("the end missed", GOING, " || std::find(s.eos, end, word) != end", "", "native_decode and (books)"),
+    ("one token too few", GOING, "s.done[b] = at + 1 >= s.most", "s.done[b] = at + 2 >= s.most", "native_decode and (books)"),
     ("one row too many goes on", DECODE, "if (rows.rows <= until) break;", "if (rows.rows < until) break;", "native_decode and (books)"),
-    ("rows that have ended go on", DECODE, "if (!s.done[b]) slot.push_back(b);", "slot.push_back(b);", "native_decode and (books)"),
-    ("a uniform number again", DECODE, "s.uniform[s.row[b] * s.most + s.count[s.row[b]]]", "s.uniform[s.row[b] * s.most]", "native_decode and (books)"),
-    ("log p of the first row", DECODE, "s.logp[place] = logp[i];", "s.logp[place] = logp[0];", "native_decode and (books)"),
-    ("heads not turned", ATTEND, "turn<false>(x, angle_);", "", "native_decode and (logits)"),
-    ("queries turned as their prompt's end", ATTEND, 'layer.head_eps, rows.position[row]);', 'layer.head_eps, rows.prompt_length[row]);', 'native_decode and (logits)'),
+    ("rows that have ended go on", GOING, "if (!s.done[b]) slot.push_back(b);", "slot.push_back(b);", "native_decode and (books)"),
+    ("a uniform number again", GOING, "s.uniform[s.row[b] * s.most + s.count[s.row[b]]]", "s.uniform[s.row[b] * s.most]", "native_decode and (books)"),
+    ("log p of the first row", GOING, "s.logp[place] = logp[i];", "s.logp[place] = logp[0];", "native_decode and (books)"),
+    ("heads not turned", ATTEND, "const Vec p = a * load(cos + j) - b * load(sin + j);", "const Vec p = a;", "native_decode and (logits)"),
+    ("heads turned as their prompt's end", ATTEND, "rows.position[i] * size", "rows.prompt_length[i] * size", "native_decode and (logits)"),
     ("queries normed as keys", ATTEND, "layer.q_norm, layer.head_eps", "layer.k_norm, layer.head_eps", "native_decode and (logits)"),
     ("heads' norm without eps", ATTEND, "square / (float)size + eps", "square / (float)size", "native_decode and (logits)"),
     ("heads' norm without its weight", ATTEND, "x[j] *= norm_[j];", "x[j] *= 1.0f;", "native_decode and (logits)"),
-    ("keys in place of values", ATTEND, "(key + m_.key_heads * size) * WIDE", "key * WIDE", "native_decode and (logits)"),
+    ("keys in place of values", ATTEND, "(key + m_.key_heads * m_.size) * WIDE", "key * WIDE", "native_decode and (logits)"),
     ("scaling missed", ATTEND, "load(sum + r * PANEL + c) * scaling", "load(sum + r * PANEL + c)", "native_decode and (logits)"),
-    ("what is behind a prompt is seen", ATTEND, "hide(weight, rows.prompt_length[row], begin[q]);", "", "native_decode and (logits)"),
-    ("what is behind a completion is seen", ATTEND, "hide(weight + begin[q], own, whole(own));", "", "native_decode and (logits)"),
-    ("later tokens of a prompt are seen", ATTEND, "weight_[i * room_ + j] = 0.0f;", "weight_[i * room_ + j] += 0.0f;", "native_decode and (bits)"),
+    ("what is behind a prompt is seen", ATTEND, "hide(weight, rows.prompt_length[first + (at + i) / group_], begin[i]);", "", "native_decode and (logits)"),
+    ("what is behind a completion is seen", ATTEND, "hide(weight + begin[i], own[i], vectors(own[i]));", "", "native_decode and (logits)"),
+    ("later tokens of a prompt are seen", ATTEND, "weight[j] = 0.0f;", "weight[j] += 0.0f;", "native_decode and (bits)"),
     ("one sum of weights for all", ATTEND, "load(out + c) * share[i]", "load(out + c) * share[0]", "native_decode and (logits)"),
-    ("own values missed", ATTEND, "if (!own) continue;", "continue;", "native_decode and (logits)"),
+    ("own values missed", ATTEND, "add<true>(from, value, least, i, n);", "", "native_decode and (logits)"),
+    ("own values that not all have", ATTEND, "if (own[r] > least)", "if (false)", "native_decode and (crowd)"),
+    ("own keys of the first", ATTEND, "panel[r] = key[r]", "panel[r] = key[0]", "native_decode and (crowd)"),
+    ("own keys of the first panel", ATTEND, "std::min(p, last) / PANEL", "0 * std::min(p, last) / PANEL", "native_decode and (crowd or logits)"),
+    ("the second half of a head not turned", ATTEND, "keep<DTYPE>(to, at + half + j, as<DTYPE>(q), LANES);", "keep<DTYPE>(to, at + half + j, as<DTYPE>(b), LANES);", "native_decode and (logits)"),
+    ("log p without its temperature", DRAW, "(y / task.temperature - top)", "(y - top)", "uniform or choose"),
+    ("a block that is not the last as it stands", DRAW, "if (left > BLOCK) read", "if (false) read", "uniform or choose"),
+    ("logits of rows alone over the first", DECODE, "before * m.vocab", "0 * before * m.vocab", "native_decode and (crowd)"),
     ("the prompt of another", ATTEND, "const int64_t home = rows.home[first];", "const int64_t home = rows.home[0];", "native_decode and (logits or books)"),
 ]  # fmt: skip
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +53,44 @@ def test_ours_against_trl(require, tmp_path):
     assert "ours  fp32" in done.stdout and "trl   fp32" in done.stdout
 
 
+def test_a_side_makes_some_steps_in_a_row(monkeypatch):
+    """The warm-up is a turn of its own, and no side has a step more than the other."""
+    seen = []
+
+    class Side:
+        tokens = prompt_tokens = 0
+        changed = staticmethod(lambda: True)
+
+        def __init__(self, *given):
+            self.steps = []
+
+        def step(self, number):
+            seen.append(("ours", number))
+            return {"total": 1.0}
+
+        def train(self, go_on):
+            for number in range(SMALL.repeats + 5):
+                if not go_on(number):
+                    break
+                seen.append(("trl", number))
+                self.steps.append({"total": 1.0})
+
+    monkeypatch.setattr(step, "Ours", Side)
+    rival = SimpleNamespace(Rival=Side, agreement=lambda ours, rival: {})
+    monkeypatch.setitem(sys.modules, "bench.step_trl", rival)
+    settings = replace(SMALL, repeats=5)
+    step.run_pair(settings, "fp32", step.SIDES, math.inf, turn=2)
+    ours = [n for side, n in seen if side == "ours"]
+    assert ours == [n for side, n in seen if side == "trl"] == [*range(6)]
+    assert "".join(side[0] for side, _ in seen) == "ot" + "oott" * 2 + "ot"
+
+
+def test_a_turn_without_steps_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        step.main(["--turn", "0"])
+    assert "--turn: expected a number of steps >= 1, got 0" in capsys.readouterr().err
+
+
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
     done = run("--dtype", "fp32", "--sides", "ours", "--alone", "ours")
     assert done.returncode == 0, done.stderr
@@ -77,6 +118,7 @@ def test_a_red_gate_leaves_the_row_and_no_number(change, reason):
     printed = step.table(
         {
             "settings": vars(SMALL),
+            "turn": 1,
             "machine": machine.machine() | {"load_after": (0.0,)},
             "rows": rows,
         }

@@ -34,16 +34,18 @@ ONCE = ("segments.cpp", "credit.cpp", "trust.cpp")  # in csrc/cpu
 PER_ISA = tuple(
     f"{name}.cpp"
     for name in (
-        *"clip decode draw heads layers logp packed policy returns".split(),
-        *"rotary slots softmax steps whiten".split(),
+        *"adamw decode draw heads layers linear logp pack packed policy".split(),
+        *"returns rotary slots softmax steps whiten".split(),
     )
 )
 FEW = {  # headers of few sources
     "attend.h": ("decode.cpp",),
+    "going.h": ("decode.cpp",),
     "meeting.h": ("decode.cpp",),
-    "product.h": ("decode.cpp", "packed.cpp"),
+    "norm.h": ("decode.cpp", "layers.cpp"),
+    "product.h": ("decode.cpp", "linear.cpp", "pack.cpp", "packed.cpp"),
     "packed.h": ("packed.cpp",),
-    "tiles.h": ("packed.cpp",),
+    "tiles.h": ("linear.cpp", "pack.cpp", "packed.cpp"),
 }
 FLAGS = "-std=gnu++17 -O1 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"
 
@@ -129,7 +131,8 @@ def caught_on_the_cpu(base: Path, folder: Path, mutant: tuple, pybind: list[str]
         "native_decoder",
         "native_draw",
         "native_decode",
-        "native_clip",
+        "native_adamw",
+        "native_products",
         "trust",
     )
     command += [str(TESTS / f"test_{name}.py") for name in names]

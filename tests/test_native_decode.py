@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "odd": ("Mistral", ODD),
     "norms of heads": ("Qwen3", {"rms_norm_eps": 0.1}),
     "whole vectors": ("Llama", WIDE),
+    "a query a key": ("Llama", {"num_key_value_heads": 6}),  # some rows share a tile everywhere
 }
 
 
@@ -57,11 +58,11 @@ def policy_of(name: str, kind: torch.dtype, residual: torch.dtype = FULL) -> Pol
 class Held:
     """A decoder and its slots: of every text a part stands as a prompt, the rest follows it."""
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy, slots: int = SLOTS):
         with torch.no_grad():
             self.decoder = burst.whole(policy, WIDTH)
         # what stands behind a slot's end may be anything
-        self.shared, self.own = self.decoder.empty(SLOTS, WIDTH), self.decoder.empty(SLOTS, 70)
+        self.shared, self.own = self.decoder.empty(SLOTS, WIDTH), self.decoder.empty(slots, 70)
         for kept in (*self.shared, *self.own):
             for x in kept:
                 x.view(torch.uint8).fill_(0xFF)
@@ -168,6 +169,36 @@ def test_the_same_bits_for_any_threads_and_neighbours(isa, name, kind):  # noqa:
     for rows in ([3], [4, 1], [2, 3, 0]):
         where = [[3, 0, 4, 1, 2].index(r) for r in rows]
         assert torch.equal(siblings(policy, rows), following[where])
+
+
+def crowd(policy: Policy, rows: list[int], steps: int = 40) -> dict[int, torch.Tensor]:
+    """Logits of completions of two prompts that begin one after the other, where they are asked."""
+    held = Held(policy, 13)
+    held.prompts({4: (0, 41), 0: (0, 7)})
+    words = len(policy.tokenizer) - 1
+    found: dict[int, list[torch.Tensor]] = {row: [] for row in rows}
+    for k in range(steps):
+        slot = torch.tensor([row for row in rows if 2 * row <= k])
+        if not len(slot):
+            continue
+        first, asked = slot < 7, (slot + k) % 3 != 1
+        home, seen = torch.where(first, 4, 0), torch.where(first, 41, 7)
+        known = seen, slot, seen + k - 2 * slot, asked
+        logits = held.decoder.logits(held.held, (slot * 7 + k) % words, home, *known)
+        for row, one in zip(slot[asked].tolist(), logits, strict=True):
+            found[row].append(one)
+    return {row: torch.stack(x) for row, x in found.items()}
+
+
+@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("name", ["odd", "biases and more queries than keys", "a query a key"])
+def test_a_crowd_has_the_bits_of_each_alone(isa, name, kind):  # noqa: F811
+    policy, seen = policy_of(name, kind), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        seen.append(crowd(policy, list(range(13))))
+    for one in [*seen[1:], *(crowd(policy, [row]) for row in (0, 3, 8, 12))]:
+        assert all(torch.equal(x, seen[0][row]) for row, x in one.items())
 
 
 def test_only_those_asked(isa):  # noqa: F811

@@ -1,6 +1,8 @@
 // The bindings of what a decoder's layers and its sampling need; see module.cpp.
 #pragma once
 
+#include <pybind11/stl.h>
+
 #include "../bind.h"
 #include "../ops.h"
 
@@ -213,14 +215,52 @@ inline void bind_layers(py::module_& m) {
         "Gradients by the gate and by what it lets through.");
 }
 
-inline void bind_clip(py::module_& m) {
+inline void bind_adamw(py::module_& m) {
     m.def(
-        "clip",
-        [](uintptr_t pieces, int64_t count, double limit, int threads) {
+        "adamw",
+        [](uintptr_t learned, int64_t count, double rate, double beta1, double beta2, double eps,
+           double decay, double limit, bool usable, int threads) {
             py::gil_scoped_release release;
-            return ops().clip(at<const Piece>(pieces), count, limit, threads);
+            const AdamW how = {rate, beta1, beta2, eps, decay, limit, usable};
+            return ops().adamw(at<const Learned>(learned), count, how, threads);
         },
-        "The norm of all pieces, which are scaled down to a limit.");
+        "The gradients' norm; weights and moments after a step.");
+}
+
+inline void bind_linear(py::module_& m) {
+    using Part = std::tuple<uintptr_t, int64_t, uintptr_t>;  // weight, its rows, bias or 0
+    py::class_<LinearTask>(m, "LinearTask", "Linear layers of one input; see ops.h.")
+        .def(py::init([](const std::vector<Part>& parts, int64_t rows, int64_t inputs, int dtype) {
+            LinearTask task{{}, {}, rows, inputs, 0, dtype};
+            for (const auto& [weight, count, bias] : parts) {
+                task.parts.push_back({at<const float>(weight), count});
+                task.biases.push_back(at<const float>(bias));
+                task.outputs += count;
+            }
+            return task;
+        }));
+    m.def(
+        "linear",
+        [](const LinearTask& task, uintptr_t x, uintptr_t y, int threads) {
+            py::gil_scoped_release release;
+            ops().linear(task, at<const void>(x), at<void>(y), threads);
+        },
+        "What the layers make of x, side by side.");
+    m.def(
+        "linear_by_input",
+        [](const LinearTask& task, uintptr_t grad, uintptr_t out, int threads) {
+            py::gil_scoped_release release;
+            ops().linear_by_input(task, at<const void>(grad), at<void>(out), threads);
+        },
+        "Gradient by what they read.");
+    m.def(
+        "linear_by_weight",
+        [](const LinearTask& task, uintptr_t grad, uintptr_t x, uintptr_t out, int threads) {
+            py::gil_scoped_release release;
+            const void *above = at<const void>(grad), *read = at<const void>(x);
+            ops().linear_by_weight(task, above, read, at<float>(out), threads);
+        },
+        "Gradients by their weights, one under the other, in float32.");
 }
 
 inline void bind_draw(py::module_& m) {

@@ -19,16 +19,19 @@ inline void bind_decode(py::module_& m) {
             return ops().packed_words(dtype, inputs, outputs);
         },
         "32-bit words of a packed weight.");
+    using Part = std::tuple<uintptr_t, int64_t, int>;  // weight, its outputs, its dtype
     m.def(
         "pack",
-        [](uintptr_t weight, uintptr_t out, int64_t outputs, int64_t inputs, int64_t first,
-           int dtype, int to, int half, int threads) {
+        [](const std::vector<Part>& parts, uintptr_t out, int64_t inputs, int to, bool halves,
+           int threads) {
             py::gil_scoped_release release;
-            const PackTask task = {
-                at<const void>(weight), at<uint32_t>(out), outputs, inputs, first, dtype, to, half};
+            PackTask task = {{}, at<uint32_t>(out), inputs, to, halves};
+            for (const auto& [weight, outputs, dtype] : parts) {
+                task.parts.push_back({at<const void>(weight), outputs, dtype});
+            }
             ops().pack(task, threads);
         },
-        "A weight's outputs into the panels of a product.");
+        "Weights of one input into the panels of a product, all of these.");
     py::class_<DecodeLayer>(m, "DecodeLayer", "A layer with its slots.")
         .def(py::init([](std::array<uintptr_t, 16> p, std::array<float, 4> scales) {
             const auto packed = [&](int i) {

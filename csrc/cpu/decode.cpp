@@ -1,31 +1,36 @@
 // New tokens through a whole decoder, its head, the draw and the batch's books, in one parallel
 // region: a token of a small model is otherwise hundreds of calls.
 //
-// Between two parts of a layer the threads meet at a barrier that spins. What is rounded to the
-// model's type is what its modules round: the results of products and norms, turned queries and
-// keys, the gate's result; the residual has a type of its own. A row is summed in one order
-// whatever stands beside it, so neither other rows nor the number of threads change a bit of it.
+// The threads share every product, and meet between two parts of a layer at a barrier that spins;
+// through a decoder whose weights stay in a cache each takes rows of its own, and meets nobody.
+// What is rounded to the model's type is what its modules round: the results of products and norms,
+// turned queries and keys, the gate's result; the residual has a type of its own. A row is summed
+// in one order whatever stands beside it, so neither other rows nor the number of threads change a
+// bit of it.
 #include <algorithm>
 
 #include "attend.h"
+#include "going.h"
 #include "meeting.h"
+#include "norm.h"
 #include "product.h"
 
 namespace reasonrl {
 namespace ISA {
+
 namespace {
 
-constexpr int64_t CHUNK = 256;  // rows of one pass
+constexpr int64_t CHUNK = 256;       // rows of one pass
+constexpr int64_t CACHED = 1 << 23;  // bytes of weights that stay in a cache of all threads
 
 // What the threads hand each other, with room for `rows` rows of float32.
 struct Buffers {
     std::vector<float> residual, narrow, qkv, seen, gated;
-    std::vector<Share> blocks;  // rows of one prompt that attend together
 
     Buffers(const DecodeModel& m, int64_t rows)
         : residual(rows * m.width),
           narrow(rows * m.width),
-          qkv(rows * (m.heads + 2 * m.key_heads) * m.size),
+          qkv(rows * (m.heads + 2 * m.key_heads) * m.size + LANES),
           seen(rows * std::max(m.heads * m.size, m.width)),
           gated(rows * m.inner) {}
 };
@@ -42,50 +47,60 @@ void divide(const DecodeModel& m, const DecodeRows& rows, std::vector<Share>& bl
     }
 }
 
-template <int DTYPE>
-INLINE Vec load_some(const void* data, int64_t at, int64_t count) {
-    if (count >= LANES) return load_as<DTYPE>(data, at);
-    float x[LANES] = {};
-    read<DTYPE>(data, at, (int)count, x);
-    return load(x);
+// The norms' weights in the order in which a row meets them, each in whole vectors.
+std::vector<float> norms_of(const DecodeModel& m) {
+    std::vector<float> out((2 * m.layers.size() + 1) * vectors(m.width));
+    float* to = out.data();
+    const auto add = [&](const void* weight) {
+        read_any(m.norm_dtype, weight, 0, m.width, to);
+        to += vectors(m.width);
+    };
+    for (const DecodeLayer& layer : m.layers) add(layer.norm1), add(layer.norm2);
+    add(m.norm);
+    return out;
 }
 
 // One thread of a team that walks through the decoder together. RES: the residual's type.
 template <int DTYPE, int RES>
 class Walk {
   public:
-    Walk(const DecodeModel& m, Buffers& b, Meeting& meeting)
+    Walk(const DecodeModel& m, const float* norms, Buffers& b, Meeting& meeting, int64_t thread,
+         int64_t team)
         : m_(m),
+          norms_(norms),
           b_(b),
           meeting_(meeting),
           attention_(m),
-          thread_(omp_get_thread_num()),
-          team_(omp_get_num_threads()) {}
+          thread_(thread),
+          team_(team) {}
 
-    void meet() { meeting_.wait((int)team_); }
+    void meet() {
+        if (team_ > 1) meeting_.wait((int)team_);
+    }
 
     Share share(int64_t count) const { return share_of(count, thread_, team_); }
 
-    // Logits (asked rows, V), where a meeting follows; null: those of all rows.
-    void run(const DecodeRows& rows, const uint8_t* asked, void* logits) {
+    // Logits (asked rows, V), where a meeting follows.
+    void run(const DecodeRows& rows, void* logits) {
         embed(rows);
+        divide(m_, rows, blocks_);
+        attention_.read_angles(rows);
         const int64_t depth = (int64_t)m_.layers.size();
-        norm(rows.rows, m_.layers[0].norm1, m_.layers[0].eps1);
+        norm(rows.rows, 0, m_.layers[0].eps1);
         for (int64_t i = 0; i < depth; i++) {
             const DecodeLayer& layer = m_.layers[i];
             const bool last = i + 1 == depth;
             attention(layer, rows);
-            norm(rows.rows, layer.norm2, layer.eps2);
+            norm(rows.rows, 2 * i + 1, layer.eps2);
             meet();
             gate(layer, rows.rows);
             meet();
             add(layer.down, b_.gated.data(), m_.inner, rows.rows);
             meet();
-            norm(rows.rows, last ? m_.norm : m_.layers[i + 1].norm1,
-                 last ? m_.eps : m_.layers[i + 1].eps1);
+            norm(rows.rows, 2 * i + 2, last ? m_.eps : m_.layers[i + 1].eps1);
         }
         meet();
-        head(rows.rows, asked, logits);
+        head(rows.rows, rows.asked, logits);
     }
 
   private:
@@ -100,11 +115,15 @@ class Walk {
         }
     }
 
-    void norm(int64_t rows, const void* weight, float eps) {
+    // By the norm `which` of those that a row meets one after the other.
+    void norm(int64_t rows, int64_t which, float eps) {
         const Share mine = share(rows);
-        const NormTask task = {b_.residual.data(), weight, nullptr, rows, m_.width, RES,
-                               m_.norm_dtype,      DTYPE,  eps};
-        norm_share(task, {}, b_.narrow.data(), mine.begin, mine.end);
+        const NormTask task = {b_.residual.data(), nullptr, nullptr, rows, m_.width, RES,
+                               m_.norm_dtype,      DTYPE,   eps};
+        const float* weight = norms_ + which * vectors(m_.width);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            normalise<RES, DTYPE>(task, {}, b_.narrow.data(), i, weight);
+        }
     }
 
     template <class F>
@@ -132,7 +151,7 @@ class Walk {
             for (int64_t v = 0; v < 2; v++) {
                 const int64_t first = panel * PANEL + v * LANES, at = row * width + first;
                 if (first >= width) return;
-                const Vec old = load_some<RES>(to, at, width - first);
+                const Vec old = take<RES>(to, at, width - first);
                 keep<RES>(to, at, as<RES>(old + as<DTYPE>(sums[v])), width - first);
             }
         });
@@ -157,7 +176,7 @@ class Walk {
         give(layer.qkv, b_.narrow.data(), each, rows.rows, b_.qkv.data());
         meet();
         keep_places(layer, rows);
-        const int64_t items = (int64_t)b_.blocks.size() * m_.key_heads;
+        const int64_t items = (int64_t)blocks_.size() * m_.key_heads;
         if (rows.slot) {
             const Share mine = share(items);
             for (int64_t i = mine.begin; i < mine.end; i++) attend(layer, rows, i);
@@ -177,17 +196,17 @@ class Walk {
         for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t row = i / m_.key_heads, at = rows.position[row];
             attention_.place(layer, layer.prompt, m_.prompt_room, rows.home[row], at, b_.qkv.data(),
-                             row, i % m_.key_heads, at);
+                             row, i % m_.key_heads);
         }
     }
 
     // The i-th of blocks x key heads; a completion's new key is kept by the one that reads it.
     void attend(const DecodeLayer& layer, const DecodeRows& rows, int64_t i) {
-        const Share block = b_.blocks[i / m_.key_heads];
+        const Share block = blocks_[i / m_.key_heads];
         const int64_t head = i % m_.key_heads;
         for (int64_t row = block.begin; row < block.end && rows.slot; row++) {
             attention_.place(layer, layer.own, m_.own_room, rows.slot[row], rows.own(row) - 1,
-                             b_.qkv.data(), row, head, rows.position[row]);
+                             b_.qkv.data(), row, head);
         }
         attention_.attend(layer, rows, block.begin, block.end - block.begin, head, b_.qkv.data(),
                           b_.seen.data());
@@ -209,56 +228,12 @@ class Walk {
     }
 
     const DecodeModel& m_;
+    const float* norms_;
     Buffers& b_;
     Meeting& meeting_;
     Attention<DTYPE> attention_;
     const int64_t thread_, team_;
-};
-
-// The rows of slots that go on, and what is drawn for them.
-struct Going {
-    std::vector<int64_t> token, home, prompt, slot, position, drawn;
-    std::vector<double> uniform;
-    std::vector<float> logits, logp;  // (N, V) in the model's type
-    int64_t rows = 0;
-
-    Going(const DecodeModel& m, int64_t slots)
-        : token(slots),
-          home(slots),
-          prompt(slots),
-          position(slots),
-          drawn(slots),
-          uniform(slots),
-          logits(slots * m.vocab),
-          logp(slots) {}
-
-    DecodeRows list(const DecodeState& s) {
-        slot.clear();
-        for (int64_t b = 0; b < s.slots; b++) {
-            if (!s.done[b]) slot.push_back(b);
-        }
-        std::stable_sort(slot.begin(), slot.end(),
-                         [&](int64_t a, int64_t b) { return s.home[a] < s.home[b]; });
-        rows = (int64_t)slot.size();
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t b = slot[i];
-            token[i] = s.token[b], home[i] = s.home[b], prompt[i] = s.prompt[b];
-            position[i] = s.prompt[b] + s.length[b];
-            uniform[i] = s.uniform[s.row[b] * s.most + s.count[s.row[b]]];
-        }
-        return {token.data(),    home.data(), prompt.data(), slot.data(),
-                position.data(), nullptr,     rows};
-    }
-
-    // What row i has drawn, into the books.
-    void enter(const DecodeState& s, int64_t i) const {
-        const int64_t b = slot[i], row = s.row[b], at = s.count[row]++;
-        const int64_t word = drawn[i], place = row * (s.most + 1) + at;
-        s.tokens[place] = s.token[b] = word, s.logp[place] = logp[i];
-        s.length[b]++;
-        const int64_t* end = s.eos + s.eos_count;
-        s.done[b] = at + 1 >= s.most || std::find(s.eos, end, word) != end;
-    }
+    std::vector<Share> blocks_;  // rows of one prompt that attend together
 };
 
 // Threads of which each has something to do in the narrowest product.
@@ -267,28 +242,59 @@ int useful(const DecodeModel& m, int64_t rows, int threads) {
     return (int)std::max<int64_t>(1, std::min<int64_t>(threads, most));
 }
 
+// Whether each thread of a team takes rows of its own.
+bool apart(const DecodeModel& m, int64_t rows, int64_t team) {
+    const int64_t seen = m.heads * m.size, qkv = seen + 2 * m.key_heads * m.size;
+    const int64_t layer =
+        packed_words(m.dtype, m.width, qkv) + packed_words(m.dtype, seen, m.width) +
+        packed_words(m.dtype, m.width, 2 * m.inner) + packed_words(m.dtype, m.inner, m.width);
+    const int64_t all = (int64_t)m.layers.size() * layer + packed_words(m.dtype, m.width, m.vocab);
+    return rows >= FEW * team && all * (int64_t)sizeof(uint32_t) <= CACHED;
+}
+
+// One thread of a region, which walks with the others or alone; `most` rows at most.
+template <int DTYPE, int RES>
+struct Worker {
+    const DecodeModel& m;
+    const int64_t thread, team;
+    Buffers own;
+    Walk<DTYPE, RES> together, alone;
+
+    Worker(const DecodeModel& m, const float* norms, Buffers& b, Meeting& meeting, int64_t most)
+        : m(m),
+          thread(omp_get_thread_num()),
+          team(omp_get_num_threads()),
+          own(m, apart(m, most, team) ? (most + team - 1) / team : 0),
+          together(m, norms, b, meeting, thread, team),
+          alone(m, norms, own, meeting, 0, 1) {}
+
+    // Returns when everyone is there.
+    void run(const DecodeRows& rows, void* logits) {
+        if (rows.slot && apart(m, rows.rows, team)) {  // a prompt's rows need each other
+            const Share mine = together.share(rows.rows);
+            const int64_t before = rows.before(mine.begin);
+            alone.run(rows.part(mine.begin, mine.end - mine.begin),
+                      (char*)logits + before * m.vocab * (DTYPE == F32 ? 4 : 2));
+        } else {
+            together.run(rows, logits);
+        }
+        together.meet();
+    }
+};
+
 template <int DTYPE, int RES>
 void logits_of(const DecodeModel& m, const DecodeRows& all, void* logits, int threads) {
     const int64_t most = std::min(all.rows, CHUNK);
+    const std::vector<float> norms = norms_of(m);
     Buffers buffers(m, most);
     Meeting meeting;
 #pragma omp parallel num_threads(useful(m, most, threads))
     {
-        Walk<DTYPE, RES> walk(m, buffers, meeting);
-        int64_t asked = 0;
+        Worker<DTYPE, RES> worker(m, norms.data(), buffers, meeting, most);
         for (int64_t at = 0; at < all.rows; at += CHUNK) {
-            const int64_t n = std::min(CHUNK, all.rows - at);
-            const DecodeRows rows = {all.token + at,
-                                     all.home + at,
-                                     all.prompt_length + at,
-                                     all.slot ? all.slot + at : nullptr,
-                                     all.position + at,
-                                     all.asked + at,
-                                     n};
-            if (omp_get_thread_num() == 0) divide(m, rows, buffers.blocks);
-            walk.run(rows, rows.asked, (char*)logits + asked * m.vocab * (DTYPE == F32 ? 4 : 2));
-            walk.meet();
-            asked += std::count_if(rows.asked, rows.asked + rows.rows, [](uint8_t x) { return x; });
+            const int64_t asked = all.before(at);
+            worker.run(all.part(at, std::min(CHUNK, all.rows - at)),
+                       (char*)logits + asked * m.vocab * (DTYPE == F32 ? 4 : 2));
         }
     }
 }
@@ -296,22 +302,19 @@ void logits_of(const DecodeModel& m, const DecodeRows& all, void* logits, int th
 template <int DTYPE, int RES>
 void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64_t until,
                int threads) {
+    const std::vector<float> norms = norms_of(m);
     Buffers buffers(m, s.slots);
     Going going(m, s.slots);
     DecodeRows rows{};
     Meeting meeting;
 #pragma omp parallel num_threads(useful(m, s.slots, threads))
     {
-        Walk<DTYPE, RES> walk(m, buffers, meeting);
+        Worker<DTYPE, RES> worker(m, norms.data(), buffers, meeting, s.slots);
         for (int64_t n = 0; n < tokens; n++) {
-            if (omp_get_thread_num() == 0) {
-                rows = going.list(s);
-                divide(m, rows, buffers.blocks);
-            }
-            walk.meet();
+            if (worker.thread == 0) rows = going.list(s);
+            worker.together.meet();
             if (rows.rows <= until) break;
-            walk.run(rows, nullptr, going.logits.data());
-            walk.meet();
+            worker.run(rows, going.logits.data());
             const DrawTask draw = {going.logits.data(),
                                    going.uniform.data(),
                                    going.drawn.data(),
@@ -320,41 +323,15 @@ void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64
                                    m.vocab,
                                    DTYPE,
                                    s.temperature};
-            const Share mine = walk.share(rows.rows);
+            const Share mine = worker.together.share(rows.rows);
             draw_share(draw, mine.begin, mine.end);
             for (int64_t i = mine.begin; i < mine.end; i++) going.enter(s, i);
-            walk.meet();
+            worker.together.meet();
         }
     }
 }
 
 }  // namespace
-
-int64_t packed_words(int dtype, int64_t inputs, int64_t outputs) {
-    return words(dtype, inputs) * ((outputs + PANEL - 1) / PANEL * PANEL);
-}
-
-int64_t panel() {
-    return PANEL;
-}
-
-void pack(const PackTask& t, int threads) {
-    const int64_t each = words(t.to, t.inputs);
-#pragma omp parallel num_threads(threads)
-    {
-        const Share mine = share_of(t.outputs);
-        std::vector<float> row(t.inputs);
-        std::vector<uint32_t> from(each);  // 0 behind an odd number
-        for (int64_t i = mine.begin; i < mine.end; i++) {
-            const int64_t first =
-                t.half < 0 ? t.first + i : i / LANES * PANEL + t.half * LANES + i % LANES;
-            uint32_t* out = t.out + first / PANEL * each * PANEL + first % PANEL;
-            read_any(t.dtype, t.weight, i * t.inputs, t.inputs, row.data());
-            write_any(t.to, from.data(), 0, t.inputs, row.data());
-            for (int64_t k = 0; k < each; k++) out[k * PANEL] = from[k];
-        }
-    }
-}
 
 void decode_logits(const DecodeModel& m, const DecodeRows& rows, void* logits, int threads) {
     if (m.dtype == F32) return logits_of<F32, F32>(m, rows, logits, threads);

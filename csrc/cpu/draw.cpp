@@ -25,7 +25,10 @@ struct Row {
     std::vector<double> ends;  // of the blocks, summed
 
     explicit Row(const DrawTask& t)
-        : task(t), row(0), x(BLOCK), ends((t.vocab + BLOCK - 1) / BLOCK) {}
+        : task(t),
+          row(0),
+          x(t.vocab < BLOCK ? vectors(t.vocab) : BLOCK),
+          ends((t.vocab + BLOCK - 1) / BLOCK) {}
 
     // Scaled logits of a block, -inf behind the row's end in its last vector; how many there are.
     int64_t read(int64_t block) {
@@ -85,9 +88,9 @@ struct Row {
         const double aim = task.uniform[row] * total;
         int64_t block = 0;
         while (block + 1 < (int64_t)ends.size() && !(ends[block] > aim)) block++;
-        const int64_t n = read(block);
-        std::vector<float> y(x);
-        weigh(top, n);
+        const int64_t first = block * BLOCK, left = task.vocab - first;
+        const int64_t n = left < BLOCK ? left : BLOCK;
+        if (left > BLOCK) read(block), weigh(top, n);  // else its weights stand there still
         double sum = block ? ends[block - 1] : 0.0;
         int64_t at = 0;  // rounding may aim past the block's own sum: its last with any weight
         for (int64_t j = 0; j < n; j++) {
@@ -95,8 +98,10 @@ struct Row {
             at = j, sum += (double)x[j];
             if (sum > aim) break;
         }
-        task.token[row] = block * BLOCK + at;
-        task.logp[row] = (float)((double)(y[at] - top) - log(total));
+        float y;
+        read_any(task.dtype, task.logits, row * task.vocab + first + at, 1, &y);
+        task.token[row] = first + at;
+        task.logp[row] = (float)((double)(y / task.temperature - top) - log(total));
     }
 };
 

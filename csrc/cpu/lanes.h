@@ -51,17 +51,25 @@ INLINE Vec as(Vec x) {
     return (Vec)(kept & 0xffff0000u);
 }
 
-// The first `count` lanes of x, which is rounded to the type already.
+// The first `count` lanes of x (float32 or bf16), which is rounded to the type already.
 template <int DTYPE>
 INLINE void keep(void* data, int64_t at, Vec x, int64_t count) {
-    const int64_t n = count < LANES ? count : LANES;
-    if (DTYPE == F32) {
-        memcpy((float*)data + at, &x, n * sizeof(float));
+    const VecH half = __builtin_convertvector((VecU)x >> 16, VecH);
+    float* floats = (float*)data + at;
+    uint16_t* halves = (uint16_t*)data + at;
+    if (__builtin_expect(count >= LANES, 1)) {
+        if (DTYPE == F32) memcpy(floats, &x, sizeof x);
+        if (DTYPE == BF16) memcpy(halves, &half, sizeof half);
         return;
     }
-    const VecH half = __builtin_convertvector((VecU)x >> 16, VecH);
-    if (n == LANES) memcpy((uint16_t*)data + at, &half, sizeof half);
-    if (n < LANES) memcpy((uint16_t*)data + at, &half, n * sizeof(uint16_t));
+#ifdef __AVX512F__
+    const __mmask16 some = (__mmask16)((1u << count) - 1);
+    if (DTYPE == F32) _mm512_mask_storeu_ps(floats, some, (__m512)x);
+    if (DTYPE == BF16) _mm256_mask_storeu_epi16(halves, some, (__m256i)half);
+#else
+    if (DTYPE == F32) memcpy(floats, &x, count * sizeof(float));
+    if (DTYPE == BF16) memcpy(halves, &half, count * sizeof(uint16_t));
+#endif
 }
 
 // Numbers from `at` on, of which there are `left`: zeros behind them.

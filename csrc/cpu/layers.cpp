@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
+#include "norm.h"
 #include "share.h"
 
 namespace reasonrl {
@@ -29,32 +29,6 @@ struct Row {
 
     std::vector<float> w, out;
 };
-
-template <int X, int Y>
-void normalise(const NormTask& t, const Added& added, void* y, int64_t i, Row& row) {
-    const int64_t at = i * t.width, width = t.width;
-    if (added.delta) {
-        of_type(added.dtype, [&](auto delta) {
-            for (int64_t j = 0; j < width; j += LANES) {
-                const Vec more = take<delta()>(added.delta, at + j, width - j);
-                const Vec x = as<X>(take<X>(t.x, at + j, width - j) + more);
-                give<X>(added.sum, at + j, width - j, x);
-            }
-        });
-    }
-    const void* from = added.delta ? added.sum : t.x;
-    Vec sum = {};
-    for (int64_t j = 0; j < width; j += LANES) {
-        const Vec x = take<X>(from, at + j, width - j);
-        sum += x * x;
-    }
-    const float scale = 1.0f / sqrtf(sum_of_lanes(sum) / (float)width + t.eps);
-    if (t.scale) t.scale[i] = scale;
-    for (int64_t j = 0; j < width; j += LANES) {
-        const Vec n = as<X>(take<X>(from, at + j, width - j) * scale);
-        give<Y>(y, at + j, width - j, load(&row.w[j]) * n);
-    }
-}
 
 // Adds dy n to `part` where there is one.
 template <int X, int Y>
@@ -126,20 +100,18 @@ INLINE void gated_grad(const GateTask& t, const GateGrad& d, int64_t from, int64
 
 }  // namespace
 
-void norm_share(const NormTask& t, const Added& added, void* y, int64_t begin, int64_t end) {
-    Row row(t);
-    of_type(t.x_dtype, [&](auto x) {
-        of_type(t.y_dtype, [&](auto to) {
-            for (int64_t i = begin; i < end; i++) normalise<x(), to()>(t, added, y, i, row);
-        });
-    });
-}
-
 void rms_norm(const NormTask& t, const Added& added, void* y, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         const Share mine = share_of(t.rows);
-        norm_share(t, added, y, mine.begin, mine.end);
+        const Row row(t);
+        of_type(t.x_dtype, [&](auto x) {
+            of_type(t.y_dtype, [&](auto to) {
+                for (int64_t i = mine.begin; i < mine.end; i++) {
+                    normalise<x(), to()>(t, added, y, i, row.w.data());
+                }
+            });
+        });
     }
 }
 

@@ -40,90 +40,116 @@ INLINE uint32_t word_of(const uint16_t* pair) {
     return word;
 }
 
-// (ROWS, PANEL) sums of rows of x with one panel.
-template <int ROWS>
-void tile_f32(const void* data, int64_t inputs, const uint32_t* panel, float* out) {
-    const float *x = (const float*)data, *w = (const float*)panel;
-    Vec sum[ROWS][2] = {};
-    for (int64_t k = 0; k < inputs; k++, w += PANEL) {
-        const Vec a = load(w), b = load(w + LANES);
+// (ROWS, PANEL) sums of rows of x with one panel, or each with a panel of its own (OWN).
+template <int ROWS, bool OWN>
+void tile_f32(const void* data, int64_t inputs, const uint32_t* const* w, float* out) {
+    const float* x = (const float*)data;
+    Vec sum[ROWS][2] = {}, a, b;
+    for (int64_t k = 0; k < inputs; k++) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
+            if (OWN || r == 0) {
+                a = (Vec)load_words(w[r] + k * PANEL),
+                b = (Vec)load_words(w[r] + k * PANEL + LANES);
+            }
             sum[r][0] += a * x[r * inputs + k];
             sum[r][1] += b * x[r * inputs + k];
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-        for (int v = 0; v < 2; v++) store(out + r * PANEL + v * LANES, sum[r][v]);
+        store(out + r * PANEL, sum[r][0]);
+        store(out + r * PANEL + LANES, sum[r][1]);
     }
 }
 
 // The input that has no second one beside it.
-template <int ROWS>
-INLINE void add_last(const uint16_t* x, int64_t apart, const uint32_t* w, Vec (*sum)[2]) {
-    const Vec a = even_of(load_words(w)), b = even_of(load_words(w + LANES));
+template <int ROWS, bool OWN>
+INLINE void add_last(const uint16_t* x, int64_t apart, const uint32_t* const* w, int64_t at,
+                     Vec (*sum)[2]) {
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
+        const uint32_t* from = w[OWN ? r : 0] + at;
+        const Vec a = even_of(load_words(from)), b = even_of(load_words(from + LANES));
         sum[r][0] += a * from_bf16(x[r * apart]);
         sum[r][1] += b * from_bf16(x[r * apart]);
     }
 }
 
 // bf16 widened to float32.
-template <int ROWS>
-void tile_bf16(const void* data, int64_t inputs, const uint32_t* w, float* out) {
+template <int ROWS, bool OWN>
+void tile_bf16(const void* data, int64_t inputs, const uint32_t* const* w, float* out) {
     const uint16_t* x = (const uint16_t*)data;
     Vec sum[ROWS][2] = {};
-    for (int64_t k = 0; k < inputs / 2; k++, w += PANEL) {
-        const VecU a = load_words(w), b = load_words(w + LANES);
+    VecU a, b;
+    for (int64_t k = 0; k < inputs / 2; k++) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
+            if (OWN || r == 0) {
+                a = load_words(w[r] + k * PANEL), b = load_words(w[r] + k * PANEL + LANES);
+            }
             const uint32_t word = word_of(x + r * inputs + 2 * k);
             const float p = from_bits(word << 16), q = from_bits(word & 0xffff0000u);
             sum[r][0] += even_of(a) * p, sum[r][1] += even_of(b) * p;
             sum[r][0] += odd_of(a) * q, sum[r][1] += odd_of(b) * q;
         }
     }
-    if (inputs % 2) add_last<ROWS>(x + inputs - 1, inputs, w, sum);
+    if (inputs % 2) add_last<ROWS, OWN>(x + inputs - 1, inputs, w, inputs / 2 * PANEL, sum);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-        for (int v = 0; v < 2; v++) store(out + r * PANEL + v * LANES, sum[r][v]);
+        store(out + r * PANEL, sum[r][0]);
+        store(out + r * PANEL + LANES, sum[r][1]);
     }
 }
 
 #ifdef __AVX512F__
 // bf16 by the instruction that adds the product of a pair.
-template <int ROWS>
+template <int ROWS, bool OWN>
 __attribute__((target("avx512f,avx512bf16"))) void tile_dots(const void* data, int64_t inputs,
-                                                             const uint32_t* w, float* out) {
+                                                             const uint32_t* const* w, float* out) {
     const uint16_t* x = (const uint16_t*)data;
     Vec sum[ROWS][2] = {};
-    for (int64_t k = 0; k < inputs / 2; k++, w += PANEL) {
-        const __m512bh a = (__m512bh)load_words(w), b = (__m512bh)load_words(w + LANES);
+    __m512bh a, b;
+    for (int64_t k = 0; k < inputs / 2; k++) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
+            if (OWN || r == 0) {
+                a = (__m512bh)load_words(w[r] + k * PANEL);
+                b = (__m512bh)load_words(w[r] + k * PANEL + LANES);
+            }
             const int word = (int)word_of(x + r * inputs + 2 * k);
             const __m512bh p = (__m512bh)_mm512_set1_epi32(word);
             sum[r][0] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][0], p, a);
             sum[r][1] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][1], p, b);
         }
     }
-    if (inputs % 2) add_last<ROWS>(x + inputs - 1, inputs, w, sum);
+    if (inputs % 2) add_last<ROWS, OWN>(x + inputs - 1, inputs, w, inputs / 2 * PANEL, sum);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-        for (int v = 0; v < 2; v++) store(out + r * PANEL + v * LANES, sum[r][v]);
+        store(out + r * PANEL, sum[r][0]);
+        store(out + r * PANEL + LANES, sum[r][1]);
     }
 }
 #endif
 
-using Tile = void (*)(const void* x, int64_t inputs, const uint32_t* panel, float* out);
+using Tile = void (*)(const void* x, int64_t inputs, const uint32_t* const* panels, float* out);
 
-// The tile of so many rows; dots: whether the CPU has the instruction of tile_dots.
-inline Tile tile_of(int dtype, bool dots, int64_t rows) {
-    constexpr Tile full[8] = {tile_f32<1>, tile_f32<2>, tile_f32<3>, tile_f32<4>,
-                              tile_f32<5>, tile_f32<6>, tile_f32<7>, tile_f32<8>};
-    constexpr Tile wide[8] = {tile_bf16<1>, tile_bf16<2>, tile_bf16<3>, tile_bf16<4>,
-                              tile_bf16<5>, tile_bf16<6>, tile_bf16<7>, tile_bf16<8>};
+constexpr int FEW = 4;  // rows of a tile in which each has a panel of its own
+
+// The tile of so many rows, at most FEW if OWN; dots: whether the CPU has tile_dots' instruction.
+template <bool OWN>
+Tile tile_of(int dtype, bool dots, int64_t rows) {
+    constexpr bool SAME = false;
+    static constexpr Tile full[8] = {tile_f32<1, OWN>,  tile_f32<2, OWN>,  tile_f32<3, OWN>,
+                                     tile_f32<4, OWN>,  tile_f32<5, SAME>, tile_f32<6, SAME>,
+                                     tile_f32<7, SAME>, tile_f32<8, SAME>};
+    static constexpr Tile wide[8] = {tile_bf16<1, OWN>,  tile_bf16<2, OWN>,  tile_bf16<3, OWN>,
+                                     tile_bf16<4, OWN>,  tile_bf16<5, SAME>, tile_bf16<6, SAME>,
+                                     tile_bf16<7, SAME>, tile_bf16<8, SAME>};
 #ifdef __AVX512F__
-    constexpr Tile dot[8] = {tile_dots<1>, tile_dots<2>, tile_dots<3>, tile_dots<4>,
-                             tile_dots<5>, tile_dots<6>, tile_dots<7>, tile_dots<8>};
+    static constexpr Tile dot[8] = {tile_dots<1, OWN>,  tile_dots<2, OWN>,  tile_dots<3, OWN>,
+                                    tile_dots<4, OWN>,  tile_dots<5, SAME>, tile_dots<6, SAME>,
+                                    tile_dots<7, SAME>, tile_dots<8, SAME>};
     if (dtype == BF16 && dots) return dot[rows - 1];
 #endif
     return (dtype == BF16 ? wide : full)[rows - 1];
@@ -147,7 +173,8 @@ INLINE void multiply(const Product& p, int dtype, bool dots, const void* x, int6
         const int64_t panel = i / blocks, row = i % blocks * TILE;
         const int64_t n = rows - row < TILE ? rows - row : TILE;
         const char* from = (const char*)x + row * p.inputs * (dtype == F32 ? 4 : 2);
-        tile_of(dtype, dots, n)(from, p.inputs, p.weight + panel * size, sum);
+        const uint32_t* weight = p.weight + panel * size;
+        tile_of<false>(dtype, dots, n)(from, p.inputs, &weight, sum);
         for (int64_t r = 0; r < n; r++) {
             Vec a = load(sum + r * PANEL), b = load(sum + r * PANEL + LANES);
             if (p.bias) {

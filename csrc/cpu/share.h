@@ -22,7 +22,6 @@ inline Share share_of(int64_t count) {
 
 namespace ISA {
 
-void norm_share(const NormTask&, const Added&, void* y, int64_t begin, int64_t end);
 void draw_share(const DrawTask&, int64_t begin, int64_t end);
 
 }  // namespace ISA

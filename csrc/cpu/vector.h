@@ -162,5 +162,17 @@ INLINE Vec two_to(Vec x) {
 #endif
 }
 
+// Of numbers; where one is NaN, any.
+INLINE float largest_lane(Vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float top = x[0];
+    for (int k = 1; k < LANES; k++) top = max_of(top, x[k]);
+    return top;
+#endif
+}
+
 }  // namespace
+
 }  // namespace reasonrl

@@ -23,8 +23,7 @@ inline float soften(float* weight, int64_t n) {
         const Vec x = load(weight + j);
         most = max_of(most, x), broken += 0.0f * x;
     }
-    float top = most[0];
-    for (int k = 1; k < LANES; k++) top = max_of(top, most[k]);
+    const float top = largest_lane(most);
     for (int64_t j = 0; j < n; j += LANES) {
         const Vec x = load(weight + j) - top;
         const Vec e = exp_of(max_of(x, Vec{} + LOWEST));
@@ -32,9 +31,7 @@ inline float soften(float* weight, int64_t n) {
         store(weight + j, kept);
         sum += kept;
     }
-    double total = 0.0;
-    for (int k = 0; k < LANES; k++) total += (double)sum[k] + (double)broken[k];
-    return (float)(1.0 / total);
+    return 1.0f / sum_of_lanes(sum + broken);
 }
 
 }  // namespace
