@@ -82,7 +82,7 @@ class DecoderLayer(torch.autograd.Function):
         y, total, scale2 = between.norm(x, delta, layer.w.norm2, known.eps[1], known.dtype)
         both = layer.both.forward(y)
         down = layer.down.forward(between.gate(both))
-        ctx.known, ctx.between, ctx.extra, ctx.layer = known, between, len(extra), layer
+        ctx.known, ctx.between, ctx.extra = known, between, len(extra)
         kept = x, cos, sin, total, scale1, scale2, qkv, seen, both
         ctx.save_for_backward(*kept, *extra, *given)
         return total + down
@@ -91,7 +91,9 @@ class DecoderLayer(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         x, cos, sin, total, scale1, scale2, qkv, seen, both, *rest = ctx.saved_tensors
         known, between, turn = ctx.known, ctx.between, Turn(cos, sin)
-        extra, layer = rest[: ctx.extra], ctx.layer.wanted(ctx.needs_input_grad[5:])
+        extra, given = rest[: ctx.extra], rest[ctx.extra :]
+        # weights that are gathered for a forward stand elsewhere in its backward
+        layer = Layer(known, between, len(x), given, ctx.needs_input_grad[5:])
         grad = grad.contiguous()
         above = grad.to(known.dtype)
         by_both, read = between.gate_grad(both, layer.down.by_input(above))
@@ -110,20 +112,22 @@ class DecoderLayer(torch.autograd.Function):
             x, layer.w.norm1, scale1, layer.qkv.by_input(by_qkv), grad, layer.wants["norm1"]
         )
         layer.learn(QKV, layer.qkv, by_qkv, read)
-        return grad, None, None, None, None, *(layer.found.pop(name, None) for name in NAMES)
+        return grad, None, None, None, None, *(layer.found.get(name) for name in NAMES)
 
 
 class Layer:
     """The products of a layer, and the gradients of their weights as they are found."""
 
-    wants: dict[str, bool]
-    found: dict[str, Tensor | None]
-
-    def __init__(self, known: Known, between: Between, tokens: int, given: Sequence[Any]):
+    def __init__(
+        self, known: Known, between: Between, tokens: int, given: Sequence[Any],
+        wants: Sequence[bool] = (),
+    ):  # fmt: skip
         self.w = Weights(*given[: len(Weights._fields)])
         self.given = dict(zip(NAMES, given, strict=True))
         self.key_heads = self.w.k.shape[0] // known.size
         self.norms = [x for name in HEADS if (x := self.given[name]) is not None]
+        self.wants = dict(zip(NAMES, wants, strict=False))
+        self.found: dict[str, Tensor | None] = {}
 
         def products(names: Sequence[str]) -> Products:
             parts = [self.given[name] for name in names]
@@ -132,11 +136,6 @@ class Layer:
 
         self.qkv, self.out = products(QKV), products(OUT)
         self.both, self.down = products(BOTH), products(DOWN)
-
-    def wanted(self, wants: Sequence[bool]) -> Layer:
-        """Itself, at the start of a backward."""
-        self.wants, self.found = dict(zip(NAMES, wants, strict=True)), {}
-        return self
 
     def learn(self, names: Sequence[str], of: Products, above: Tensor, read: Tensor) -> None:
         """Gradients of weights that have a product."""

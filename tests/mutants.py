@@ -176,6 +176,6 @@ LAYERS = [
     ("heads' eps is the layer's", "kernels/gpu_decoder.py", "norms, known.eps[2], learnt)", "norms, known.eps[0], learnt)", "decoder_layer"),
     ("residual's gradient missed", DECODER, "above = grad.to(known.dtype)\n", "above = 0 * grad.to(known.dtype)\n", "decoder_layer"),
     ("one eps for both norms", DECODER, "known.eps[1]", "0.3", "decoder_layer"),
-    ("bias of all or none", DECODER, "if all(bias is None", "if any(True for bias in biases) or all(bias is None", "decoder_layer"),
+    ("bias of all or none", "kernels/products.py", "if all(bias is None", "if any(True for bias in self.biases) or all(bias is None", "decoder_layer"),
     ("norm's input of the first taken for the second", DECODER, "total, layer.w.norm2, scale2", "x, layer.w.norm2, scale2", "decoder_layer"),
 ]  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reasonrl import config
+from reasonrl import config, keys
 from reasonrl.config_yaml import read_scalar
 from reasonrl.records import InputError
 
@@ -182,7 +182,7 @@ def test_a_written_config_reads_back_equal(recipe, tmp_path):
 @settings(max_examples=150, deadline=None)
 @given(
     st.dictionaries(
-        st.text(min_size=1, max_size=8),
+        st.text(min_size=1, max_size=8).filter(lambda name: not keys.NAMED.search(name)),
         st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
         max_size=4,
     )
