@@ -17,18 +17,12 @@ from reasonrl.kernels.products import Products
 class NativeProducts(Products):
     """What is read is contiguous, and stands where torch puts it: bf16 is read in pairs."""
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        tokens: int,
-        dtype: torch.dtype,
-    ):
-        super().__init__(weights, biases, tokens, dtype)
-        self.inputs, self.outputs = weights[0].shape[1], sum(self.widths)
-        given = zip(weights, self.widths, biases, strict=True)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.inputs, self.outputs = self.weights[0].shape[1], sum(self.widths)
+        given = zip(self.weights, self.widths, self.biases, strict=True)
         parts = [(w.data_ptr(), n, 0 if b is None else b.data_ptr()) for w, n, b in given]
-        self.task = core().LinearTask(parts, tokens, self.inputs, DTYPES[dtype])
+        self.task = core().LinearTask(parts, self.tokens, self.inputs, DTYPES[self.dtype])
 
     def forward(self, x: Tensor) -> Tensor:
         out = x.new_empty((self.tokens, self.outputs))

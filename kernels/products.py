@@ -8,22 +8,21 @@ outputs in all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass
 class Products:
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        tokens: int,
-        dtype: torch.dtype,
-    ):
-        self.weights, self.biases = weights, biases
-        self.tokens, self.dtype = tokens, dtype
-        self.widths = [weight.shape[0] for weight in weights]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    tokens: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.widths = [weight.shape[0] for weight in self.weights]
 
     def forward(self, x: Tensor) -> Tensor:  # (L, D) -> (L, N)
         weight = self._joined().t()

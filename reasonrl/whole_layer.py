@@ -2,8 +2,8 @@
 GPU), where everything in it is as that function has it and nobody listens to a part of it.
 
 Against its modules: q, k, v and gate, up are one product each; weights are cast a layer at a time,
-so that no second set stands in memory; 14 KB a token are kept for the gradient of a layer of
-SmolLM2-135M instead of 22.
+or read as they are (kernels/native_products.py), so that no second set stands in memory; 14 KB a
+token are kept for the gradient of a layer of SmolLM2-135M instead of 22.
 """
 
 from __future__ import annotations
