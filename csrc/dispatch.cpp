@@ -26,6 +26,9 @@ namespace {
      isa::norm_heads,          \
      isa::norm_heads_grad,     \
      isa::swiglu,              \
+     isa::add_rows,            \
+     isa::narrow,              \
+     isa::column_sums,         \
      isa::swiglu_grad,         \
      isa::attend_packed,       \
      isa::attend_packed_grad,  \

@@ -248,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
     bind_draw(m);
     bind_adamw(m);
     bind_linear(m);
+    bind_layer(m);
     bind_decode(m);
 #ifdef WITH_CUDA
     bind_cuda(m);

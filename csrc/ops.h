@@ -215,6 +215,27 @@ struct LinearTask {
     int dtype;
 };
 
+// A decoder layer that learns; see cpu/layer.cpp. L tokens of width D, H query and K key heads of
+// d, F wide inside.
+struct LayerTask {
+    const PackedBlock* blocks;                     // (block_count,), where the tokens stand
+    const void *cos, *sin;                         // (L, d)
+    const float *norm1, *norm2, *q_norm, *k_norm;  // (D,) twice, (d,) twice or null
+    LinearTask qkv, out, both, down;               // what has no bias: null
+    int64_t tokens, width, inner, heads, key_heads, size, block_count;
+    int dtype, angle_dtype;  // of the products (float32 or bf16), of cos
+    float eps1, eps2, head_eps, scaling;
+    bool dots;
+
+    int64_t wide() const { return (heads + 2 * key_heads) * size; }
+};
+
+// Gradients by the weights of a layer, those of a product one under the other; null: not wanted.
+struct LayerGrads {
+    float *norm1, *norm2, *heads;  // (D,), (D,), (2, d)
+    float *qkv, *out, *both, *down, *qkv_bias, *out_bias, *both_bias, *down_bias;
+};
+
 struct GateTask {
     const void *gate, *up;  // (N, D), rows `stride` apart; the result has none between them
     int64_t rows, width, stride;
@@ -259,6 +280,10 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void norm_heads(const HeadsTask&, int threads);                                                \
     void norm_heads_grad(const HeadsTask&, float* by_norms, int64_t shares, int threads);          \
     void swiglu(const GateTask&, void* out, int threads);                                          \
+    void add_rows(const float* x, const void* y, int dtype, int64_t n, float* out, int threads);   \
+    void narrow(const float* x, int64_t n, int dtype, void* out, int threads);                     \
+    void column_sums(const void* x, int dtype, int64_t rows, int64_t width, float* out,            \
+                     int threads);                                                                 \
     void swiglu_grad(const GateTask&, const GateGrad&, int threads);                               \
     void attend_packed(const PackedTask&, int threads);                                            \
     void attend_packed_grad(const PackedTask&, const PackedGrad&, int threads);                    \
@@ -300,6 +325,9 @@ struct Ops {
     decltype(&portable::norm_heads) norm_heads;
     decltype(&portable::norm_heads_grad) norm_heads_grad;
     decltype(&portable::swiglu) swiglu;
+    decltype(&portable::add_rows) add_rows;
+    decltype(&portable::narrow) narrow;
+    decltype(&portable::column_sums) column_sums;
     decltype(&portable::swiglu_grad) swiglu_grad;
     decltype(&portable::attend_packed) attend_packed;
     decltype(&portable::attend_packed_grad) attend_packed_grad;
@@ -316,6 +344,14 @@ struct Ops {
 };
 
 const Ops& ops();
+
+// What a layer keeps for its gradient, and what it needs meanwhile, in bytes.
+int64_t layer_keeps(const LayerTask&);
+int64_t layer_needs(const LayerTask&);
+void decoder_layer(const LayerTask&, const float* x, void* kept, void* scratch, float* out,
+                   int threads);
+void decoder_layer_grad(const LayerTask&, const float* x, void* kept, void* scratch,
+                        const float* grad, float* grad_x, const LayerGrads&, int threads);
 
 void count_tokens(const uint8_t* mask, const int64_t* cu, int64_t batch, int64_t* counts);
 void group_advantage(const float* reward, const int64_t* group, const uint8_t* scored,

@@ -71,6 +71,12 @@ class Between(NamedTuple):
     products: Callable[..., Products] = Products
 
 
+def by_parts(x: Tensor, cos: Tensor, sin: Tensor, known: Known, between: Between, *given):
+    """The layer of NAMES; what autocast would cast has its dtype already."""
+    with torch.autocast(x.device.type, enabled=False):
+        return DecoderLayer.apply(x, cos, sin, known, between, *given)
+
+
 class DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, known, between, *given):

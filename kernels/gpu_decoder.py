@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reasonrl.kernels import layers, packed
 from reasonrl.kernels.common import available
-from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Norms, Turn
+from reasonrl.kernels.decoder import Between, Known, Norms, Turn, by_parts
 from reasonrl.kernels.turn import head_norm_grad_, turn_, turned
 
 __all__ = ["available", "decoder_layer", "read_prompts"]
@@ -24,7 +24,7 @@ def decoder_layer(
     biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
     norms: Sequence[Tensor | None] = (None, None),  # of q's heads and k's
 ) -> Tensor:  # (L, D) fp32
-    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases, *norms)
+    return by_parts(x, cos, sin, Known(*known), BETWEEN, *weights, *biases, *norms)
 
 
 def read_prompts(

@@ -1,4 +1,5 @@
-"""The products of a decoder layer (decoder.py) on the CPU, and what stands between them."""
+"""A decoder layer (decoder.py) on the CPU: one call each way (csrc/cpu/layer.cpp) where products
+are ours; else what stands between those of torch."""
 
 from __future__ import annotations
 
@@ -8,12 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonrl.kernels.decoder import Between, DecoderLayer, Known, Norms, Turn
+from reasonrl.kernels.decoder import (
+    BOTH,
+    DOWN,
+    HEADS,
+    NAMES,
+    OUT,
+    QKV,
+    Between,
+    Known,
+    Norms,
+    Turn,
+    by_parts,
+)  # fmt: skip
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
 from reasonrl.kernels.native_layers import joined_swiglu
-from reasonrl.kernels.native_products import products
+from reasonrl.kernels.native_products import fast, products
 
 SHARES = 64  # of tokens, for the gradient of heads' norms: sums in one order for any threads
+OF_WEIGHTS = (("norm1",), ("norm2",), HEADS, QKV, OUT, BOTH, DOWN)
+DOWN_AT = NAMES.index("down")
+PLACES = [[NAMES.index(name) for name in names] for names in OF_WEIGHTS]
+PARTS = [(mine, mine) for mine in PLACES]  # of one gradient: places in NAMES, and whose rows it has
+PARTS += [([NAMES.index(f"{NAMES[i]}_bias") for i in mine], mine) for mine in PLACES[3:]]
 DOTS = True  # False: without the instruction for pairs of bf16
 
 
@@ -26,7 +44,67 @@ def decoder_layer(
     biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
     norms: Sequence[Tensor | None] = (None, None),  # of q's heads and k's
 ) -> Tensor:  # (L, D) fp32
-    return DecoderLayer.apply(x, cos, sin, Known(*known), BETWEEN, *weights, *biases, *norms)
+    how, given = Known(*known), (*weights, *biases, *norms)
+    even = how.dtype == torch.float32 or x.shape[1] % 2 == weights[-1].shape[1] % 2 == 0
+    if fast(core().isa(), how.dtype) and even and len(x):
+        return Whole.apply(x, cos, sin, how, *given)
+    return by_parts(x, cos, sin, how, BETWEEN, *given)
+
+
+class Whole(torch.autograd.Function):
+    """All of DecoderLayer in one call each way, to the same bits; what it keeps is one piece."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, known, *given):
+        task = _layer(x, cos, sin, known, given)
+        kept, scratch = _bytes(task.keeps()), _bytes(task.needs())
+        out = torch.empty_like(x)
+        places = (t.data_ptr() for t in (x, kept, scratch, out))
+        core().decoder_layer(task, *places, threads())
+        ctx.known = known
+        ctx.save_for_backward(x, cos, sin, kept, *given)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x, cos, sin, kept, *given = ctx.saved_tensors
+        # weights that are gathered for a forward stand elsewhere in its backward
+        task = _layer(x, cos, sin, ctx.known, given)
+        grad, out, scratch = grad.contiguous(), torch.empty_like(x), _bytes(task.needs())
+        found, into = _gradients(given, ctx.needs_input_grad[4:])
+        places = (t.data_ptr() for t in (x, kept, scratch, grad, out))
+        core().decoder_layer_grad(task, *places, into, threads())
+        return out, None, None, None, *found
+
+
+def _layer(x: Tensor, cos: Tensor, sin: Tensor, known: Known, given: Sequence[Any]) -> Any:
+    blocks, size, (_, q, k, *_), down = known.packing, known.size, given, given[DOWN_AT]
+    heads = q.shape[0] // size, k.shape[0] // size
+    sizes = *x.shape, down.shape[1], *heads, size, len(blocks)
+    places, kinds = map(pointer, (blocks, cos, sin)), (DTYPES[known.dtype], DTYPES[cos.dtype])
+    scales = *known.eps, known.scaling
+    return core().LayerTask([*map(pointer, given)], [*places], sizes, kinds, scales, DOTS)
+
+
+def _gradients(given: Sequence[Any], wants: Sequence[bool]) -> tuple[list[Any], list[int]]:
+    """A gradient for everything that wants one, and where those that stand together begin."""
+    found: list[Any] = [None] * len(given)
+    begins = []
+    for mine, like in PARTS:
+        if not any(wants[i] for i in mine):
+            begins.append(0)
+            continue
+        rows = [given[i].shape[0] for i in like]
+        whole = torch.empty((sum(rows), *(given[like[0]].shape[1:] if mine is like else ())))
+        begins.append(whole.data_ptr())
+        for i, part in zip(mine, whole.split(rows) if len(rows) > 1 else [whole], strict=True):
+            if wants[i]:
+                found[i] = part
+    return found, begins
+
+
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8)
 
 
 def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype):

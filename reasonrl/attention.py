@@ -121,7 +121,7 @@ class Blocks:
         rows, owner, at = [], [], 0
         for g, (start, length, lengths) in enumerate(layout):
             at = start + length
-            for n in lengths:
+            for n in filter(None, lengths):
                 rows.append(range(at, at + n))
                 owner.append(g)
                 at += n
@@ -205,7 +205,7 @@ def _blocks(x: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _padded(spans: Sequence[range], width: int, device) -> Tensor:
-    # an empty completion may stand at the very end, where there is no token
+    # an empty prompt may stand at the very end, where there is no token
     rows = [i for s in spans for i in [*s, *([s.start if len(s) else 0] * (width - len(s)))]]
     return torch.tensor(rows, dtype=torch.long, device=device)
 

@@ -2,6 +2,8 @@
 
     for batch in pack(rollout, advantage, tokens=4096): loss_on(policy, batch)
 
+The last token of a completion predicts nothing: it is a target alone.
+
 A group whose tokens exceed the budget is split over batches, its prompt repeated; nothing is
 truncated or padded. Left out: sorting by length, which would tie a row's batch to the others'.
 Legend: B rows, N completion tokens, L packed tokens.
@@ -119,21 +121,22 @@ def pack(
     old_logp: Tensor | None = None,  # (N,)
     ref_logp: Tensor | None = None,  # (N,)
     weight: Tensor | None = None,  # (N,)
+    ends: bool = False,
 ) -> Iterator[Batch]:
     """Batches of at most `tokens` packed tokens (one row alone may be longer), rows in order.
 
     rows: which rows to pack, all by default; empty completions have nothing to learn from and are
-    left out.
+    left out. ends: the last tokens stand there too, for who reads more than predictions.
     """
     size = lengths(rollout)
     if advantage is None:
         advantage = torch.zeros(sum(size))
     wanted = range(len(size)) if rows is None else rows
-    for chosen in _cuts(rollout, [b for b in wanted if size[b]], tokens):
-        yield _batch(rollout, chosen, advantage, old_logp, ref_logp, weight)
+    for chosen in _cuts(rollout, [b for b in wanted if size[b]], tokens, ends):
+        yield _batch(rollout, chosen, advantage, old_logp, ref_logp, weight, ends)
 
 
-def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int, ends: bool) -> Iterator[list[int]]:
     """Rows cut so that prompts (once for each group present) and completions fit the budget."""
     chosen: list[int] = []
     used, group = 0, -1
@@ -141,18 +144,19 @@ def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int) -> Iterator[list[i
     for b in sorted(rows, key=lambda b: (owner[b], b)):
         g = owner[b]
         prompt = len(rollout.prompt_ids[g])
-        cost = len(rollout.completion_ids[b]) + (prompt if g != group else 0)
+        own = len(rollout.completion_ids[b]) - (not ends)
+        cost = own + (prompt if g != group else 0)
         if chosen and used + cost > tokens:
             yield chosen
             chosen, used = [], 0
-            cost = len(rollout.completion_ids[b]) + prompt
+            cost = own + prompt
         chosen.append(b)
         used, group = used + cost, g
     if chosen:
         yield chosen
 
 
-def _batch(rollout, rows, advantage, old_logp, ref_logp, weight) -> Batch:
+def _batch(rollout, rows, advantage, old_logp, ref_logp, weight, ends: bool) -> Batch:
     ids: list[int] = []
     positions: list[Any] = []  # ranges, or what an image says
     seen: list[Any] = []
@@ -174,11 +178,12 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp, weight) -> Batch:
             group = g
         start, length, sizes = layout[-1]
         # the last prompt token predicts the first token of every completion of the group
+        own = len(completion) - (not ends)
         predict.append(start + length - 1)
         predict.extend(range(len(ids), len(ids) + len(completion) - 1))
-        positions.append(range(after, after + len(completion)))
-        ids.extend(completion)
-        sizes.append(len(completion))
+        positions.append(range(after, after + own))
+        ids.extend(completion[:own])
+        sizes.append(own)
     at = places(rollout, rows)
     target = integers(rollout.completion_ids[b] for b in rows)
     sizes = [0, *accumulate(len(rollout.completion_ids[b]) for b in rows)]

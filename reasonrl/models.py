@@ -107,7 +107,7 @@ class Policy:
             plan=plan,
             use_cache=False,
         )
-        return out.last_hidden_state[0]
+        return out.last_hidden_state.squeeze(0)
 
     def at_head(self, batch: Batch, function: heads.HeadCall) -> Any:
         """function(hidden states (N, D) that predict a batch's tokens, head) in the compute dtype,

@@ -94,14 +94,15 @@ def decode_bytes(shape: Shape, compute: int) -> float:
 
 def microbatches(sizes: Lengths, groups: int, budget: int) -> tuple[int, int]:
     """(how many, tokens of the largest) that batch.pack makes of equal groups: a prompt stands once
-    for the completions of its group in a batch, and one completion alone may exceed the budget."""
+    for the completions of its group in a batch, the last token of one not at all, and one alone
+    may exceed the budget."""
     count = largest = used = 0
     last = -1
     for row in range(groups * sizes.group):
         group = row // sizes.group
-        cost = sizes.completion + (sizes.prompt if group != last else 0)
+        cost = sizes.completion - 1 + (sizes.prompt if group != last else 0)
         if count == 0 or used + cost > budget:
-            count, used, cost = count + 1, 0, sizes.completion + sizes.prompt
+            count, used, cost = count + 1, 0, sizes.completion - 1 + sizes.prompt
         used, last = used + cost, group
         largest = max(largest, used)
     return count, largest

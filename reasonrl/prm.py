@@ -148,7 +148,7 @@ class PRM:
             logp=(),
             pieces=(),
         )
-        return pack(rollout, None, tokens)
+        return pack(rollout, None, tokens, ends=True)
 
     def read(self, batch: Batch, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, list[int]]:
         """Head outputs of a batch, with gradient: steps (S, K) and trajectories (B, 1), fp32, rows

@@ -244,8 +244,15 @@ class Learner:
             if usable and math.isfinite(value):
                 (self.optimizer.optimizer if self.plain else self.optimizer).step()
         self.skipped = 0 if usable and math.isfinite(value) else self.skipped + 1
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.plain:  # accelerate's and torch's own ways there take longer than a small step's
+            for p in self._optimized():
+                p.grad = None
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         return value
+
+    def _optimized(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _native_step(self, limit: float, usable: bool) -> float | None:
         """Both in one pass over the moments of torch's own optimiser; None where that must."""

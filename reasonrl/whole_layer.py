@@ -19,6 +19,7 @@ from reasonrl.watchdog import beat
 
 TYPES = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LINEARS = len(structure.IN_ATTENTION + structure.IN_MLP)
 
 
 def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
@@ -26,35 +27,35 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
     cos and sin (1, L, d); None where its modules must."""
     if angles is None or not isinstance(plan, attention.Packed) or torch.compiler.is_compiling():
         return None
-    attn, linears, norms = layer.self_attn, structure.linears(layer), structure.norms(layer)
-    norms, heads = norms[:2], norms[2:]
-    if any(map(structure.heard, structure.parts(layer)[1:])):  # torch calls who hears the layer
+    _, attn, _, _, *parts = every = structure.parts(layer)
+    norms, heads, linears = parts[:2], parts[2:-LINEARS], parts[-LINEARS:]
+    if any(map(structure.heard, every[1:])):  # torch calls who hears the layer
         return None
     size, width, at = attn.head_dim, x.shape[-1], x.device
     half = torch.is_autocast_enabled(at.type)
     dtype = torch.get_autocast_dtype(at.type) if half else torch.float32
     cos, sin = angles
+    products, biases = [[*map(of, linears)] for of in (structure.weight, structure.bias)]
+    own, heads_own = [[*map(structure.weight, of)] for of in (norms, heads)]
     if not (
         _fits(plan, at, dtype, size)
         and x.dim() == 3 and len(x) == 1 and _plain(x, x.shape, at)
         and not (attn.training and attn.attention_dropout)
-        and all(_plain(structure.weight(norm), (width,), at) for norm in norms)
-        and all(_plain(structure.weight(norm), (size,), at) for norm in heads)
-        and all(_is_plain(linear, at) for linear in linears)
+        and all([_plain(weight, (width,), at) for weight in own])
+        and all([_plain(weight, (size,), at) for weight in heads_own])
+        and all(map(_is_plain, linears, products, biases, [at] * LINEARS))
         and cos.dtype in DTYPES and cos.dtype == sin.dtype
         and cos.shape == sin.shape == (1, x.shape[1], size)
     ):  # fmt: skip
         return None
     beat()
     eps = *(norm.variance_epsilon for norm in norms), heads[0].variance_epsilon if heads else 0.0
-    products, biases = [[*map(of, linears)] for of in (structure.weight, structure.bias)]
-    weights = norms[0].weight, *products[:4], norms[1].weight, *products[4:]
+    weights = own[0], *products[:4], own[1], *products[4:]
     op = (triton if x.is_cuda else native)("decoder_layer")
     known = size, eps, attn.scaling, dtype, plan.calls if x.is_cuda else plan.places
-    given = [known, weights, biases] + ([[norm.weight for norm in heads]] if heads else [])
-    with torch.autocast(at.type, enabled=False):
-        turn = cos[0].contiguous(), sin[0].contiguous()
-        return op(x[0].contiguous(), *turn, *given)[None]
+    given = [known, weights, biases] + ([heads_own] if heads else [])
+    turn = cos.squeeze(0).contiguous(), sin.squeeze(0).contiguous()
+    return op(x.squeeze(0).contiguous(), *turn, *given)[None]
 
 
 def _fits(plan: attention.Packed, at: torch.device, dtype: torch.dtype, size: int) -> bool:
@@ -67,9 +68,8 @@ def _plain(x: Any, shape: Any, at: torch.device) -> bool:
     return plain and x.is_contiguous()
 
 
-def _is_plain(linear: Any, at: torch.device) -> bool:
+def _is_plain(linear: Any, weight: Any, bias: Any, at: torch.device) -> bool:
     if type(linear) is not nn.Linear or "forward" in vars(linear):
         return False
-    weight, bias = structure.weight(linear), structure.bias(linear)
     known = bias is None or _plain(bias, (linear.out_features,), at)
     return known and _plain(weight, (linear.out_features, linear.in_features), at)

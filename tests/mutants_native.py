@@ -33,6 +33,7 @@ PACKED = "csrc/cpu/packed.cpp"
 ROWS = "csrc/cpu/packed.h"
 TILES = "csrc/cpu/tiles.h"
 LINEAR = "csrc/cpu/linear.cpp"
+LAYER = "csrc/cpu/layer.cpp"
 PACK = "csrc/cpu/pack.cpp"
 ADAMW = "csrc/cpu/adamw.cpp"
 NUMBERS = "csrc/cpu/lanes.h"
@@ -195,6 +196,17 @@ CPU = [
     ("the square not corrected", ADAMW, "1.0 / sqrt(1.0 - pow(how.beta2, t))", "1.0", "native_adamw"),
     ("no decay", ADAMW, "keep * w[j] - rate", "w[j] - rate", "native_adamw"),
     ("steps not counted", ADAMW, "*all[p].step += 1.0f", "*all[p].step += 0.0f", "native_adamw"),
+    ("one eps for both norms of a layer", LAYER, "kept.scale2, t.eps2), {own.given", "kept.scale2, t.eps1), {own.given", "native_decoder"),
+    ("the residual's gradient is not beside the second norm's", LAYER, "{own.given, grad, own.grad,", "{own.given, nullptr, own.grad,", "native_decoder"),
+    ("the first norm's rows are the second's", LAYER, "norm_of(t, x, t.norm1, kept.scale1, t.eps1),\n", "norm_of(t, kept.total, t.norm1, kept.scale1, t.eps1),\n", "native_decoder"),
+    ("normed heads are turned twice", LAYER, "attention_of(t, kept, heads, !t.q_norm)", "attention_of(t, kept, heads, true)", "native_decoder"),
+    ("up's gradient stands in the gate's place", LAYER, "{own.given, by_gate, by_up, own.read", "{own.given, by_up, by_gate, own.read", "native_decoder"),
+    ("attention's output learns from what the norm gave", LAYER, "learn(t.out, own.above, kept.seen,", "learn(t.out, own.above, own.given,", "native_decoder"),
+    ("heads' norms learn from the last share", LAYER, "by_norms[i % width] += parts[i]", "by_norms[i % width] = parts[i]", "native_decoder"),
+    ("the last product's gradient is of all the residual's past", LAYER, "op.add_rows(kept.total,", "op.add_rows(x,", "native_decoder"),
+    ("sums of columns forget a chunk", LAYERS, "                whole += sum;", "                whole = sum;", "native_decoder"),
+    ("sums of columns from the first vector", LAYERS, "sum += take<type()>(x, i * width + j, end - j);", "sum += take<type()>(x, i * width, end - j);", "native_decoder"),
+    ("a thread's part of a vector is left out", LAYERS, "share_of(vectors(n) / LANES);", "share_of(n / LANES);", "native_decoder"),
     ("rows of the first layer again", LINEAR, "part++) i -= part->count;", "part++) i = 0;", "native_products"),
     ("no bias", LINEAR, "keep(bias ? sum + load(bias + j) : sum)", "keep(bias ? sum + 0.0f * load(bias + j) : sum)", "native_products"),
     ("biases over each other", LINEAR, "t.parts[i].count, all.begin() + at);", "t.parts[i].count, all.begin());", "native_products"),

@@ -30,7 +30,7 @@ from simt import core  # noqa: E402
 
 TODAY = random.Random(datetime.date.today().toordinal() + 1)
 ALONE = ("module.cpp", "dispatch.cpp")  # in csrc: no formula stands there
-ONCE = ("segments.cpp", "credit.cpp", "trust.cpp")  # in csrc/cpu
+ONCE = ("segments.cpp", "credit.cpp", "layer.cpp", "trust.cpp")  # in csrc/cpu
 PER_ISA = tuple(
     f"{name}.cpp"
     for name in (

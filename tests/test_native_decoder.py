@@ -3,6 +3,7 @@ against dense float64 masks, the bits of any number of threads, and what a backw
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from test_parity import within
 
 from reasonrl import places
 from reasonrl.kernels import native_decoder, native_layers, reference
-from reasonrl.kernels.decoder import Known, Turn
+from reasonrl.kernels.decoder import HEADS, NAMES, DecoderLayer, Known, Turn
+from reasonrl.kernels.native_products import NativeProducts
 
 FULL, HALF = torch.float32, torch.bfloat16
 LAYOUTS: dict[str, Any] = {
@@ -207,3 +209,87 @@ def test_a_backward_makes_again_what_the_forward_gave(isa, kind):  # noqa: F811
     want = native_layers.add_rms_norm(x, torch.zeros_like(x), weight, 1e-3, kind)
     want = torch.autograd.grad(want, (x, weight), (beside, above))
     assert by is not None and torch.equal(out, want[0]) and torch.equal(by, want[1])
+
+
+KINDS = {
+    "plain": (False, False),
+    "biases and norms of heads": (True, True),
+    "biases": (True, False),
+}
+
+
+def layer_of(sizes, biased, normed):
+    """Input, angles, what was asked of the layer and what it is made of, in the order of NAMES."""
+    heads, groups, size, width, inner = sizes
+    layout = LAYOUTS["two groups" if width < 20 else "more than a chunk"]
+    shapes = [(heads * size, width), *2 * [(groups * size, width)], (width, heads * size)]
+    shapes += [(inner, width), (inner, width), (width, inner)]
+    weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
+    norms = [torch.randn(width) + 1 for _ in range(2)]
+    given = [norms[0], *weights[:4], norms[1], *weights[4:]]
+    # q has one, k none
+    given += [torch.randn(n) if biased and i != 1 else None for i, (n, _) in enumerate(shapes)]
+    given += [torch.randn(size) + 1 if normed else None for _ in range(2)]
+    x = torch.randn(length(layout), width)
+    return x, Turn(*angles(len(x), size)), places.packing(layout), given
+
+
+def contains(part, name):
+    return part in name
+
+
+def computed(by, case, dtype, learns, *between):
+    """The output, the gradient by the input and by all that learns; None for the rest."""
+    x, turn, packing, given = case
+    known = Known(turn.cos.shape[1], (0.1, 0.2, 0.3), 0.3, dtype, packing)
+    leaves = [x, *given]
+    leaves = [
+        None if t is None else t.clone().requires_grad_(i == 0 or learns(NAMES[i - 1]))
+        for i, t in enumerate(leaves)
+    ]
+    y = by.apply(leaves[0], *turn, known, *between, *leaves[1:])
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
+    return y.detach(), *(None if t is None else t.grad for t in leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 2, 6, 10, 22), (3, 1, 18, 34, 14)], ids=str)
+def test_a_layer_in_one_call_is_its_kernels_to_the_bit(isa, sizes, dtype, kind):  # noqa: F811
+    """The layer that decoder.py makes of the same kernels; where a part learns, that part alone."""
+    if dtype == HALF and not native_decoder.core().has_dots():
+        pytest.skip("this instruction set has no products of bf16")
+    case = layer_of(sizes, *KINDS[kind])
+    between = native_decoder.BETWEEN._replace(products=NativeProducts)
+    for part in ("", "norm", "q", "up", "o", "down_bias", "v_bias", "k_norm"):
+        asked = case, dtype, partial(contains, part)
+        found = computed(native_decoder.Whole, *asked)
+        wanted = computed(DecoderLayer, *asked, between)
+        for name, got, want in zip(("y", "x", *NAMES), found, wanted, strict=True):
+            if got is None or want is None:
+                assert got is want, name
+            elif "bias" in name or name in HEADS:  # torch's sums
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(got, want), name
+
+
+def test_a_layer_in_one_call_has_the_same_bits_for_any_threads(native):  # noqa: F811
+    case, seen = layer_of((4, 2, 6, 10, 22), True, True), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        seen.append(computed(native_decoder.Whole, case, FULL, lambda name: True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_which_way_a_layer_goes(native, fast, monkeypatch):  # noqa: F811
+    """By torch's products where those are faster."""
+    x, turn, packing, given = layer_of((4, 2, 6, 10, 22), True, False)
+    monkeypatch.setattr(native_decoder, "fast", lambda *of: fast)
+    ways = []
+    for by in (native_decoder.Whole, DecoderLayer):
+        monkeypatch.setattr(by, "apply", partial(lambda by, *of: (ways.append(by), of)[1], by))
+    known = 6, (0.1, 0.2, 0.3), 0.3, FULL, packing
+    native_decoder.decoder_layer(x, *turn, known, given[:9], given[9:16])
+    assert ways == [native_decoder.Whole if fast else DecoderLayer]

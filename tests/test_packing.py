@@ -103,16 +103,29 @@ def test_packing_keeps_every_token_once():
 
 def test_packing_respects_the_budget_and_repeats_a_split_prompt():
     rollout = made_up([[7, 7, 7, 7]], prompts=(5,))
-    batches = list(pack(rollout, torch.zeros(28), 20))
-    assert [len(b.input_ids) for b in batches] == [19, 19]
-    assert all(b.input_ids[:5].tolist() == list(rollout.prompt_ids[0]) for b in batches)
+    for tokens, ends in ((17, False), (19, True)):  # as many as two completions need
+        batches = list(pack(rollout, torch.zeros(28), tokens, ends=ends))
+        assert [len(b.input_ids) for b in batches] == [tokens, tokens]
+        assert all(b.input_ids[:5].tolist() == list(rollout.prompt_ids[0]) for b in batches)
 
 
 def test_first_token_of_every_completion_is_predicted_by_the_last_prompt_token():
     rollout = made_up([[2, 3]], prompts=(5,))
     (batch,) = pack(rollout, torch.zeros(5), 100)
-    assert batch.predict.tolist() == [4, 5, 4, 7, 8]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
+    assert batch.predict.tolist() == [4, 5, 4, 6, 7]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 5, 6]
+
+
+def test_the_last_tokens_stand_in_a_batch_where_they_are_asked_for():
+    rollout = made_up([[2, 3, 1]], prompts=(5,))
+    few, every = (next(pack(rollout, None, 100, ends=ends)) for ends in (False, True))
+    assert every.layout == [(0, 5, [2, 3, 1])] and few.layout == [(0, 5, [1, 2, 0])]
+    assert every.predict.tolist() == [4, 5, 4, 7, 8, 4]
+    assert every.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7, 5]
+    ids = [list(rollout.prompt_ids[0]), *map(list, rollout.completion_ids)]
+    assert every.input_ids.tolist() == [i for row in ids for i in row]
+    for batch in (few, every):
+        assert batch.target.tolist() == [i for row in ids[1:] for i in row]
 
 
 def test_long_rows_take_sdpa_and_agree(policy, monkeypatch):

@@ -13,6 +13,7 @@ from test_packing import gradients
 from torch import nn
 
 from reasonrl import attention, layers, whole_layer
+from reasonrl.kernels import native_decoder
 from reasonrl.models import Policy
 from reasonrl.records import InputError
 
@@ -37,6 +38,17 @@ def test_a_layer_is_one_function_where_all_of_it_is_known(whole, name):
     gradients(fused, loss_of(fused))
     known = {"SmolLM3": set()}  # layers without a position
     assert set(whole) == known.get(name, {True})
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3"])
+def test_a_layer_of_products_by_torch(whole, name, compute, monkeypatch):
+    """As on a CPU whose tiles are torch's."""
+    monkeypatch.setattr(native_decoder, "fast", lambda *of: False)
+    plain, fused = twins(name)
+    plain.compute = fused.compute = compute
+    wanted, found = (gradients(policy, loss_of(policy)) for policy in (plain, fused))
+    assert far(found, wanted) <= (1e-5 if compute == torch.float32 else 0.05) and all(whole)
 
 
 def test_a_layer_with_biases_some_of_which_learn(whole):

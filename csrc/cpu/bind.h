@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "../bind.h"
 #include "../ops.h"
 
@@ -261,6 +263,62 @@ inline void bind_linear(py::module_& m) {
             ops().linear_by_weight(task, above, read, at<float>(out), threads);
         },
         "Gradients by their weights, one under the other, in float32.");
+}
+
+inline void bind_layer(py::module_& m) {
+    using Pointers = std::array<uintptr_t, 18>;  // in the order of kernels/decoder.py's NAMES
+    py::class_<LayerTask>(m, "LayerTask", "A decoder layer that learns; see ops.h.")
+        .def(py::init([](const Pointers& p, std::array<uintptr_t, 3> places,
+                         std::array<int64_t, 7> sizes, std::array<int, 2> dtypes,
+                         std::array<float, 4> scales, bool dots) {
+            LayerTask t{};
+            t.blocks = at<const PackedBlock>(places[0]);
+            t.cos = at<const void>(places[1]), t.sin = at<const void>(places[2]);
+            t.tokens = sizes[0], t.width = sizes[1], t.inner = sizes[2], t.heads = sizes[3];
+            t.key_heads = sizes[4], t.size = sizes[5], t.block_count = sizes[6];
+            t.dtype = dtypes[0], t.angle_dtype = dtypes[1];
+            t.eps1 = scales[0], t.eps2 = scales[1], t.head_eps = scales[2], t.scaling = scales[3];
+            t.dots = dots && t.dtype == BF16 && has_dots();
+            t.norm1 = at<const float>(p[0]), t.norm2 = at<const float>(p[5]);
+            t.q_norm = at<const float>(p[16]), t.k_norm = at<const float>(p[17]);
+            const auto add = [&](LinearTask& of, int64_t inputs, int weight, int bias, int64_t n) {
+                of.parts.push_back({at<const float>(p[weight]), n});
+                of.biases.push_back(at<const float>(p[bias]));
+                of.rows = t.tokens, of.inputs = inputs, of.outputs += n, of.dtype = t.dtype;
+            };
+            const int64_t queries = t.heads * t.size, keys = t.key_heads * t.size;
+            add(t.qkv, t.width, 1, 9, queries);
+            add(t.qkv, t.width, 2, 10, keys);
+            add(t.qkv, t.width, 3, 11, keys);
+            add(t.out, queries, 4, 12, t.width);
+            add(t.both, t.width, 6, 13, t.inner);
+            add(t.both, t.width, 7, 14, t.inner);
+            add(t.down, t.inner, 8, 15, t.width);
+            return t;
+        }))
+        .def("keeps", &layer_keeps, "Bytes that the gradient needs again.")
+        .def("needs", &layer_needs, "Bytes for a moment, either way.");
+    m.def(
+        "decoder_layer",
+        [](const LayerTask& task, uintptr_t x, uintptr_t kept, uintptr_t scratch, uintptr_t out,
+           int threads) {
+            py::gil_scoped_release release;
+            decoder_layer(task, at<const float>(x), at<void>(kept), at<void>(scratch),
+                          at<float>(out), threads);
+        },
+        "What a layer makes of its tokens.");
+    m.def(
+        "decoder_layer_grad",
+        [](const LayerTask& task, uintptr_t x, uintptr_t kept, uintptr_t scratch, uintptr_t grad,
+           uintptr_t grad_x, std::array<uintptr_t, 11> by, int threads) {
+            py::gil_scoped_release release;
+            const auto to = [&](int i) { return at<float>(by[i]); };
+            const LayerGrads grads = {to(0), to(1), to(2), to(3), to(4), to(5),
+                                      to(6), to(7), to(8), to(9), to(10)};
+            decoder_layer_grad(task, at<const float>(x), at<void>(kept), at<void>(scratch),
+                               at<const float>(grad), at<float>(grad_x), grads, threads);
+        },
+        "Gradients by its tokens and, unless null, by its weights.");
 }
 
 inline void bind_draw(py::module_& m) {

@@ -7,6 +7,7 @@
 //            du = dh g sigmoid(g),  dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))
 //
 // All in float32. dw is summed by chunks of rows whose number and order the rows alone decide.
+// And the least of passes: a residual added, numbers rounded, sums of columns.
 #include <math.h>
 
 #include <algorithm>
@@ -71,6 +72,16 @@ void by_span(const GateTask& t, int threads, F each) {
     for (int64_t i = 0; i < t.rows * spans; i++) {
         const int64_t at = i % spans * SPAN;
         each(i / spans, at, std::min(SPAN, t.width - at));
+    }
+}
+
+// each(begin, end) of `n` numbers, whole vectors of them for each thread.
+template <class F>
+void by_part(int64_t n, int threads, F each) {
+#pragma omp parallel num_threads(threads)
+    {
+        const Share mine = share_of(vectors(n) / LANES);
+        each(mine.begin * LANES, std::min(n, mine.end * LANES));
     }
 }
 
@@ -145,6 +156,45 @@ void swiglu(const GateTask& t, void* out, int threads) {
     by_span(t, threads, [&](int64_t row, int64_t at, int64_t n) {
         of_type(t.dtype, [&](auto type) {
             gated<type()>(t, row * t.stride + at, row * t.width + at, n, out);
+        });
+    });
+}
+
+void add_rows(const float* x, const void* y, int dtype, int64_t n, float* out, int threads) {
+    by_part(n, threads, [&](int64_t begin, int64_t end) {
+        of_type(dtype, [&](auto type) {
+            for (int64_t j = begin; j < end; j += LANES) {
+                const Vec sum = take<F32>(x, j, end - j) + take<type()>(y, j, end - j);
+                give<F32>(out, j, end - j, sum);
+            }
+        });
+    });
+}
+
+void narrow(const float* x, int64_t n, int dtype, void* out, int threads) {
+    by_part(n, threads, [&](int64_t begin, int64_t end) {
+        of_type(dtype, [&](auto type) {
+            for (int64_t j = begin; j < end; j += LANES) {
+                give<type()>(out, j, end - j, take<F32>(x, j, end - j));
+            }
+        });
+    });
+}
+
+void column_sums(const void* x, int dtype, int64_t rows, int64_t width, float* out, int threads) {
+    by_part(width, threads, [&](int64_t begin, int64_t end) {
+        of_type(dtype, [&](auto type) {
+            for (int64_t j = begin; j < end; j += LANES) {
+                Vec whole = {};
+                for (int64_t i = 0; i < rows;) {
+                    Vec sum = {};
+                    for (const int64_t last = std::min(rows, i + CHUNK); i < last; i++) {
+                        sum += take<type()>(x, i * width + j, end - j);
+                    }
+                    whole += sum;
+                }
+                give<F32>(out, j, end - j, whole);
+            }
         });
     });
 }
