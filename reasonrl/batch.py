@@ -198,7 +198,7 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp, weight, ends: bool) -> 
         old_logp=None if old_logp is None else old_logp[at],
         ref_logp=None if ref_logp is None else ref_logp[at],
         weight=None if weight is None else weight[at],
-        mask=torch.ones(len(target), dtype=torch.bool),
+        mask=None,
         rows=torch.tensor(rows),
         images=seen,
     )

@@ -38,6 +38,7 @@ from reasonrl import (
     smollm2,
     tiny,
     vision,
+    whole_decoder,
 )
 from reasonrl.records import Batch, InputError
 
@@ -101,6 +102,9 @@ class Policy:
             return vision.hidden(self, input_ids, position_ids, plan, images)
         decoder = self.model.get_decoder()
         flat = position_ids.dim() == 1
+        found = whole_decoder.computed(decoder, input_ids, position_ids, plan) if flat else None
+        if found is not None:
+            return found
         out = decoder(
             input_ids=input_ids[None],
             position_ids=position_ids[None] if flat else position_ids[:, None],

@@ -130,7 +130,7 @@ class Batch:
     old_logp: Tensor | None  # (N,) fp32, None = on-policy
     ref_logp: Tensor | None  # (N,) fp32
     weight: Tensor | None  # (N,) fp32, importance of what another distribution drew
-    mask: Tensor  # (N,) bool
+    mask: Tensor | None  # (N,) bool, None = all count
     rows: Tensor  # (B,) int64, rows of the rollout
     images: Sequence[Any] = ()  # of the groups in `layout` that have some, in their order
 

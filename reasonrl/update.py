@@ -66,7 +66,7 @@ class Trainable(nn.Module):
                 _to(batch.old_logp, device),
                 batch.advantage.to(device),
                 spec,
-                mask=batch.mask.to(device),
+                mask=_to(batch.mask, device),
                 cu_seqlens=batch.cu_seqlens.to(device),
                 ref_logp=_to(batch.ref_logp, device),
                 bias=head.bias,

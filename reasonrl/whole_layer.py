@@ -27,10 +27,25 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
     cos and sin (1, L, d); None where its modules must."""
     if angles is None or not isinstance(plan, attention.Packed) or torch.compiler.is_compiling():
         return None
-    _, attn, _, _, *parts = every = structure.parts(layer)
-    norms, heads, linears = parts[:2], parts[2:-LINEARS], parts[-LINEARS:]
-    if any(map(structure.heard, every[1:])):  # torch calls who hears the layer
+    if any(map(structure.heard, structure.parts(layer)[1:])):  # torch calls who hears the layer
         return None
+    given = asked(layer, x, angles, plan)
+    if given is None:
+        return None
+    beat()
+    op = (triton if x.is_cuda else native)("decoder_layer")
+    return op(x.squeeze(0).contiguous(), *turn(angles), *given)[None]
+
+
+def turn(angles: Any) -> tuple[Tensor, Tensor]:  # (L, d), (L, d)
+    cos, sin = angles
+    return cos.squeeze(0).contiguous(), sin.squeeze(0).contiguous()
+
+
+def asked(layer: Any, x: Tensor, angles: Any, plan: attention.Packed) -> list[Any] | None:
+    """What the function is told of a layer beside x and its angles; None where it has no such."""
+    _, attn, _, _, *parts = structure.parts(layer)
+    norms, heads, linears = parts[:2], parts[2:-LINEARS], parts[-LINEARS:]
     size, width, at = attn.head_dim, x.shape[-1], x.device
     half = torch.is_autocast_enabled(at.type)
     dtype = torch.get_autocast_dtype(at.type) if half else torch.float32
@@ -48,14 +63,10 @@ def computed(layer: Any, x: Tensor, angles: Any, plan: Any) -> Tensor | None:
         and cos.shape == sin.shape == (1, x.shape[1], size)
     ):  # fmt: skip
         return None
-    beat()
     eps = *(norm.variance_epsilon for norm in norms), heads[0].variance_epsilon if heads else 0.0
-    weights = own[0], *products[:4], own[1], *products[4:]
-    op = (triton if x.is_cuda else native)("decoder_layer")
     known = size, eps, attn.scaling, dtype, plan.calls if x.is_cuda else plan.places
-    given = [known, weights, biases] + ([heads_own] if heads else [])
-    turn = cos.squeeze(0).contiguous(), sin.squeeze(0).contiguous()
-    return op(x.squeeze(0).contiguous(), *turn, *given)[None]
+    weights = own[0], *products[:4], own[1], *products[4:]
+    return [known, weights, biases, *([heads_own] if heads else [])]
 
 
 def _fits(plan: attention.Packed, at: torch.device, dtype: torch.dtype, size: int) -> bool:

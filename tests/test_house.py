@@ -92,6 +92,7 @@ STAIR = [
             "products",
             "places",
             "whole_layer",
+            "whole_decoder",
             "chat",
             "tiny",
             "tiny_vl",
