@@ -26,8 +26,8 @@ def computed(decoder: Any, ids: Tensor, positions: Tensor, plan: Any) -> Tensor 
         return None
     x = decoder.embed_tokens(ids[None])
     angles = decoder.rotary_emb(x, positions[None])
-    every = [whole_layer.asked(layer, x, angles, plan) for layer in layers]
-    if any(given is None for given in every):
+    every = [given for one in layers if (given := whole_layer.asked(one, x, angles, plan))]
+    if len(every) < len(layers):
         return None
     op, x = native("decoder_layer"), x.squeeze(0)
     for known, *parts in every:
