@@ -108,7 +108,7 @@ def test_packed_attention_and_its_gradients(isa, layout, sizes, kind):  # noqa: 
     compare(layout, sizes, kind)
 
 
-@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 6), (2, 1, 18)], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 6), (2, 1, 18), (2, 1, 72)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_packed_attention_by_either_product(dots, layout, sizes):
     compare(layout, sizes, HALF)

@@ -5,7 +5,8 @@
 // straight from W's float32 rows, which may be those of several layers that read one input. Where a
 // layer is small, a library spends as long on its way to a product as in it, and wants W in the
 // product's own type first. Each is C = A B with B in panels of a few vectors, packed once for all
-// threads. C is float32, summed over the inner side in one order, and rounded once.
+// threads, and A as it stands or, for dW, a block of rows at a time. C is float32, summed over the
+// inner side in one order, and rounded once.
 #include <algorithm>
 
 #include "share.h"
@@ -17,11 +18,12 @@ namespace {
 
 constexpr int64_t TILES = 12;   // of HIGH rows of A that share a pass over a panel
 constexpr int64_t STEPS = 128;  // words of the inner side that do
+constexpr int64_t AHEAD = 8;    // words of the inner side that are asked for before their turn
 constexpr int64_t APART = WIDE * LANES;
 
 // Words that a thread keeps from product to product: fresh pages cost as much as a small one.
 Words kept(int which, int64_t rows, int64_t apart) {
-    static thread_local std::vector<uint32_t> all[2];
+    static thread_local std::vector<uint32_t> all[3];
     const size_t wanted = rows * apart + 32;
     if (all[which].size() < wanted) all[which] = std::vector<uint32_t>(wanted);
     const uintptr_t at = (uintptr_t)all[which].data();
@@ -35,11 +37,35 @@ INLINE int64_t up(int64_t n, int64_t to) {
     return (n + to - 1) / to;
 }
 
-// The i-th word of a column: of one row, or (DOTS) of two that are neighbours.
-template <bool DOTS, class Row>
-INLINE VecU word_of_rows(int64_t i, Row row) {
-    if (!DOTS) return (VecU)row(i);
-    return (VecU)row(2 * i) >> 16 | (VecU)row(2 * i + 1);
+// Words of LANES columns: of a row, or (DOTS) of two that are neighbours. 0 for no row, and for no
+// column, of which there are `left`.
+template <bool DOTS>
+INLINE VecU word_of_rows(const float* a, const float* b, int64_t left) {
+    const Vec x = a ? take<F32>(a, 0, left) : Vec{};
+#ifdef __AVX512F__
+    if (DOTS) return by_turns(quick(x, b ? take<F32>(b, 0, left) : Vec{}));
+#endif
+    return (VecU)x;
+}
+
+#ifdef __AVX512F__
+template <bool DOTS>
+INLINE VecU word_of_rows(const uint16_t* a, const uint16_t* b, int64_t left) {
+    const __m256i none = {};
+    return by_turns(a ? some_halves(a, left) : none, b ? some_halves(b, left) : none);
+}
+#endif
+
+// LANES words of a row of the weights, of which `left` numbers are left.
+template <bool DOTS>
+INLINE VecU words_of_row(const float* row, int64_t left) {
+#ifdef __AVX512F__
+    if (DOTS) {
+        const Vec more = left > LANES ? take<F32>(row, LANES, left - LANES) : Vec{};
+        return (VecU)quick(take<F32>(row, 0, left), more);
+    }
+#endif
+    return (VecU)take<F32>(row, 0, left);
 }
 
 // Row i of the weights, end to end.
@@ -49,16 +75,8 @@ INLINE const float* weight_row(const LinearTask& t, int64_t i) {
     return part->at + i * t.inputs;
 }
 
-// Row i, from column j on, of `rows` rows of numbers in the product's type; zeros beyond them.
 template <bool DOTS>
-struct Tokens {
-    const void* data;
-    int64_t rows, width;
-
-    INLINE Vec operator()(int64_t i, int64_t j) const {
-        return i < rows ? take<TYPE<DOTS>>(data, i * width + j, width - j) : Vec{};
-    }
-};
+using Number = std::conditional_t<DOTS, uint16_t, float>;
 
 // B, a row of words in each panel for every step of the inner side.
 template <bool DOTS>
@@ -74,15 +92,25 @@ struct Panels {
 
     Words panel(int64_t i) const { return {words.row(i * high), APART}; }
 
-    // Rows begin .. end of B by word(step, first of its columns).
-    template <class F>
-    void fill(int64_t begin, int64_t end, F word) {
-        for (int64_t i = 0; i < count; i++) {
-            const Share mine = columns(i);
-            for (int64_t k = begin; k < end; k++) {
-                for (int64_t v = mine.begin; v < mine.end; v++) {
-                    const VecU x = word(k, v * LANES);
-                    memcpy(panel(i).row(k) + (v - mine.begin) * LANES, &x, sizeof x);
+    // Rows begin .. end of B, of whose columns' numbers row(i) has as many as `width`.
+    template <class Row>
+    void fill(int64_t begin, int64_t end, int64_t width, Row row) {
+        for (int64_t first = begin; first < end; first += AHEAD) {
+            const int64_t next = std::min(first + AHEAD, end), after = std::min(next + AHEAD, end);
+            for (int64_t k = next * EACH<DOTS>; k < after * EACH<DOTS>; k++) {
+                if (const auto from = row(k)) soon(from, width);
+            }
+            for (int64_t i = 0; i < count; i++) {
+                const Share mine = columns(i);
+                const Words to = panel(i);
+                for (int64_t k = first; k < next; k++) {
+                    const auto a = row(k * EACH<DOTS>), b = DOTS ? row(2 * k + 1) : nullptr;
+                    soon(to.row(k + AHEAD), APART);
+                    for (int64_t v = mine.begin; v < mine.end; v++) {
+                        const int64_t j = v * LANES;
+                        const VecU x = word_of_rows<DOTS>(a + j, b ? b + j : b, width - j);
+                        memcpy(to.row(k) + (v - mine.begin) * LANES, &x, sizeof x);
+                    }
                 }
             }
         }
@@ -90,20 +118,22 @@ struct Panels {
 
     // W^T, whose inner side is W's own: vectors of rows in panels begin .. end.
     void fill_across(const LinearTask& t, int64_t begin, int64_t end) {
-        Store store;
-        const Words rows = store.words(LANES, high);
         for (int64_t i = begin; i < end; i++) {
             const Share mine = columns(i);
             for (int64_t v = mine.begin; v < mine.end; v++) {
-                memset(rows.at, 0, LANES * high * sizeof(uint32_t));
-                for (int64_t r = 0; r < LANES && v * LANES + r < t.outputs; r++) {
-                    const float* from = weight_row(t, v * LANES + r);
-                    for (int64_t j = 0; j < t.inputs; j += LANES) {
-                        const int64_t left = t.inputs - j;
-                        give<TYPE<DOTS>>(rows.row(r), j, left, take<F32>(from, j, left));
-                    }
+                const float* rows[LANES] = {};
+                for (int64_t r = 0; r < 2 * LANES && v * LANES + r < t.outputs; r++) {
+                    const float* row = weight_row(t, v * LANES + r);
+                    if (r < LANES) rows[r] = row;
+                    if (r >= LANES && v + 1 < mine.end) soon(row, t.inputs);
                 }
-                turn_words(rows, LANES, high, {panel(i).at + (v - mine.begin) * LANES, APART});
+                for (int64_t k = 0; k < steps; k += LANES) {
+                    const int64_t j = k * EACH<DOTS>;
+                    const auto row = [&](int r) INLINE_BODY {
+                        return rows[r] ? words_of_row<DOTS>(rows[r] + j, t.inputs - j) : VecU{};
+                    };
+                    turn_square(row, {panel(i).row(k) + (v - mine.begin) * LANES, APART});
+                }
             }
         }
     }
@@ -117,6 +147,12 @@ struct Left {
     Words all;
     int64_t rows;
     Words rest;
+
+    void ready(Share) {}
+
+    void ready_soon(int64_t i) const {
+        if ((i + 1) * HIGH <= rows) soon(all.row(i * HIGH), HIGH * all.apart);
+    }
 
     INLINE Words tile(int64_t i) const {
         return (i + 1) * HIGH > rows ? rest : Words{all.row(i * HIGH), all.apart};
@@ -133,65 +169,91 @@ Left left_of(const void* x, int64_t rows, int64_t width, Store& store) {
     return {all, rows, rest};
 }
 
-// Sums with their bias, as the product's type has them, `apart` from row to row.
-#define REASONRL_FINISH(where, name, type, keep)                                        \
-    where void name(Words c, int64_t rows, int64_t count, const float* bias, void* out, \
-                    int64_t at, int64_t apart) {                                        \
-        for (int64_t r = 0; r < rows; r++, at += apart) {                               \
-            for (int64_t j = 0; j < count; j += LANES) {                                \
-                const Vec sum = load(c.floats(r) + j);                                  \
-                const auto y = keep(bias ? sum + load(bias + j) : sum);                 \
-                type* to = (type*)out + at + j;                                         \
-                if (count - j >= LANES) memcpy(to, &y, sizeof y);                       \
-                if (count - j < LANES) memcpy(to, &y, (count - j) * sizeof *to);        \
-            }                                                                           \
-        }                                                                               \
+// Columns of numbers as rows of A, those of a block of tiles at a time: LANES of them side by side,
+// one such panel behind the other.
+template <bool DOTS, class Row>
+struct LeftAcross {
+    int64_t rows, steps;
+    Row row;  // of the numbers
+    uint32_t* words;
+    int64_t first = 0;
+
+    void ready_soon(int64_t) const {}
+
+    void ready(Share tiles) {
+        first = tiles.begin;
+        const int64_t begin = tiles.begin * HIGH, count = std::min(tiles.end * HIGH, rows) - begin;
+        for (int64_t k = 0; k < steps; k++) {
+            const auto a = row(k * EACH<DOTS>), b = DOTS ? row(2 * k + 1) : nullptr;
+            for (int64_t i = 0; i < EACH<DOTS>; i++) {
+                const auto later = row((k + AHEAD) * EACH<DOTS> + i);
+                if (later) soon(later + begin, count);
+            }
+            for (int64_t j = 0; j < count; j += LANES) {
+                const int64_t at = begin + j;
+                const VecU x = word_of_rows<DOTS>(a + at, b ? b + at : b, rows - at);
+                memcpy(words + j * steps + k * LANES, &x, sizeof x);
+            }
+        }
     }
 
-#define REASONRL_HALVES(x) _mm512_cvtneps_pbh((__m512)(x))
+    INLINE Lying tile(int64_t i) const {
+        const int64_t at = (i - first) * HIGH, within = at % LANES;
+        return {words + (at - within) * steps + within};
+    }
+};
 
-REASONRL_FINISH(inline, finish_floats, float, Vec)
-#ifdef __AVX512F__
-REASONRL_FINISH(REASONRL_PAIRS inline, finish_pairs, uint16_t, REASONRL_HALVES)
-#endif
-
-template <bool HALVES>
-void finish(Words c, int64_t rows, int64_t count, const float* bias, void* out, int64_t at,
-            int64_t apart) {
-#ifdef __AVX512F__
-    if (HALVES) return finish_pairs(c, rows, count, bias, out, at, apart);
-#endif
-    finish_floats(c, rows, count, bias, out, at, apart);
+// The first `left` of LANES sums, as the result's type has them.
+INLINE void settle(float* to, int64_t left, Vec x) {
+    give<F32>(to, 0, left, x);
 }
 
-// This thread's part of C (rows, columns), in the product's type or (WHOLE) in float32.
-template <bool DOTS, bool WHOLE>
-void multiply(const Left& a, const Panels<DOTS>& b, int64_t columns, const float* bias, void* out) {
+INLINE void settle(uint16_t* to, int64_t left, Vec x) {
+    give<QUICK>(to, 0, left, x);
+}
+
+// This thread's part of C (rows, columns), a row of `Type` behind the other.
+template <bool DOTS, class A, class Type>
+void multiply(A a, const Panels<DOTS>& b, int64_t columns, const float* bias, Type* out) {
     const int64_t tiles = up(a.rows, HIGH), team = omp_get_num_threads();
     const int64_t blocks = up(tiles, TILES * team) * team, parts = up(b.steps, STEPS);
-    Store own;
-    const Words c = own.words(TILES * HIGH, APART);
+    const Words c = kept(2, TILES * HIGH, APART);
     const Share mine = share_of(blocks * b.count);
     for (int64_t i = mine.begin; i < mine.end; i++) {
         const Share block = share_of(tiles, i / b.count, blocks), at = b.columns(i % b.count);
         const Words panel = b.panel(i % b.count);
+        if (i == mine.begin || i % b.count == 0) a.ready(block);
         const int64_t wide = at.end - at.begin, first = at.begin * LANES;
+        const float* more = bias ? bias + first : nullptr;
         for (int64_t p = 0; p < parts; p++) {
             const Share some = share_of(b.steps, p, parts);
             const Words w = {panel.row(some.begin), APART};
             const int64_t steps = some.end - some.begin;
             for (int64_t r = block.begin; r < block.end; r++) {
-                const Words whole = a.tile(r), x = {whole.at + some.begin, whole.apart};
+                const auto x = a.tile(r).from(some.begin);
                 const Words sum = {c.row((r - block.begin) * HIGH), APART};
-                if (wide == 3) tile<DOTS, 3>(x, w, steps, steps, sum, p > 0);
-                if (wide == 2) tile<DOTS, 2>(x, w, steps, steps, sum, p > 0);
-                if (wide == 1) tile<DOTS, 1>(x, w, steps, steps, sum, p > 0);
+                const int64_t rows = std::min<int64_t>(HIGH, a.rows - r * HIGH);
+                const int64_t count = std::min(wide * LANES, columns - first);
+                Type* to = out + r * HIGH * columns + first;
+                const auto put = [=](int row, int v, Vec x, int64_t left = LANES) INLINE_BODY {
+                    if (more) x += load(more + v * LANES);
+                    settle(to + row * columns + v * LANES, left, x);
+                };
+                if (p == 0 && i % b.count == 0) a.ready_soon(r + 1);
+                const bool ends = p + 1 == parts;
+                for (int row = 0; row < rows && ends; row++) soon(to + row * columns, count);
+                if (ends && rows == HIGH && count == wide * LANES) {
+                    tile_of<DOTS>(wide, x, w, steps, steps, sum, p > 0, put);
+                    continue;
+                }
+                tile_of<DOTS>(wide, x, w, steps, steps, sum, p > 0);
+                for (int64_t row = 0; row < rows && ends; row++) {
+                    for (int64_t v = 0; v < wide; v++) {
+                        put(row, v, load(sum.floats(row) + v * LANES), count - v * LANES);
+                    }
+                }
             }
         }
-        const int64_t row = block.begin * HIGH, rows = std::min(a.rows, block.end * HIGH) - row;
-        const int64_t count = std::min(columns - first, wide * LANES);
-        const float* more = bias ? bias + first : nullptr;
-        finish<DOTS && !WHOLE>(c, rows, count, more, out, row * columns + first, columns);
     }
 }
 
@@ -223,7 +285,8 @@ void forward(const LinearTask& t, const void* x, void* y, int threads) {
         const Share mine = share_of(b.count);
         b.fill_across(t, mine.begin, mine.end);
 #pragma omp barrier
-        multiply<DOTS, false>(a, b, t.outputs, bias.empty() ? nullptr : bias.data(), y);
+        const float* more = bias.empty() ? nullptr : bias.data();
+        multiply<DOTS>(a, b, t.outputs, more, (Number<DOTS>*)y);
     }
 }
 
@@ -235,41 +298,29 @@ void by_input(const LinearTask& t, const void* grad, void* out, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         const Share mine = share_of(b.steps);
-        b.fill(mine.begin, mine.end, [&](int64_t k, int64_t j) {
-            return word_of_rows<DOTS>(k, [&](int64_t i) {
-                return as<TYPE<DOTS>>(take<F32>(weight_row(t, i), j, t.inputs - j));
-            });
-        });
+        b.fill(mine.begin, mine.end, t.inputs,
+               [&](int64_t i) { return i < t.outputs ? weight_row(t, i) : nullptr; });
 #pragma omp barrier
-        multiply<DOTS, false>(a, b, t.inputs, nullptr, out);
+        multiply<DOTS>(a, b, t.inputs, nullptr, (Number<DOTS>*)out);
     }
 }
 
 template <bool DOTS>
 void by_weight(const LinearTask& t, const void* grad, const void* x, float* out, int threads) {
     Panels<DOTS> b(t.rows, t.inputs);
-    const Tokens<DOTS> g = {grad, t.rows, t.outputs}, read = {x, t.rows, t.inputs};
-    const Words across = kept(1, vectors(t.outputs), b.high);
+    const auto rows = [&t](const void* data, int64_t width) {
+        const Number<DOTS>* from = (const Number<DOTS>*)data;
+        return [=, &t](int64_t i) { return i < t.rows ? from + i * width : nullptr; };
+    };
+    const auto g = rows(grad, t.outputs);
 #pragma omp parallel num_threads(threads)
     {
-        Store own;
-        const Words square = own.words(LANES, LANES);
-        const Share mine = share_of(b.steps), wide = share_of(vectors(t.outputs) / LANES);
-        b.fill(mine.begin, mine.end, [&](int64_t k, int64_t j) {
-            return word_of_rows<DOTS>(k, [&](int64_t i) { return read(i, j); });
-        });
-        for (int64_t j = wide.begin * LANES; j < wide.end * LANES; j += LANES) {
-            for (int64_t k = 0; k < b.high; k += LANES) {
-                for (int64_t n = 0; n < LANES; n++) {
-                    const VecU word = word_of_rows<DOTS>(k + n, [&](int64_t i) { return g(i, j); });
-                    memcpy(square.row(n), &word, sizeof word);
-                }
-                turn_square(square, {across.row(j) + k, across.apart});
-            }
-        }
+        const Share mine = share_of(b.steps);
+        b.fill(mine.begin, mine.end, t.inputs, rows(x, t.inputs));
+        const Words words = kept(1, TILES * HIGH + LANES, b.steps);
 #pragma omp barrier
-        const Words rest = {across.row(t.outputs / HIGH * HIGH), across.apart};
-        multiply<DOTS, true>({across, t.outputs, rest}, b, t.inputs, nullptr, out);
+        const LeftAcross<DOTS, decltype(g)> a = {t.outputs, b.steps, g, words.at};
+        multiply<DOTS>(a, b, t.inputs, nullptr, out);
     }
 }
 

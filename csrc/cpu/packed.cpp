@@ -12,8 +12,6 @@
 // float32; weights and ds are rounded to the heads' type, and results, each once.
 #include "packed.h"
 
-#include "tiles.h"
-
 namespace reasonrl {
 namespace ISA {
 namespace {
@@ -55,28 +53,9 @@ struct Thread {
         by_v = store_.words(plan.queries, width);
     }
 
-    // `count` rows of heads as words, with zero rows behind them up to `padded`. Of `all` numbers;
-    // what stands behind a head of even size may be read with it, and concerns no result.
-    void read(const void* from, int64_t all, int64_t at, int64_t apart, int64_t count,
-              int64_t padded, Words to) {
-        for (int64_t i = 0; i < padded; i++, at += apart) {
-            if (DOTS && size % 2 == 0 && i < count && at + 2 * to.apart <= all) {
-                const uint32_t* here = (const uint32_t*)((const uint16_t*)from + at);
-                for (int64_t j = 0; j < to.apart; j += LANES) {
-                    store(to.floats(i) + j, (Vec)load_words(here + j));
-                }
-                continue;
-            }
-            memset(to.row(i), 0, to.apart * sizeof(uint32_t));
-            if (i >= count) continue;
-            if (DOTS) memcpy(to.row(i), (const uint16_t*)from + at, size * 2);
-            if (!DOTS) read_any(t.dtype, from, at, size, to.floats(i));
-        }
-    }
-
     void read_heads(int64_t token, int64_t head, int64_t count, int64_t padded, Words to) {
         const int64_t at = token * stride + head * size;
-        read(t.heads_of, t.tokens * stride, at, stride, count, padded, to);
+        read_rows<DOTS>(t, t.heads_of, t.tokens * stride, at, stride, count, padded, to);
     }
 
     // Rows of a block's keys or values from `at` on.
@@ -103,18 +82,22 @@ struct Thread {
         if (!DOTS) write_any(t.dtype, to, at, count, turned.data());
     }
 
+    // A token's angles: cosines, sines.
+    std::pair<const float*, const float*> angles(int64_t token) {
+        if (t.angle_dtype == F32 && (t.tokens - token) * size >= size + LANES) {
+            return {(const float*)t.cos + token * size, (const float*)t.sin + token * size};
+        }
+        read_any(t.angle_dtype, t.cos, token * size, size, cos.data());
+        read_any(t.angle_dtype, t.sin, token * size, size, sin.data());
+        return {cos.data(), sin.data()};
+    }
+
     // A head of numbers take(which) gives, turned, goes `to` its place.
     template <bool BACK, class Take>
     INLINE void turn(int64_t token, int64_t head, Take take, void* to) {
-        const float *c = cos.data(), *s = sin.data();
-        if (t.angle_dtype == F32 && (t.tokens - token) * size >= size + LANES) {
-            c = (const float*)t.cos + token * size, s = (const float*)t.sin + token * size;
-        } else {
-            read_any(t.angle_dtype, t.cos, token * size, size, cos.data());
-            read_any(t.angle_dtype, t.sin, token * size, size, sin.data());
-        }
+        const auto by = angles(token);
         const int64_t at = token * stride + head * size;
-        turn_head<BACK>(c, s, size / 2, take, [&](int64_t j, int64_t left, Vec x) {
+        turn_head<BACK>(by.first, by.second, size / 2, take, [&](int64_t j, int64_t left, Vec x) {
             if (DOTS) give<QUICK>(to, at + j, left, x);
             if (!DOTS) give<F32>(turned.data(), j, left, x);
         });
@@ -123,7 +106,17 @@ struct Thread {
 
     // A key head of a block and the queries' heads by it are turned where they stand.
     void turn_block(const PackedBlock& block, int64_t key_head) {
-        for (int64_t i = 0; i < block.count && t.cos; i++) {
+        const bool done = DOTS && t.cos && with_turn(size, [&](auto by) {
+                              for (int64_t i = block.start; i < block.start + block.count; i++) {
+                                  const auto [c, s] = angles(i);
+                                  by.angles(c, s);
+                                  uint16_t* heads = (uint16_t*)t.heads_of + i * stride;
+                                  for (int64_t h = 0; h < group; h++)
+                                      by.turn(heads + (key_head * group + h) * size);
+                                  by.turn(heads + (t.heads + key_head) * size);
+                              }
+                          });
+        for (int64_t i = 0; i < block.count && t.cos && !done; i++) {
             for (int64_t h = key_head * group; h <= (key_head + 1) * group; h++) {
                 const int64_t head = h < (key_head + 1) * group ? h : t.heads + key_head;
                 const int64_t at = (block.start + i) * stride + head * size;
@@ -137,10 +130,13 @@ struct Thread {
         }
     }
 
-    // A row of a gradient by q or k, turned back, or by v.
-    void put(const float* x, int64_t token, int64_t head, bool back, void* to) {
-        if (!back || !t.cos) return write(x, size, to, token * stride + head * size);
-        turn<true>(token, head, [&](int64_t j) { return load(x + j); }, to);
+    // Rows of a gradient by q or k, turned back, or by v.
+    void put(const float* x, int64_t count, int64_t token, int64_t head, bool back, void* to) {
+        for (int64_t end = token + count; token < end; token++, x += width) {
+            const auto take = [&](int64_t j) { return load(x + j); };
+            if (back && t.cos) turn<true>(token, head, take, to);
+            if (!back || !t.cos) write(x, size, to, token * stride + head * size);
+        }
     }
 
     // A row a key: what keys make of queries, or values of gradients; none before its own query.
@@ -243,10 +239,9 @@ struct Thread {
                 by_keys(weight, above_pairs, c, shared_v, mine_v);
                 by_keys(by_score, q_pairs, c, shared_k, mine_k);
             });
-            for (int64_t i = 0; i < block.count && !alone; i++) {
-                put(mine_k.floats(i), block.start + i, k, true, d.by_heads);
-                put(mine_v.floats(i), block.start + i, v, false, d.by_heads);
-            }
+            if (alone) continue;
+            put(mine_k.floats(0), block.count, block.start, k, true, d.by_heads);
+            put(mine_v.floats(0), block.count, block.start, v, false, d.by_heads);
         }
     }
 
@@ -254,7 +249,8 @@ struct Thread {
     void by_queries(const PackedGrad& d, const Chunk& c, int64_t h) {
         const int64_t apart = t.heads * size, padded = vectors(c.n);
         read_heads(c.token, h, c.n, padded, q);
-        read(d.grad, t.tokens * apart, c.token * apart + h * size, apart, c.n, padded, above);
+        read_rows<DOTS>(t, d.grad, t.tokens * apart, c.token * apart + h * size, apart, c.n, padded,
+                        above);
         turn_words(q, padded, inner, q_across);
         turn_words(above, padded, inner, above_across);
         pair_rows<DOTS>(q, padded, width, q_pairs);
@@ -271,7 +267,7 @@ struct Thread {
         }
         by_columns(c);
         turn_words(across, size, padded, out);
-        for (int64_t r = 0; r < c.n; r++) put(out.floats(r), c.token + r, h, true, d.by_heads);
+        put(out.floats(0), c.n, c.token, h, true, d.by_heads);
     }
 
     // Weights of a vector of queries, and the gradient by their scores.
@@ -370,10 +366,8 @@ void backward(const PackedTask& t, const PackedGrad& d, int threads) {
                 for (int64_t j = 0; j < 2 * all; j++) sum[j] += more[j];
             }
             const int64_t k = t.heads + key_head, v = k + t.key_heads;
-            for (int64_t j = 0; j < block.count; j++) {
-                mine.put(sum + j * width, block.start + j, k, true, d.by_heads);
-                mine.put(sum + all + j * width, block.start + j, v, false, d.by_heads);
-            }
+            mine.put(sum, block.count, block.start, k, true, d.by_heads);
+            mine.put(sum + all, block.count, block.start, v, false, d.by_heads);
         }
     }
 }

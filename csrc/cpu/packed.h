@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
+#include "tiles.h"
 
 namespace reasonrl {
 namespace {
@@ -87,6 +87,91 @@ INLINE void turn_head(const float* cos, const float* sin, int64_t half, Take tak
         turn_vectors<BACK, 2>(cos, sin, at, half, take, give);
     }
     if (at < half) turn_vectors<BACK, 1>(cos, sin, at, half, take, give);
+}
+
+#ifdef __AVX512F__
+// Heads of at most N vectors, turned where they stand as turn_head does, but in as many vectors as
+// they fill: by masks, so that nothing beside a head is touched. A token's heads share its angles.
+template <int N>
+struct ShortTurn {
+    int64_t half;
+    __mmask16 all[N], first[N], second[N];  // lanes of a head, of its halves
+    Vec cos[N], sin[N];
+
+    INLINE explicit ShortTurn(int64_t size) : half(size / 2) {
+        for (int64_t v = 0; v < N; v++) {
+            const auto before = [v](int64_t end) INLINE_BODY {
+                const int64_t lanes = std::max<int64_t>(0, end - v * LANES);
+                return (1u << std::min<int64_t>(LANES, lanes)) - 1;
+            };
+            all[v] = before(size), first[v] = before(half), second[v] = all[v] & ~first[v];
+        }
+    }
+
+    INLINE void angles(const float* c, const float* s) {
+        _Pragma("GCC unroll 4") for (int v = 0; v < N; v++) {
+            const __m512 b = _mm512_maskz_loadu_ps(all[v], s + v * LANES);
+            cos[v] = (Vec)_mm512_maskz_loadu_ps(all[v], c + v * LANES);
+            sin[v] = (Vec)_mm512_mask_sub_ps(b, first[v], __m512{}, b);
+        }
+    }
+
+    INLINE void turn(uint16_t* head) const {
+        Vec x[N];
+        _Pragma("GCC unroll 4") for (int v = 0; v < N; v++) {
+            uint16_t* at = head + v * LANES;
+            const __m256i own = _mm256_maskz_loadu_epi16(all[v], at);
+            const __m256i later = _mm256_maskz_loadu_epi16(first[v], at + half);
+            const __m256i other = _mm256_mask_loadu_epi16(later, second[v], at - half);
+            x[v] = wide(own) * cos[v] + wide(other) * sin[v];
+        }
+        _Pragma("GCC unroll 4") for (int v = 0; v < N; v++) {
+            const VecH rounded = quick(x[v]);
+            const bool whole = v + 1 < N || all[v] == 0xffff;
+            if (whole) memcpy(head + v * LANES, &rounded, sizeof rounded);
+            if (!whole) keep_some(head + v * LANES, rounded, 2 * half - v * LANES);
+        }
+    }
+
+    static INLINE Vec wide(__m256i x) {
+        return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+    }
+};
+#endif
+
+// f(a turn of heads of that size), unless they are too long for one.
+template <class F>
+INLINE bool with_turn(int64_t size, F f) {
+#ifdef __AVX512F__
+    const int64_t count = vectors(size) / LANES;
+    if (count == 1) f(ShortTurn<1>(size));
+    if (count == 2) f(ShortTurn<2>(size));
+    if (count == 3) f(ShortTurn<3>(size));
+    if (count == 4) f(ShortTurn<4>(size));
+    return count <= 4;
+#else
+    return false;
+#endif
+}
+
+// `count` rows of heads as words, with zero rows behind them up to `padded`. Of `all` numbers;
+// what stands behind a head of even size may be read with it, and concerns no result.
+template <bool DOTS>
+void read_rows(const PackedTask& t, const void* from, int64_t all, int64_t at, int64_t apart,
+               int64_t count, int64_t padded, Words to) {
+    for (int64_t i = 0; i < padded; i++, at += apart) {
+        if (DOTS && t.size % 2 == 0 && i < count && at + 2 * to.apart <= all) {
+            const uint32_t* here = (const uint32_t*)((const uint16_t*)from + at);
+            for (int64_t j = 0; j < to.apart; j += LANES) {
+                store(to.floats(i) + j, (Vec)load_words(here + j));
+            }
+            continue;
+        }
+        memset(to.row(i), 0, to.apart * sizeof(uint32_t));
+        if (i >= count) continue;
+        if (DOTS) memcpy(to.row(i), (const uint16_t*)from + at, t.size * 2);
+        if (!DOTS) read_any(t.dtype, from, at, t.size, to.floats(i));
+    }
 }
 
 // A prompt (then it is its only block) or some completions of one.
