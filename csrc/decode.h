@@ -94,12 +94,12 @@ struct DecodeRows {
 
 // The batch that is decoded: slots and the completions in them; R of those, T tokens at most.
 struct DecodeState {
-    int64_t *token, *length;             // (S,) last token, tokens kept of the completion
-    const int64_t *row, *home, *prompt;  // (S,) completion, its prompt's place and length
-    uint8_t* done;                       // (S,)
-    const double* uniform;               // (R, T)
-    int64_t *tokens, *count;             // (R, T + 1), (R,)
-    float* logp;                         // (R, T + 1)
+    int64_t *token, *length;       // (S,) last token, tokens kept of the completion
+    int64_t *row, *home, *prompt;  // (S,) completion, its prompt's place and length
+    uint8_t* done;                 // (S,)
+    const double* uniform;         // (R, T)
+    int64_t *tokens, *count;       // (R, T + 1), (R,)
+    float* logp;                   // (R, T + 1)
     const int64_t* eos;
     int64_t slots, eos_count, most;
     float temperature;

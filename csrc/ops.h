@@ -295,7 +295,7 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
                           int threads);                                                            \
     int64_t panel();                                                                               \
     int64_t packed_words(int dtype, int64_t inputs, int64_t outputs);                              \
-    void pack(const PackTask&, int threads);                                                       \
+    void pack(const std::vector<PackTask>&, int threads);                                          \
     void decode_logits(const DecodeModel&, const DecodeRows&, void* logits, int threads);          \
     void decode_tokens(const DecodeModel&, const DecodeState&, int64_t tokens, int64_t until,      \
                        int threads);                                                               \

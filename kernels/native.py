@@ -43,7 +43,7 @@ ELSEWHERE = {
     "native_decoder": ("decoder_layer",),
     "native_draw": ("draw",),
     "native_adamw": ("adamw",),
-    "native_decode": ("pack_linear", "DecodeLayer", "WholeDecoder", "DecodeBatch"),
+    "native_decode": ("pack_linears", "DecodeLayer", "WholeDecoder", "DecodeBatch"),
     "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }
 

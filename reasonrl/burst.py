@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from reasonrl.whole_layer import DTYPES, TYPES
 TOKENS = 16  # of a call
 MOST = 1 << 29  # weights of a decoder; up to here the kernel was measured as the faster way
 AT_ONCE = 1 << 26  # bytes of slots up to which they are as wide at once as they may become
+_made: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # angles by their module
 FIXED = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles nothing changes
 
 
@@ -40,37 +43,37 @@ class Burst(Decoding):
         self.length = torch.zeros(slots, dtype=torch.long)  # tokens kept of a slot's completion
         self.home, self.prompt = torch.zeros_like(self.length), torch.zeros_like(self.length)
         self.shrink = 0.0
-        self.draws = self.sampling.temperature > 0 and not self.sampling.truncates
+        self.held: Any = None  # by the kernel, until slots are other ones
+        known = self.token, self.length, self.row, self.home, self.prompt, self.done, self.uniform
+        books = *known, self.tokens, self.count, self.logp, self.eos
+        draws = self.sampling.temperature > 0 and not self.sampling.truncates
+        self.books = native("DecodeBatch")(*books) if draws else None
 
     def _enter(self, at: Tensor) -> None:
         first, self.entered = self.entered, self.entered + len(at) // self.group
         prompts = [ids for ids, _ in self.prompts[first : self.entered]]
-        length = torch.tensor([len(ids) for ids in prompts])
-        home = self._homes(len(prompts))
+        homes, row = self._homes(len(prompts)), first * self.group
         self._widen(0)
-        token = torch.tensor([i for ids in prompts for i in ids])
-        position = torch.cat([torch.arange(len(ids)) for ids in prompts])
-        asked = torch.zeros(len(token), dtype=torch.bool)
-        asked[length.cumsum(0) - 1] = True
-        given = token, home.repeat_interleave(length), position + 1, None, position, asked
-        logits = self.decoder.logits(self.held, *given)
-        self.length[at], self.home[at] = 0, home.repeat_interleave(self.group)
-        self.prompt[at] = length.repeat_interleave(self.group)
-        row = torch.arange(len(at)) + first * self.group
-        self._begin(at, row, logits.repeat_interleave(self.group, 0))
+        held = self._hold()
+        if self.books:
+            given = prompts, homes, at.tolist(), row, self.sampling.temperature
+            return self.books.enter(held, *given)
+        owner = torch.arange(len(at)) // self.group
+        self.length[at], self.home[at] = 0, torch.tensor(homes)[owner]
+        self.prompt[at] = torch.tensor([len(ids) for ids in prompts])[owner]
+        logits = self.decoder.prompts(held, prompts, homes)
+        self._begin(at, torch.arange(row, row + len(at)), logits[owner])
 
     def _step(self) -> None:
         """Up to `TOKENS` for every slot that goes on, fewer where waiting prompts may enter."""
-        longest = int(self.length.max())
+        longest = max(self.length.tolist())
         self._widen(longest)
-        if not self.draws:
+        if not self.books:
             return self._choose()
-        known = self.token, self.length, self.row, self.home, self.prompt, self.done, self.uniform
-        batch = native("DecodeBatch")(*known, self.tokens, self.count, self.logp, self.eos)
         waiting, slots = len(self.prompts) - self.entered, len(self.done)
         until = slots - max(self.group, math.ceil(REFILL * slots)) if waiting else 0
         most = min(TOKENS, self.width - longest)
-        batch.go_on(self.held, self.sampling.temperature, most, max(0, until))
+        self.books.go_on(self._hold(), self.sampling.temperature, most, max(0, until))
 
     def _choose(self) -> None:
         """One token for every slot that goes on, from its logits."""
@@ -79,41 +82,43 @@ class Burst(Decoding):
         seen, row = self.prompt[going], self.row[going]
         asked = torch.ones(len(going), dtype=torch.bool)
         given = self.token[going], self.home[going], seen, going, seen + self.length[going], asked
-        token, ended = self._pick(self.decoder.logits(self.held, *given), row)
+        token, ended = self._pick(self.decoder.logits(self._hold(), *given), row)
         self.count[row] += 1
         self.length[going] += 1
         self.token[going], self.done[going] = token, ended
 
-    def _homes(self, count: int) -> Tensor:
+    def _homes(self, count: int) -> list[int]:
         """Slots for so many prompts: those that no completion needs, and new ones."""
-        taken = set(self.home[~self.done].tolist())
+        taken = set(self.home[~self.done].tolist()) if self.homes else ()
         free = [i for i in range(self.homes) if i not in taken]
         more = max(0, count - len(free))
         if more:
             free += range(self.homes, self.homes + more)
             self.homes += more
             self.shared = self._larger(self.shared, self.homes, self.longest)
-            self.held = self.decoder.holding(self.shared, self.own)
-        return torch.tensor(free[:count])
+        return free[:count]
 
     def _widen(self, longest: int) -> None:
         """Room for `longest` tokens of a completion and the next one."""
         most = self.sampling.max_tokens
         if longest < self.width:
             return
-        one = self.decoder.empty(1, most)
-        whole = sum(x.nbytes for kept in one for x in kept) * len(self.length)
+        whole = sum(x.nbytes for x in self.decoder.empty(1, most)) * len(self.length)
         self.width = most if whole <= AT_ONCE else min(most, longest + GROW)
         self.own = self._larger(self.own, len(self.length), self.width)
-        self.held = self.decoder.holding(self.shared, self.own)
 
-    def _larger(self, slots: list[Any], count: int, width: int) -> list[Any]:
+    def _larger(self, slots: tuple[Tensor, Tensor], count: int, width: int) -> Any:
         """So many slots of so many tokens that hold what these held."""
-        larger = self.decoder.empty(count, width)
-        for before, after in zip(slots, larger, strict=True):
-            for old, new in zip(before, after, strict=True):
-                new[: len(old), :, : old.shape[2]] = old
+        larger, self.held = self.decoder.empty(count, width), None
+        for old, new in zip(slots, larger, strict=True):
+            if old.numel():
+                new[:, : old.shape[1], :, : old.shape[3]] = old
         return larger
+
+    def _hold(self) -> Any:
+        if self.held is None:
+            self.held = self.decoder.holding(self.shared, self.own)
+        return self.held
 
 
 def takes(policy: Policy) -> bool:
@@ -121,13 +126,12 @@ def takes(policy: Policy) -> bool:
     decoder: Any = policy.model.get_decoder()
     if not cpu_layers.known(decoder) or policy.compute not in (torch.float32, torch.bfloat16):
         return False
-    if heads.scale_of(policy.model) != 1.0 or policy.softcap is not None:
+    if not heads.alone(policy.model):
         return False
-    layers, table = list(decoder.layers), structure.weight(decoder.embed_tokens)
-    linears = [policy.head, *(x for layer in layers for x in structure.linears(layer))]
-    norms = [decoder.norm, *(x for layer in layers for x in structure.norms(layer))]
-    weights = [*map(structure.weight, linears)]
-    scales = [*map(structure.weight, norms)]
+    layers, table = [*decoder.layers], structure.weight(decoder.embed_tokens)
+    linears = [policy.head, *chain.from_iterable(map(structure.linears, layers))]
+    norms = [decoder.norm, *chain.from_iterable(map(structure.norms, layers))]
+    weights, scales = [*map(structure.weight, linears)], [*map(structure.weight, norms)]
     biases = [x for x in map(structure.bias, linears) if x is not None]
     return (
         all(map(cpu_layers.plain, linears))
@@ -144,33 +148,55 @@ def whole(policy: Policy, positions: int) -> Any:
     """The decoder and its head, packed as they are now; angles of so many positions."""
     decoder, dtype = policy.model.get_decoder(), policy.compute
     table = decoder.embed_tokens.weight.detach()
-    at = torch.arange(max(1, positions))[None]
-    cos, sin = (x[0].contiguous() for x in decoder.rotary_emb(table[:1, None], at))
-    layers = [_layer(layer, dtype) for layer in decoder.layers]
     attn, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
-    size = attn.head_dim
+    size, output = attn.head_dim, policy.head
     heads_of = [x.out_features // size for x in (attn.q_proj, attn.k_proj)]
-    sizes = table.shape[1], mlp.gate_proj.out_features, *heads_of, size, policy.head.out_features
-    norm, head = decoder.norm, _packed([policy.head], dtype)
-    known = norm.weight.detach(), norm.variance_epsilon, head, (cos, sin), sizes, dtype
+    sizes = table.shape[1], mlp.gate_proj.out_features, *heads_of, size, output.out_features
+    norm, products = decoder.norm, [part for layer in decoder.layers for part in _products(layer)]
+    *packed, head = native("pack_linears")([*products, ([_linear(output)], False)], dtype)
+    four = zip(*[iter(packed)] * 4, strict=True)
+    layers = [_layer(*known) for known in zip(decoder.layers, four, strict=True)]
+    known = (
+        norm.weight.detach(),
+        norm.variance_epsilon,
+        head,
+        _angles(decoder.rotary_emb, table, positions),
+        sizes,
+        dtype,
+    )
     return native("WholeDecoder")(layers, table, *known)
 
 
-def _layer(layer: Any, dtype: torch.dtype) -> Any:
-    *qkv, out, gate, up, down = structure.linears(layer)
+def _angles(rotary: Any, like: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of so many positions or more, made anew where what they come from is another."""
+    way = getattr(rotary.forward, "__func__", rotary.forward)
+    of = like.dtype, getattr(rotary, "attention_scaling", 1.0), way
+    kept, frequency = _made.get(rotary), rotary.inv_freq
+    if kept and kept[0] == of and len(kept[2][0]) >= positions and torch.equal(kept[1], frequency):
+        return kept[2]
+    at = torch.arange(max(1, positions))[None]
+    cos, sin = (x[0].contiguous() for x in rotary(like[:1, None], at))
+    _made[rotary] = of, frequency.clone(), (cos, sin)
+    return cos, sin
+
+
+def _products(layer: Any) -> list[tuple[list[Any], bool]]:
+    """Those of a layer, in `DecodeLayer`'s order."""
+    q, k, v, out, gate, up, down = map(_linear, structure.linears(layer))
+    return [([q, k, v], False), ([out], False), ([gate, up], True), ([down], False)]
+
+
+def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
+    return structure.weight(module), structure.bias(module)
+
+
+def _layer(layer: Any, packed: Sequence[Any]) -> Any:
     first, second, *norms = structure.norms(layer)
     heads = tuple(norm.weight.detach() for norm in norms) or (None, None)
     eps = first.variance_epsilon, second.variance_epsilon
-    return native("DecodeLayer")(
-        (first.weight.detach(), second.weight.detach()), heads,
-        (*eps, norms[0].variance_epsilon if norms else 0.0), layer.self_attn.scaling,
-        _packed(qkv, dtype), _packed([out], dtype), _packed([gate, up], dtype, halves=True),
-        _packed([down], dtype),
-    )  # fmt: skip
-
-
-def _packed(linears: Sequence[nn.Linear], dtype: torch.dtype, halves: bool = False) -> Any:
-    return native("pack_linear")([(x.weight, x.bias) for x in linears], dtype, halves)
+    eps = *eps, norms[0].variance_epsilon if norms else 0.0
+    weights = first.weight.detach(), second.weight.detach()
+    return native("DecodeLayer")(weights, heads, eps, layer.self_attn.scaling, *packed)
 
 
 def _usable(parameter: Any) -> bool:

@@ -77,10 +77,11 @@ def known(decoder: Any) -> bool:
         return False
     if structure.way(decoder.norm) is not _norm:
         return False
-    if not all(map(_known, decoder.layers)):
+    layers = [*decoder.layers]
+    if not all(map(_known, layers)):
         return False
     own = decoder, decoder.embed_tokens, decoder.rotary_emb, decoder.norm
-    modules = [*own, *(part for layer in decoder.layers for part in structure.parts(layer))]
+    modules = [*own, *(part for layer in layers for part in structure.parts(layer))]
     return not any(map(structure.heard, modules))
 
 
@@ -95,8 +96,8 @@ def plain(layer: Any) -> bool:
 
 def _known(layer: Any) -> bool:
     """Whether a layer and its parts compute as this file has them."""
-    norms = structure.norms(layer)
-    ways = [structure.way(part) for part in (layer, layer.self_attn, layer.mlp, *norms)]
+    own, norms = layer._modules, structure.norms(layer)
+    ways = [structure.way(part) for part in (layer, own["self_attn"], own["mlp"], *norms)]
     return ways == [*WAYS, *[_norm] * (len(norms) - 2)]
 
 

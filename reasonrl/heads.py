@@ -84,14 +84,30 @@ def attach(model: Any) -> None:
 
 def softcap_of(model: Any) -> float | None:
     """The bound of the model's logits, None without one."""
-    config = _inner(model).config.get_text_config()
-    found = [getattr(config, name, None) for name in SOFTCAPS]
-    return next((float(value) for value in found if value), None)
+    return _softcap(_config(model))
 
 
 def scale_of(model: Any) -> float:
     """What the model multiplies its logits by, before the soft cap."""
-    config = _inner(model).config.get_text_config()
+    return _scale(_config(model))
+
+
+def alone(model: Any) -> bool:
+    """Whether its logits are the product and nothing more."""
+    config = _config(model)
+    return _scale(config) == 1.0 and _softcap(config) is None
+
+
+def _config(model: Any) -> Any:
+    return _inner(model).config.get_text_config()
+
+
+def _softcap(config: Any) -> float | None:
+    found = [getattr(config, name, None) for name in SOFTCAPS]
+    return next((float(value) for value in found if value), None)
+
+
+def _scale(config: Any) -> float:
     for name in FACTORS:
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))

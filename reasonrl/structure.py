@@ -23,26 +23,30 @@ def way(module: Any) -> Any:
 
 def heard(module: Any) -> bool:
     """Whether somebody listens, as a trainer does that brings weights."""
-    hooks = module._forward_pre_hooks, module._forward_hooks
-    return bool(any(hooks) or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks
+        or module._backward_hooks or module._backward_pre_hooks
+    )  # fmt: skip
 
 
 def linears(layer: Any) -> list[Any]:
     """The linear layers of a decoder layer: q, k, v, o, gate, up, down."""
-    attn, mlp = layer.self_attn._modules, layer.mlp._modules  # not by name: that costs ten times
-    return [*(attn[name] for name in IN_ATTENTION), *(mlp[name] for name in IN_MLP)]
+    own = layer._modules  # not by name: that costs ten times
+    attn, mlp = own["self_attn"]._modules, own["mlp"]._modules
+    return [*map(attn.__getitem__, IN_ATTENTION), *map(mlp.__getitem__, IN_MLP)]
 
 
 def norms(layer: Any) -> list[Any]:
     """Its norms: before the attention, before the gate, of q's and k's heads where they are."""
-    own, attn = layer._modules, layer.self_attn._modules
+    own = layer._modules
+    attn = own["self_attn"]._modules
     return [own[name] for name in READ_BY_LINEAR] + [attn[x] for x in HEAD_NORMS if x in attn]
 
 
 def parts(layer: Any) -> list[Any]:
     """Itself and all of its modules that are called."""
-    attn, mlp = layer.self_attn, layer.mlp
-    return [layer, attn, mlp, mlp.act_fn, *norms(layer), *linears(layer)]
+    attn, mlp = layer._modules["self_attn"], layer._modules["mlp"]
+    return [layer, attn, mlp, mlp._modules["act_fn"], *norms(layer), *linears(layer)]
 
 
 def weight(module: Any) -> Any:

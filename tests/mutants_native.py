@@ -41,6 +41,7 @@ VECTOR = "csrc/cpu/vector.h"
 DRAW = "csrc/cpu/draw.cpp"
 DECODE = "csrc/cpu/decode.cpp"
 GOING = "csrc/cpu/going.h"
+ENTER = "csrc/cpu/enter.h"
 PRODUCT = "csrc/cpu/product.h"
 ATTEND = "csrc/cpu/attend.h"
 
@@ -221,6 +222,8 @@ CPU = [
     ("weights of the last words lost", PACK, "!whole && n < each - k", "!whole && n < each - k - 1", "native_decode and (packing or logits)"),
     ("both halves of the first", PACK, "t.parts[output / LANES % 2]", "t.parts[0]", "native_decode and (packing or logits)"),
     ("a part not counted", PACK, "part++) output -= part->outputs;", "part++) output = 0;", "native_decode and (packing or logits)"),
+    ("rows of another panel where there are none", PACK, "memset(rows.row(r), 0, (LANES - r) * wide * sizeof(uint32_t));", "", "native_decode and (packing or logits)"),
+    ("a number of another product", PACK, "rows.row(r)[each - 1] = 0;", "", "native_decode and (packing or logits)"),
     ("a half's rows from its start", PACK, "LANES + output % LANES;", "LANES;", "native_decode and (packing or logits)"),
     ("drawn without its temperature", DRAW, "x[j] /= task.temperature;", "x[j] += 0.0f;", "uniform or choose"),
     ("drawn with the inverse of its temperature", DRAW, "x[j] /= task.temperature;", "x[j] *= task.temperature;", "uniform or choose"),
@@ -243,9 +246,16 @@ CPU = [
     ("half of what is added", DECODE, "for (int64_t v = 0; v < 2; v++) {\n                const int64_t first", "for (int64_t v = 0; v < 1; v++) {\n                const int64_t first", "native_decode and (logits)"),
     ("gate alone", DECODE, "as<DTYPE>(g * sigmoid(g) * u)", "as<DTYPE>(g * sigmoid(g))", "native_decode and (logits)"),
     ("gate and up change places", PACK, "t.parts[output / LANES % 2]", "t.parts[1 - output / LANES % 2]", "native_decode and (logits)"),
-    ("second norm by the first's weight", DECODE, "norm(rows.rows, 2 * i + 1, layer.eps2);", "norm(rows.rows, 2 * i, layer.eps2);", 'native_decode and (logits)'),
-    ("last norm missed", DECODE, "norm(rows.rows, 2 * i + 2,", "norm(rows.rows, last ? 2 * i : 2 * i + 2,", "native_decode and (logits)"),
-    ("first rows in place of those asked", DECODE, "b_.narrow.data() + i * m_.width * WIDE", "b_.narrow.data() + count * m_.width * WIDE", "native_decode and (asked)"),
+    ("second norm by the first's weight", DECODE, "norm(count, 2 * i + 1, layer.eps2);", "norm(count, 2 * i, layer.eps2);", 'native_decode and (logits)'),
+    ("last norm missed", DECODE, "norm(count, 2 * i + 2,", "norm(count, last ? 2 * i : 2 * i + 2,", "native_decode and (logits)"),
+    ("first rows in place of those asked", DECODE, "move(b_.seen, to++, i, seen);", "to++;", "native_decode and (asked)"),
+    ("the residual of the first rows", DECODE, "move(b_.residual, to, i, bytes);", "", "native_decode and (asked)"),
+    ("those asked attend to nothing", DECODE, "if (asked || !last)", "if (!last)", "native_decode and (asked or logits)"),
+    ("the first prompt's logits for all", ENTER, "logits + i / group * bytes", "logits + 0 * i / group * bytes", "native_decode and (enter)"),
+    ("the first prompt's place for all", ENTER, "s.home[b] = prompts.home[last]", "s.home[b] = prompts.home[0]", "native_decode and (enter)"),
+    ("a first token is kept already", ENTER, "s.length[b] = -1;", "s.length[b] = 0;", "native_decode and (enter)"),
+    ("one uniform number for all", ENTER, "s.uniform[row * s.most]", "s.uniform[first * s.most]", "native_decode and (enter)"),
+    ("a prompt's own tokens unseen", ENTER, "seen.push_back(i + 1);", "seen.push_back(1);", "native_decode and (enter)"),
     ("later rows over earlier ones", DECODE, "(char*)logits + asked * m.vocab", "(char*)logits + 0 * asked * m.vocab", "native_decode and (bits)"),
     ("rows of two prompts together", DECODE, "rows.home[i] != rows.home[blocks.back().begin]", "false", "native_decode and (logits or books)"),
     ("a kept token not counted", GOING, "        s.length[b]++;\n", "", "native_decode and (books)"),

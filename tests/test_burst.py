@@ -129,6 +129,26 @@ def test_weights_are_those_of_now_and_nothing_stays(native):  # noqa: F811
     assert [vars(module).keys() for module in fused.model.modules()] == before
 
 
+def turned_back(rotary: Any) -> None:
+    inner = rotary.forward
+    rotary.forward = lambda x, position_ids: inner(x, -position_ids)
+
+
+@pytest.mark.parametrize("change", [
+    lambda rotary: rotary.inv_freq.data.mul_(0.1),  # which no version counts
+    lambda rotary: setattr(rotary, "attention_scaling", 2.0),
+    turned_back,
+], ids=["frequencies", "scaling", "forward"])  # fmt: skip
+def test_angles_are_those_of_now(native, change):  # noqa: F811
+    plain, fused = twins("tiny")
+    drawn(fused, how=Sampling(20))
+    first = drawn(fused)  # longer
+    assert first.completion_ids == drawn(plain).completion_ids
+    for policy in (plain, fused):
+        change(policy.model.model.rotary_emb)
+    assert drawn(fused).completion_ids == drawn(plain).completion_ids != first.completion_ids
+
+
 def test_a_watchdog_hears_of_it(native, monkeypatch):  # noqa: F811
     beats: list[int] = []
     monkeypatch.setattr(decoding, "beat", lambda: beats.append(1))

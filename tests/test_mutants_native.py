@@ -40,6 +40,7 @@ PER_ISA = tuple(
 )
 FEW = {  # headers of few sources
     "attend.h": ("decode.cpp",),
+    "enter.h": ("module.cpp",),
     "going.h": ("decode.cpp",),
     "meeting.h": ("decode.cpp",),
     "norm.h": ("decode.cpp", "layers.cpp"),

@@ -64,8 +64,7 @@ class Held:
         # what stands behind a slot's end may be anything
         self.shared, self.own = self.decoder.empty(SLOTS, WIDTH), self.decoder.empty(slots, 70)
         for kept in (*self.shared, *self.own):
-            for x in kept:
-                x.view(torch.uint8).fill_(0xFF)
+            kept.view(torch.uint8).fill_(0xFF)
         self.held = self.decoder.holding(self.shared, self.own)
         words, draw = self.decoder.sizes[-1], torch.Generator().manual_seed(3)
         lengths = LENGTHS.items()  # the last word is in no text
@@ -278,13 +277,38 @@ def test_the_books_are_those_of_one_token_after_the_other(isa, kind, until):  # 
     assert state["count"][1] <= most and state["done"].sum() >= 2
 
 
+@pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
+def test_prompts_enter_with_the_first_tokens_of_their_completions(isa, kind):  # noqa: F811
+    policy = policy_of("Llama", kind)
+    held, other = Held(policy), Held(policy)
+    state = books(7, 9, len(policy.tokenizer)) | {"count": torch.zeros(7, dtype=torch.long)}
+    asked = torch.zeros(48, dtype=torch.bool)
+    asked[[40, 47]] = True
+    logits = other.prompts({4: (0, 41), 0: (0, 7)}, asked)
+    prompts, at = [held.text[s].tolist() for s in (4, 0)], [3, 0, 4, 1]
+    assert torch.equal(held.decoder.prompts(held.held, prompts, [2, 0]), logits)
+    native_decode.DecodeBatch(**state).enter(held.held, prompts, [2, 0], at, 2, 0.9)
+    token, logp = draw(logits.repeat_interleave(2, 0), state["uniform"][2:6, 0].contiguous(), 0.9)
+    assert torch.equal(state["tokens"][2:6, 0], token) and torch.equal(state["token"][at], token)
+    assert torch.equal(state["logp"][2:6, 0], logp) and state["count"].tolist() == [
+        0,
+        0,
+        *[1] * 4,
+        0,
+    ]
+    assert torch.equal(state["done"][at], torch.isin(token, state["eos"]))
+    found = [state[name][at].tolist() for name in ("row", "home", "prompt", "length")]
+    assert found == [[2, 3, 4, 5], [2, 2, 0, 0], [41, 41, 7, 7], [0] * 4]
+
+
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("kind", [FULL, HALF], ids=str)
 def test_packing_keeps_every_number_once(isa, kind, halves):  # noqa: F811
     parts = [(torch.randn(37, 11), None), (torch.randn(37, 11), torch.randn(37))]
     if not halves:
         parts.append((torch.randn(5, 11).bfloat16(), None))
-    found = native_decode.pack_linear(parts, kind, halves)
+    wider = [(torch.randn(40, 23), None)]  # whose numbers are to stay in their own product
+    _, found = native_decode.pack_linears([(wider, False), (parts, halves)], kind)
     numbers = found.weight.view(kind).float()
     want = torch.cat([w.to(kind).float().flatten() for w, _ in parts])
     assert torch.equal(numbers[numbers != 0].sort().values, want.sort().values)

@@ -7,31 +7,44 @@
 
 #include "../bind.h"
 #include "../ops.h"
+#include "enter.h"
 
 namespace reasonrl {
+
+using PackGiven = std::tuple<std::vector<std::tuple<uintptr_t, int64_t, int>>, int64_t, bool>;
+
+inline std::vector<int64_t> packed_words(const std::vector<PackGiven>& given, int to) {
+    std::vector<int64_t> words;
+    const int64_t half = ops().panel() / 2;
+    for (const auto& [parts, inputs, halves] : given) {
+        int64_t outputs = 0;
+        for (const auto& part : parts) outputs += std::get<1>(part);
+        if (halves) outputs = (std::get<1>(parts[0]) + half - 1) / half * 2 * half;
+        words.push_back(ops().packed_words(to, inputs, outputs));
+    }
+    return words;
+}
 
 inline void bind_decode(py::module_& m) {
     m.def("has_dots", &has_dots, "Whether pairs of bf16 are multiplied by one instruction.");
     m.def("panel", [] { return ops().panel(); }, "Outputs of a panel.");
-    m.def(
-        "packed_words",
-        [](int dtype, int64_t inputs, int64_t outputs) {
-            return ops().packed_words(dtype, inputs, outputs);
-        },
-        "32-bit words of a packed weight.");
-    using Part = std::tuple<uintptr_t, int64_t, int>;  // weight, its outputs, its dtype
+    m.def("packed_words", &packed_words, "32-bit words of each of these products, packed.");
     m.def(
         "pack",
-        [](const std::vector<Part>& parts, uintptr_t out, int64_t inputs, int to, bool halves,
-           int threads) {
+        [](const std::vector<PackGiven>& given, uintptr_t out, int to, int threads) {
             py::gil_scoped_release release;
-            PackTask task = {{}, at<uint32_t>(out), inputs, to, halves};
-            for (const auto& [weight, outputs, dtype] : parts) {
-                task.parts.push_back({at<const void>(weight), outputs, dtype});
+            const std::vector<int64_t> words = packed_words(given, to);
+            std::vector<PackTask> tasks;
+            for (size_t i = 0; i < given.size(); out += words[i++] * sizeof(uint32_t)) {
+                const auto& [parts, inputs, halves] = given[i];
+                tasks.push_back({{}, at<uint32_t>(out), inputs, to, halves});
+                for (const auto& [weight, outputs, dtype] : parts) {
+                    tasks.back().parts.push_back({at<const void>(weight), outputs, dtype});
+                }
             }
-            ops().pack(task, threads);
+            ops().pack(tasks, threads);
         },
-        "Weights of one input into the panels of a product, all of these.");
+        "Weights into the panels of these products, one after the other.");
     py::class_<DecodeLayer>(m, "DecodeLayer", "A layer with its slots.")
         .def(py::init([](std::array<uintptr_t, 16> p, std::array<float, 4> scales) {
             const auto packed = [&](int i) {
@@ -89,9 +102,9 @@ inline void bind_decode(py::module_& m) {
             [](std::array<uintptr_t, 11> p, std::array<int64_t, 3> sizes, float temperature) {
                 return DecodeState{at<int64_t>(p[0]),
                                    at<int64_t>(p[1]),
-                                   at<const int64_t>(p[2]),
-                                   at<const int64_t>(p[3]),
-                                   at<const int64_t>(p[4]),
+                                   at<int64_t>(p[2]),
+                                   at<int64_t>(p[3]),
+                                   at<int64_t>(p[4]),
                                    at<uint8_t>(p[5]),
                                    at<const double>(p[6]),
                                    at<int64_t>(p[7]),
@@ -103,6 +116,26 @@ inline void bind_decode(py::module_& m) {
                                    sizes[2],
                                    temperature};
             }));
+    using Ids = std::vector<int64_t>;
+    m.def(
+        "decode_prompts",
+        [](const DecodeModel& model, const std::vector<Ids>& prompts, const Ids& homes,
+           uintptr_t logits, int threads) {
+            py::gil_scoped_release release;
+            ops().decode_logits(model, Prompts(prompts, homes).rows(), at<void>(logits), threads);
+        },
+        "Prompts to where they are kept, and the logits of what follows each.");
+    m.def(
+        "decode_enter",
+        [](const DecodeModel& model, const DecodeState& state, const std::vector<Ids>& prompts,
+           const Ids& homes, const Ids& at, int64_t first, int threads) {
+            py::gil_scoped_release release;
+            const Prompts given(prompts, homes);
+            std::vector<float> logits(prompts.size() * model.vocab);
+            ops().decode_logits(model, given.rows(), logits.data(), threads);
+            begin(model, state, given, (const char*)logits.data(), at, first, threads);
+        },
+        "Prompts to where they are kept, and their completions' first tokens into slots.");
     m.def(
         "decode_tokens",
         [](const DecodeModel& model, const DecodeState& state, int64_t tokens, int64_t until,

@@ -31,7 +31,7 @@ struct Buffers {
         : residual(rows * m.width),
           narrow(rows * m.width),
           qkv(rows * (m.heads + 2 * m.key_heads) * m.size + LANES),
-          seen(rows * std::max(m.heads * m.size, m.width)),
+          seen(rows * m.heads * m.size),
           gated(rows * m.inner) {}
 };
 
@@ -90,17 +90,20 @@ class Walk {
         for (int64_t i = 0; i < depth; i++) {
             const DecodeLayer& layer = m_.layers[i];
             const bool last = i + 1 == depth;
-            attention(layer, rows);
-            norm(rows.rows, 2 * i + 1, layer.eps2);
+            attention(layer, rows, last);
+            const int64_t count = last ? rows.before(rows.rows) : rows.rows;
+            add(layer.out, b_.seen.data(), m_.heads * m_.size, count);
             meet();
-            gate(layer, rows.rows);
+            norm(count, 2 * i + 1, layer.eps2);
             meet();
-            add(layer.down, b_.gated.data(), m_.inner, rows.rows);
+            gate(layer, count);
             meet();
-            norm(rows.rows, 2 * i + 2, last ? m_.eps : m_.layers[i + 1].eps1);
+            add(layer.down, b_.gated.data(), m_.inner, count);
+            meet();
+            norm(count, 2 * i + 2, last ? m_.eps : m_.layers[i + 1].eps1);
         }
         meet();
-        head(rows.rows, rows.asked, logits);
+        give(m_.head, b_.narrow.data(), m_.vocab, rows.before(rows.rows), logits);
     }
 
   private:
@@ -170,7 +173,8 @@ class Walk {
                 });
     }
 
-    void attention(const DecodeLayer& layer, const DecodeRows& rows) {
+    // Of the last layer only those rows go on that are asked, which stand in front then.
+    void attention(const DecodeLayer& layer, const DecodeRows& rows, bool last) {
         const int64_t each = (m_.heads + 2 * m_.key_heads) * m_.size;
         meet();
         give(layer.qkv, b_.narrow.data(), each, rows.rows, b_.qkv.data());
@@ -182,11 +186,32 @@ class Walk {
             for (int64_t i = mine.begin; i < mine.end; i++) attend(layer, rows, i);
         } else {  // later rows see more: everyone takes some of all parts
             meet();
-            for (int64_t i = thread_; i < items; i += team_) attend(layer, rows, i);
+            for (int64_t i = thread_; i < items; i += team_) {
+                const Share block = blocks_[i / m_.key_heads];
+                const bool asked = rows.before(block.begin) < rows.before(block.end);
+                if (asked || !last) attend(layer, rows, i);
+            }
         }
         meet();
-        add(layer.out, b_.seen.data(), m_.heads * m_.size, rows.rows);
+        if (!last || !rows.asked) return;
+        if (thread_ == 0) gather(rows);
         meet();
+    }
+
+    // What attention gave, and the residual, of those that are asked.
+    void gather(const DecodeRows& rows) {
+        const int64_t bytes = m_.width * (RES == F32 ? 4 : 2), seen = m_.heads * m_.size * WIDE;
+        int64_t to = 0;
+        for (int64_t i = 0; i < rows.rows; i++) {
+            if (!rows.asked[i]) continue;
+            move(b_.residual, to, i, bytes);
+            move(b_.seen, to++, i, seen);
+        }
+    }
+
+    static void move(std::vector<float>& rows, int64_t to, int64_t from, int64_t bytes) {
+        char* data = (char*)rows.data();
+        memmove(data + to * bytes, data + from * bytes, bytes);
     }
 
     // A prompt's keys and values, which other threads are about to read.
@@ -210,21 +235,6 @@ class Walk {
         }
         attention_.attend(layer, rows, block.begin, block.end - block.begin, head, b_.qkv.data(),
                           b_.seen.data());
-    }
-
-    void head(int64_t rows, const uint8_t* asked, void* logits) {
-        if (!asked) return give(m_.head, b_.narrow.data(), m_.vocab, rows, logits);
-        int64_t count = 0;
-        for (int64_t i = 0; i < rows; i++) {
-            if (!asked[i]) continue;
-            if (count % team_ == thread_) {
-                memcpy((char*)b_.seen.data() + count * m_.width * WIDE,
-                       (const char*)b_.narrow.data() + i * m_.width * WIDE, m_.width * WIDE);
-            }
-            count++;
-        }
-        meet();
-        give(m_.head, b_.seen.data(), m_.vocab, count, logits);
     }
 
     const DecodeModel& m_;
@@ -268,7 +278,7 @@ struct Worker {
           together(m, norms, b, meeting, thread, team),
           alone(m, norms, own, meeting, 0, 1) {}
 
-    // Returns when everyone is there.
+    // Returns when this thread's share of the rows has its logits.
     void run(const DecodeRows& rows, void* logits) {
         if (rows.slot && apart(m, rows.rows, team)) {  // a prompt's rows need each other
             const Share mine = together.share(rows.rows);
@@ -277,8 +287,8 @@ struct Worker {
                       (char*)logits + before * m.vocab * (DTYPE == F32 ? 4 : 2));
         } else {
             together.run(rows, logits);
+            together.meet();
         }
-        together.meet();
     }
 };
 

@@ -27,6 +27,56 @@ Rows rows_of(const PackTask& t, int64_t output) {
     return {part, output, std::min<int64_t>(LANES, part->outputs - output)};
 }
 
+// One thread's memory, and its share of a task.
+class Packer {
+  public:
+    void pack(const PackTask& t) {
+        const int64_t all = t.halves ? 2 * vectors(t.parts[0].outputs) : t.outputs();
+        const Share mine = share_of((all + PANEL - 1) / PANEL * 2);
+        for (int64_t i = mine.begin; i < mine.end; i++) half(t, i);
+    }
+
+  private:
+    // The i-th half of a panel.
+    void half(const PackTask& t, int64_t i) {
+        const int64_t each = words(t.to, t.inputs), wide = vectors(each);
+        if (rows_.size() < (size_t)(LANES * wide)) rows_.resize(LANES * wide);
+        const Words rows = {rows_.data(), wide}, square = {square_, LANES};
+        int64_t r = 0;
+        while (r < LANES) {
+            const Rows from = rows_of(t, i * LANES + r);
+            if (from.count <= 0) break;
+            for (int64_t n = 0; n < from.count && r < LANES; n++, r++) {
+                rows.row(r)[each - 1] = 0;  // its second half, where no input is
+                write_any(t.to, rows.row(r), 0, t.inputs, read_row(t, from, n));
+            }
+        }
+        memset(rows.row(r), 0, (LANES - r) * wide * sizeof(uint32_t));
+        uint32_t* out = t.out + i / 2 * each * PANEL + i % 2 * LANES;
+        for (int64_t k = 0; k < each; k += LANES) {
+            const Words here = {rows.at + k, wide}, there = {out + k * PANEL, PANEL};
+            const bool whole = k + LANES <= each;
+            turn_square(here, whole ? there : square);
+            for (int64_t n = 0; !whole && n < each - k; n++) {
+                memcpy(there.row(n), square.row(n), LANES * sizeof(uint32_t));
+            }
+        }
+    }
+
+    // The n-th of some rows, where it stands or as float32.
+    const float* read_row(const PackTask& t, const Rows& from, int64_t n) {
+        const int64_t at = (from.first + n) * t.inputs;
+        if (from.part->dtype == F32) return (const float*)from.part->weight + at;
+        if (row_.size() < (size_t)t.inputs) row_.resize(t.inputs);
+        read_any(from.part->dtype, from.part->weight, at, t.inputs, row_.data());
+        return row_.data();
+    }
+
+    std::vector<uint32_t> rows_;
+    std::vector<float> row_;
+    uint32_t square_[LANES * LANES];
+};
+
 }  // namespace
 
 int64_t packed_words(int dtype, int64_t inputs, int64_t outputs) {
@@ -37,37 +87,11 @@ int64_t panel() {
     return PANEL;
 }
 
-void pack(const PackTask& t, int threads) {
-    const int64_t each = words(t.to, t.inputs), wide = vectors(each);
-    const int64_t all = t.halves ? 2 * vectors(t.parts[0].outputs) : t.outputs();
-    const int64_t panels = (all + PANEL - 1) / PANEL;
+void pack(const std::vector<PackTask>& tasks, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        Store store;
-        const Words rows = store.words(LANES, wide), square = store.words(LANES, LANES);
-        std::vector<float> row(t.inputs);
-        const Share mine = share_of(panels * 2);
-        for (int64_t i = mine.begin; i < mine.end; i++) {
-            memset(rows.at, 0, LANES * wide * sizeof(uint32_t));
-            for (int64_t r = 0; r < LANES;) {
-                const Rows from = rows_of(t, i * LANES + r);
-                if (from.count <= 0) break;
-                for (int64_t n = 0; n < from.count && r < LANES; n++, r++) {
-                    const int64_t at = (from.first + n) * t.inputs;
-                    read_any(from.part->dtype, from.part->weight, at, t.inputs, row.data());
-                    write_any(t.to, rows.row(r), 0, t.inputs, row.data());
-                }
-            }
-            uint32_t* out = t.out + i / 2 * each * PANEL + i % 2 * LANES;
-            for (int64_t k = 0; k < each; k += LANES) {
-                const Words here = {rows.at + k, wide}, there = {out + k * PANEL, PANEL};
-                const bool whole = k + LANES <= each;
-                turn_square(here, whole ? there : square);
-                for (int64_t n = 0; !whole && n < each - k; n++) {
-                    memcpy(there.row(n), square.row(n), LANES * sizeof(uint32_t));
-                }
-            }
-        }
+        Packer packer;
+        for (const PackTask& task : tasks) packer.pack(task);
     }
 }
 
