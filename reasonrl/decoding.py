@@ -88,20 +88,21 @@ class Decoding:
 
     def _settle(self, step: Replayed | None, part: Phase) -> bool:
         """Waiting prompts take free slots; slots that nobody needs go; False at the end."""
-        going = (~self.done).nonzero()[:, 0]
-        now = self.entered * self.group - len(going), int(self.count.sum())
+        slots, waiting = len(self.done), len(self.prompts) - self.entered
+        free = sum(self.done.tolist())  # lists: they are short, and an op for each costs more
+        going = slots - free
+        now = self.entered * self.group - going, sum(self.count.tolist())
         part.add(now[0] - self.known[0], tokens=now[1] - self.known[1])
         self.known = now
-        slots, waiting = len(self.done), len(self.prompts) - self.entered
-        free = slots - len(going)
-        if waiting and free >= self.group and (free >= REFILL * slots or not len(going)):
+        if waiting and free >= self.group and (free >= REFILL * slots or not going):
             ended = self.done.nonzero()[:, 0]
             self._enter(ended[: min(free // self.group, waiting) * self.group])
-        elif not len(going):
+        elif not going:
             return False
-        elif not waiting and len(going) <= self.shrink * slots:
-            self.slots.keep(going)
-            self.row, self.token, self.done = self.row[going], self.token[going], self.done[going]
+        elif not waiting and going <= self.shrink * slots:
+            kept = (~self.done).nonzero()[:, 0]
+            self.slots.keep(kept)
+            self.row, self.token, self.done = self.row[kept], self.token[kept], self.done[kept]
             if step is not None:
                 step.forget()
         return True

@@ -19,7 +19,7 @@ from reasonrl.decoding import Decoding
 from reasonrl.models import Policy
 from reasonrl.records import InputError, Problem, Rollout
 from reasonrl.sampling import Sampling, own_seed, streams
-from reasonrl.segment import decode, pieces
+from reasonrl.segment import decode, parts_of, pieces
 from reasonrl.vision import prepare
 
 
@@ -43,13 +43,14 @@ def sample(
     images = seen
     if images is None:
         prompt_ids, images = prepare(policy, problems, prompt_ids)
+    context = policy.context
     for problem, ids in zip(problems, prompt_ids, strict=True):
         if not ids:
             raise InputError(f"problem {problem.id}: the prompt has no tokens")
-        if len(ids) + sampling.max_tokens > policy.context:
+        if len(ids) + sampling.max_tokens > context:
             raise InputError(
                 f"problem {problem.id}: prompt of {len(ids)} tokens + max_completion_length"
-                f" {sampling.max_tokens} exceeds the model's context of {policy.context}"
+                f" {sampling.max_tokens} exceeds the model's context of {context}"
             )
     if policy.engine is not None:
         return _served(policy, problems, prompt_ids, group, sampling, seed, images, done)
@@ -64,8 +65,8 @@ def sample(
         batch = kind(policy, prompt_ids, images, group, sampling, uniform, rows)
         if sampling.max_tokens > 0:
             batch.run()
-    count = batch.count.tolist()
-    ids = [row[:n].tolist() for row, n in zip(batch.tokens.cpu(), count, strict=True)]
+    count, eos = batch.count.tolist(), policy.eos
+    ids = [row[:n] for row, n in zip(batch.tokens.tolist(), count, strict=True)]
     text, at = _read(policy.tokenizer, ids)
     return Rollout(
         problems=problems,
@@ -73,7 +74,7 @@ def sample(
         group=torch.arange(len(problems)).repeat_interleave(group),
         completion_ids=ids,
         text=text,
-        finished=[bool(row) and row[-1] in policy.eos for row in ids],
+        finished=[bool(row) and row[-1] in eos for row in ids],
         logp=_cut(batch.logp, count),
         pieces=at,
         sampling_logp=_cut(batch.sampling_logp, count) if sampling.truncates else None,
@@ -170,8 +171,8 @@ def given(
 def _read(tokenizer: Any, ids: Sequence[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
     """The texts, and where each token starts."""
     text = [decode(tokenizer, row) for row in ids]
-    special = {*tokenizer.all_special_ids}
-    return text, [pieces(tokenizer, row, t, special) for row, t in zip(ids, text, strict=True)]
+    known = parts_of(tokenizer, ids)
+    return text, [pieces(tokenizer, row, t, known) for row, t in zip(ids, text, strict=True)]
 
 
 def _cut(rows: Tensor, count: Sequence[int]) -> list[Tensor]:

@@ -40,9 +40,9 @@ def streams(seed: int, first_row: int, rows: int, tokens: int) -> Tensor:
     """(rows, tokens) float64 in [0, 1): one independent stream a row."""
     out = torch.empty(rows, tokens, dtype=torch.float64)
     generator = torch.Generator()
-    for b in range(rows):
-        generator.manual_seed(own_seed(seed, first_row + b))
-        torch.rand(tokens, generator=generator, dtype=torch.float64, out=out[b])
+    for b, row in enumerate(out.unbind(), first_row):
+        generator.manual_seed(own_seed(seed, b))
+        row.uniform_(generator=generator)
     return out
 
 

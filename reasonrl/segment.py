@@ -14,7 +14,8 @@ character has width zero, like a special token. T tokens, S steps.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Set
+import sys
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from reasonrl.records import Step
 
 ENDS = re.compile(r"(?:\s*(?:<\|[^<>|]{1,40}\|>|</s>|<eos>|<pad>|<end_of_turn>))+\s*$")
+DECODE = "decode", "_decode"
 LOST = "\ufffd"  # what a decoder writes for bytes that are no character
 
 
@@ -110,16 +112,25 @@ def token_steps(steps: Sequence[Step], pieces: Sequence[int]) -> list[int]:
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of token ids, without special tokens, not cleaned up: what `pieces` indexes."""
     options: dict[str, bool] = {"skip_special_tokens": True}
+    if _backed(tokenizer):  # without its look at every id's type
+        return tokenizer.backend_tokenizer.decode(list(ids), **options)
     if hasattr(tokenizer, "clean_up_tokenization_spaces"):
         options["clean_up_tokenization_spaces"] = False
     return tokenizer.decode(list(ids), **options)
+
+
+def _backed(tokenizer: Any) -> bool:
+    """Whether it decodes as transformers' tokenizers of the tokenizers library all do."""
+    known = getattr(sys.modules.get("transformers"), "PreTrainedTokenizerFast", None)
+    ways = (getattr(getattr(tokenizer, name, 0), "__func__", 0) for name in DECODE)
+    return known is not None and [*ways] == [getattr(known, name, None) for name in DECODE]
 
 
 def pieces(
     tokenizer: Any,
     ids: Sequence[int],
     text: str | None = None,
-    special: Set[int] | None = None,  # its special ids, where they are known
+    known: Mapping[int, str] | None = None,  # `parts_of` it, where other rows have asked already
 ) -> list[int]:
     """Where every token starts in `text`, which is `decode(tokenizer, ids)`: T + 1 offsets, the
     last the length.
@@ -131,9 +142,8 @@ def pieces(
     text = decode(tokenizer, ids) if text is None else text
     if not hasattr(tokenizer, "convert_ids_to_tokens") or not ids:
         return _prefix_pieces(tokenizer, ids, text)
-    special = set(tokenizer.all_special_ids) if special is None else special
-    tokens = tokenizer.convert_ids_to_tokens(list(ids))
-    parts = ["" if i in special else token or "" for i, token in zip(ids, tokens, strict=True)]
+    known = parts_of(tokenizer, [ids]) if known is None else known
+    parts = [known[i] for i in ids]
     joined = "".join(parts)
     if joined == text:
         return [0, *accumulate(map(len, parts))]
@@ -144,6 +154,16 @@ def pieces(
         if offsets is not None:
             return offsets
     return _prefix_pieces(tokenizer, ids, text)
+
+
+def parts_of(tokenizer: Any, rows: Sequence[Sequence[int]]) -> dict[int, str]:
+    """What the tokenizer calls every token of these rows, nothing where it is special; none where
+    it has no names."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return {}
+    ids, special = [*set().union(*rows)], set(tokenizer.all_special_ids)
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return {i: "" if i in special else name or "" for i, name in zip(ids, names, strict=True)}
 
 
 def _whole_pieces(parts: Sequence[str], joined: str, text: str) -> list[int] | None:

@@ -128,6 +128,20 @@ def test_a_character_split_over_tokens_belongs_to_its_first_byte(byte_level):
     assert pieces(byte_level, ids) == [0, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5]
 
 
+@pytest.mark.parametrize("name", ["decode", "_decode"])
+def test_a_tokenizer_with_a_way_of_its_own_is_asked(byte_level, monkeypatch, name):
+    ids = byte_level("the answer , is 12")["input_ids"] + [byte_level.eos_token_id]
+    assert decode(byte_level, ids) == byte_level.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(byte_level, name, lambda *args, **options: "of this one")
+        assert decode(byte_level, ids) == "of this one"
+    own = {name: lambda *args, **options: "of its class"}
+    monkeypatch.setattr(byte_level, "__class__", type("Other", (type(byte_level),), own))
+    assert decode(byte_level, ids) == "of its class"
+
+
 def test_special_tokens_have_no_width_and_added_ones_have(byte_level):
     end = byte_level.eos_token_id
     ids = [
