@@ -41,6 +41,7 @@ ELSEWHERE = {
         *("add_rms_norm_", "joined_swiglu"),  # without a gradient, in less memory
     ),
     "native_decoder": ("decoder_layer",),
+    "native_chain": ("Chain",),
     "native_draw": ("draw",),
     "native_adamw": ("adamw",),
     "native_decode": ("pack_linears", "DecodeLayer", "WholeDecoder", "DecodeBatch"),

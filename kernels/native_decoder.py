@@ -4,7 +4,7 @@ are ours; else what stands between those of torch."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,10 +45,45 @@ def decoder_layer(
     norms: Sequence[Tensor | None] = (None, None),  # of q's heads and k's
 ) -> Tensor:  # (L, D) fp32
     how, given = Known(*known), (*weights, *biases, *norms)
-    even = how.dtype == torch.float32 or x.shape[1] % 2 == weights[-1].shape[1] % 2 == 0
-    if fast(core().isa(), how.dtype) and even and len(x):
+    if holds(len(x), how.dtype, given):
         return Whole.apply(x, cos, sin, how, *given)
     return by_parts(x, cos, sin, how, BETWEEN, *given)
+
+
+def holds(tokens: int, dtype: torch.dtype, given: Sequence[Any]) -> bool:
+    """Whether a layer is one call: its products are ours, and bf16 is read in pairs."""
+    down = given[DOWN_AT]
+    even = dtype == torch.float32 or down.shape[0] % 2 == down.shape[1] % 2 == 0
+    return bool(fast(core().isa(), dtype) and even and tokens)
+
+
+class Held(NamedTuple):
+    """A layer between its two ways."""
+
+    task: Any
+    x: Tensor  # (L, D), what it read
+    kept: Tensor  # bytes
+    given: Sequence[Tensor | None]  # in the order of NAMES
+
+
+def held_layer(x: Tensor, cos: Tensor, sin: Tensor, known: Known, given: Sequence[Tensor | None]):
+    """What the layer makes of x, and what `held_layer_grad` wants. Nothing may move meanwhile."""
+    task = _layer(x, cos, sin, known, given)
+    kept, scratch, out = _bytes(task.keeps()), _bytes(task.needs()), torch.empty_like(x)
+    places = (t.data_ptr() for t in (x, kept, scratch, out))
+    core().decoder_layer(task, *places, threads())
+    return out, Held(task, x, kept, given)
+
+
+def held_layer_grad(
+    held: Held, grad: Tensor, wants: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """By what the layer read, and by all of `given` that wants it. grad is contiguous."""
+    out, scratch = torch.empty_like(held.x), _bytes(held.task.needs())
+    found, into = _gradients(held.given, wants)
+    places = (t.data_ptr() for t in (held.x, held.kept, scratch, grad, out))
+    core().decoder_layer_grad(held.task, *places, into, threads())
+    return out, found
 
 
 class Whole(torch.autograd.Function):
@@ -56,24 +91,17 @@ class Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, known, *given):
-        task = _layer(x, cos, sin, known, given)
-        kept, scratch = _bytes(task.keeps()), _bytes(task.needs())
-        out = torch.empty_like(x)
-        places = (t.data_ptr() for t in (x, kept, scratch, out))
-        core().decoder_layer(task, *places, threads())
+        out, held = held_layer(x, cos, sin, known, given)
         ctx.known = known
-        ctx.save_for_backward(x, cos, sin, kept, *given)
+        ctx.save_for_backward(x, cos, sin, held.kept, *given)
         return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, cos, sin, kept, *given = ctx.saved_tensors
         # weights that are gathered for a forward stand elsewhere in its backward
-        task = _layer(x, cos, sin, ctx.known, given)
-        grad, out, scratch = grad.contiguous(), torch.empty_like(x), _bytes(task.needs())
-        found, into = _gradients(given, ctx.needs_input_grad[4:])
-        places = (t.data_ptr() for t in (x, kept, scratch, grad, out))
-        core().decoder_layer_grad(task, *places, into, threads())
+        held = Held(_layer(x, cos, sin, ctx.known, given), x, kept, given)
+        out, found = held_layer_grad(held, grad.contiguous(), ctx.needs_input_grad[4:])
         return out, None, None, None, *found
 
 

@@ -13,12 +13,11 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from reasonrl import cpu_layers, heads, structure
+from reasonrl import angles, cpu_layers, heads, structure
 from reasonrl.decoding import REFILL, Decoding
 from reasonrl.implementations import native
 from reasonrl.models import Policy
@@ -28,8 +27,6 @@ from reasonrl.whole_layer import DTYPES, TYPES
 TOKENS = 16  # of a call
 MOST = 1 << 29  # weights of a decoder; up to here the kernel was measured as the faster way
 AT_ONCE = 1 << 26  # bytes of slots up to which they are as wide at once as they may become
-_made: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # angles by their module
-FIXED = ("default", "linear", "llama3", "yarn")  # rotary embeddings whose angles nothing changes
 
 
 class Burst(Decoding):
@@ -139,7 +136,7 @@ def takes(policy: Policy) -> bool:
         and len({scale.dtype for scale in scales}) == 1
         and type(decoder.embed_tokens) is nn.Embedding
         and table.dtype in (torch.float32, policy.compute)
-        and getattr(decoder.rotary_emb, "rope_type", None) in FIXED
+        and angles.fixed(decoder.rotary_emb)
         and sum(weight.numel() for weight in weights) <= MOST
     )  # fmt: skip
 
@@ -160,24 +157,11 @@ def whole(policy: Policy, positions: int) -> Any:
         norm.weight.detach(),
         norm.variance_epsilon,
         head,
-        _angles(decoder.rotary_emb, table, positions),
+        angles.table(decoder.rotary_emb, table, positions),
         sizes,
         dtype,
     )
     return native("WholeDecoder")(layers, table, *known)
-
-
-def _angles(rotary: Any, like: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of so many positions or more, made anew where what they come from is another."""
-    way = getattr(rotary.forward, "__func__", rotary.forward)
-    of = like.dtype, getattr(rotary, "attention_scaling", 1.0), way
-    kept, frequency = _made.get(rotary), rotary.inv_freq
-    if kept and kept[0] == of and len(kept[2][0]) >= positions and torch.equal(kept[1], frequency):
-        return kept[2]
-    at = torch.arange(max(1, positions))[None]
-    cos, sin = (x[0].contiguous() for x in rotary(like[:1, None], at))
-    _made[rotary] = of, frequency.clone(), (cos, sin)
-    return cos, sin
 
 
 def _products(layer: Any) -> list[tuple[list[Any], bool]]:

@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from reasonrl import heap, importance
+from reasonrl import heap, importance, whole_decoder
 from reasonrl.batch import cu_seqlens, lengths, pack, places, rows_of
 from reasonrl.config import Config
 from reasonrl.heads import Head
@@ -118,6 +118,7 @@ class Learner:
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         # whole weights and no scaler: torch's own optimiser does all that accelerate's does
         self.plain = accelerator.distributed_type.value in PLAIN and accelerator.scaler is None
+        self.alone = self.plain and accelerator.num_processes == 1  # nobody reduces gradients
         self.reference: Policy | None = None
         self.skipped = 0  # steps in a row that the NaN policy left out
         self.watches, self.seen = False, None  # whether to keep what updates see of every token
@@ -223,7 +224,8 @@ class Learner:
         for i, batch in enumerate(batches):
             last = i + 1 == len(batches)
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps on the last
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            straight = whole_decoder.direct() if self.alone else nullcontext()
+            with straight, nullcontext() if last else self.accelerator.no_sync(self.module):
                 # ranks are averaged, so each divides by its share of the divisor
                 loss, metrics = self.module(batch, spec, divisor / world)
                 self.accelerator.backward(loss)

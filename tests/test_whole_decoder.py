@@ -3,6 +3,7 @@ of them is another or somebody listens."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from test_native import native  # noqa: F401, fixture
 from test_packing import gradients
 from torch import nn
 
-from reasonrl import attention, whole_decoder
+from bench.step_ours import Ours, Settings
+from reasonrl import attention, implementations, whole_decoder
+from reasonrl.kernels import native_chain, native_products
+from reasonrl.kernels.native import core
 
 
 @pytest.fixture
@@ -90,3 +94,116 @@ def test_kept_keys_a_compiler_and_fewer_layers(seen, monkeypatch):
         assert torch.equal(fewer, fused.hidden(ids, positions, plan))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert whole_decoder.computed(fused.model.model, ids, positions, plan) is None
+
+
+def straight(policy, losses) -> dict[str, torch.Tensor | None]:
+    """Gradients of several losses, one after the other, each gone straight into the weights."""
+    policy.model.zero_grad()
+    with whole_decoder.direct():
+        for _ in range(losses):
+            loss_of(policy).backward()
+    return grads_of(policy)
+
+
+def grads_of(policy) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in policy.model.named_parameters()}
+
+
+@pytest.fixture
+def chains(native, monkeypatch) -> list[Any]:  # noqa: F811
+    """All that are made, of tokens that one of them takes."""
+    kind, made = native_chain.Chain, []
+
+    class Seen(kind):
+        def takes(self) -> bool:
+            made.append(self)
+            return super().takes()
+
+    monkeypatch.setattr(whole_decoder, "native", lambda op: {"Chain": Seen}.get(op) or inner(op))
+    inner = implementations.native
+    return made
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "embed", "norm", "layers.1", "v_proj", "all but up"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "Qwen2", "Qwen3"])
+def test_gradients_that_go_straight_are_those_of_a_graph(chains, name, compute, frozen):
+    """Tied words and words apart, biases and norms of heads; all of it twice, so that they add."""
+    _, fused = twins(name)
+    fused.compute = compute
+    for place, parameter in fused.model.named_parameters():
+        off = "up_proj" not in place if frozen == "all but up" else frozen in place
+        parameter.requires_grad_(not off)
+    loss_of(fused).backward()
+    loss_of(fused).backward()
+    wanted, made = grads_of(fused), len(chains)
+    found = straight(fused, 2)
+    takes = native_products.fast(core().isa(), compute)
+    assert made == 0 and len(chains) == 2 and all(not chain.held for chain in chains) == takes
+    for place, want in wanted.items():
+        got = found[place]
+        if got is None or want is None:
+            assert got is want, place
+        elif "embed" in place and name == "tiny":  # a head's part too: its sums in another order
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(got, want), place
+
+
+def test_a_padding_word_learns_nothing(chains):
+    _, fused = twins("Llama")
+    table = fused.model.model.embed_tokens
+    table.padding_idx = 5
+    loss_of(fused).backward()
+    want = grads_of(fused)["model.embed_tokens.weight"]
+    assert torch.equal(straight(fused, 1)["model.embed_tokens.weight"], want) and chains
+
+
+LISTENERS: dict[str, Any] = {
+    "to a gradient": lambda m: m.layers[1].mlp.up_proj.weight.register_hook(lambda g: None),
+    "to a weight that has learnt": lambda m: m.norm.weight.register_post_accumulate_grad_hook(
+        lambda p: None
+    ),
+    "words of a bounded norm": lambda m: setattr(m.embed_tokens, "max_norm", 1e9),
+    "words by their number": lambda m: setattr(m.embed_tokens, "scale_grad_by_freq", True),
+    "nothing learns": lambda m: m.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", LISTENERS)
+def test_where_a_graph_is_needed(chains, change):
+    _, fused = twins("Qwen2")
+    LISTENERS[change](fused.model.model)
+    loss_of(fused).backward()
+    wanted = grads_of(fused)
+    found = straight(fused, 1)
+    assert not chains and set(found) == set(wanted)
+    for place, got in found.items():
+        want = wanted[place]
+        assert got is want or (want is not None and torch.equal(got, want)), place
+
+
+def test_a_direct_loss_has_one_backward_and_other_threads_their_own_way(chains):
+    if not native_products.fast(core().isa(), torch.float32):
+        pytest.skip("layers are no single calls on this CPU")
+    _, fused = twins("Llama")
+    with whole_decoder.direct():
+        loss = loss_of(fused)
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(lambda: loss_of(fused)).result()
+        with torch.no_grad():
+            loss_of(fused)
+    assert len(chains) == 1
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a loss has one backward"):
+        loss.backward()
+    other.backward(retain_graph=True)
+    other.backward()
+    loss_of(fused).backward()
+    assert len(chains) == 1
+
+
+def test_an_update_goes_straight(chains, native):  # noqa: F811
+    side = Ours(Settings("tiny", prompts=1, group=2, tokens=4, prompt_tokens=8, repeats=1), "fp32")
+    side.step(0)
+    assert len(chains) == 1
