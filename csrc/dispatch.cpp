@@ -26,7 +26,6 @@ namespace {
      isa::norm_heads,          \
      isa::norm_heads_grad,     \
      isa::swiglu,              \
-     isa::add_rows,            \
      isa::narrow,              \
      isa::column_sums,         \
      isa::swiglu_grad,         \
@@ -35,7 +34,9 @@ namespace {
      isa::draw,                \
      isa::adamw,               \
      isa::linear,              \
+     isa::linear_onto,         \
      isa::linear_by_input,     \
+     isa::linear_by_gate,      \
      isa::linear_by_weight,    \
      isa::panel,               \
      isa::packed_words,        \

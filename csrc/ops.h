@@ -280,7 +280,6 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void norm_heads(const HeadsTask&, int threads);                                                \
     void norm_heads_grad(const HeadsTask&, float* by_norms, int64_t shares, int threads);          \
     void swiglu(const GateTask&, void* out, int threads);                                          \
-    void add_rows(const float* x, const void* y, int dtype, int64_t n, float* out, int threads);   \
     void narrow(const float* x, int64_t n, int dtype, void* out, int threads);                     \
     void column_sums(const void* x, int dtype, int64_t rows, int64_t width, float* out,            \
                      int threads);                                                                 \
@@ -290,7 +289,11 @@ enum RunWhat { RUN_SUM, RUN_PRODUCT, RUN_ENDS };
     void draw(const DrawTask&, int threads);                                                       \
     double adamw(const Learned*, int64_t count, const AdamW&, int threads);                        \
     void linear(const LinearTask&, const void* x, void* y, int threads);                           \
+    void linear_onto(const LinearTask&, const void* x, const float* onto, float* out,              \
+                     int threads);                                                                 \
     void linear_by_input(const LinearTask&, const void* grad, void* out, int threads);             \
+    void linear_by_gate(const LinearTask&, const void* grad, const GateTask&, const GateGrad&,     \
+                        int threads);                                                              \
     void linear_by_weight(const LinearTask&, const void* grad, const void* x, float* out,          \
                           int threads);                                                            \
     int64_t panel();                                                                               \
@@ -325,7 +328,6 @@ struct Ops {
     decltype(&portable::norm_heads) norm_heads;
     decltype(&portable::norm_heads_grad) norm_heads_grad;
     decltype(&portable::swiglu) swiglu;
-    decltype(&portable::add_rows) add_rows;
     decltype(&portable::narrow) narrow;
     decltype(&portable::column_sums) column_sums;
     decltype(&portable::swiglu_grad) swiglu_grad;
@@ -334,7 +336,9 @@ struct Ops {
     decltype(&portable::draw) draw;
     decltype(&portable::adamw) adamw;
     decltype(&portable::linear) linear;
+    decltype(&portable::linear_onto) linear_onto;
     decltype(&portable::linear_by_input) linear_by_input;
+    decltype(&portable::linear_by_gate) linear_by_gate;
     decltype(&portable::linear_by_weight) linear_by_weight;
     decltype(&portable::panel) panel;
     decltype(&portable::packed_words) packed_words;

@@ -34,6 +34,8 @@ ROWS = "csrc/cpu/packed.h"
 TILES = "csrc/cpu/tiles.h"
 LINEAR = "csrc/cpu/linear.cpp"
 LAYER = "csrc/cpu/layer.cpp"
+FINISH = "csrc/cpu/finish.h"
+GATE = "csrc/cpu/gate.h"
 PACK = "csrc/cpu/pack.cpp"
 ADAMW = "csrc/cpu/adamw.cpp"
 NUMBERS = "csrc/cpu/lanes.h"
@@ -134,8 +136,8 @@ CPU = [
     ("weight gradient of the first chunk", LAYERS, "parts[c * padded + j]", "parts[j]", "norm"),
     ("last rows without a gradient", LAYERS, "(t.rows + CHUNK - 1) / CHUNK", "t.rows / CHUNK", "norm"),
     ("gate not multiplied", LAYERS, "g * sigmoid(g) * u);", "sigmoid(g) * u);", "swiglu"),
-    ("slope of the gate alone", LAYERS, "(s + silu * (1.0f - s))", "s", "swiglu"),
-    ("gradients of gate and up change places", LAYERS, "give<T>(by_up, to + j, n - j, by * silu);", "give<T>(by_up, to + j, n - j, by * u * s);", "swiglu"),
+    ("slope of the gate alone", GATE, "(s + silu * (1.0f - s))", "s", "swiglu"),
+    ("gradients of gate and up change places", GATE, "give<T>(by_up, to, left, by * silu);", "give<T>(by_up, to, left, by * u * s);", "swiglu"),
     ("last gates left out", LAYERS, "(t.width + SPAN - 1) / SPAN", "t.width / SPAN", "swiglu or gate"),
     ("gates of the row before", LAYERS, "gated<type()>(t, row * t.stride + at", "gated<type()>(t, row * t.width + at", "gate"),
     ("results where the inputs stand", LAYERS, "row * t.width + at, n, out);", "row * t.stride + at, n, out);", "gate"),
@@ -154,8 +156,8 @@ CPU = [
     ("a key goes to its slot unturned", SLOTS, "head * t.size, t.cos, keys, n, s);", "head * t.size, false, keys, n, s);", "slots or row"),
     ("a turned query is not rounded", SLOTS, "if (dtype == F32) return;", "return;", "slots or row"),
     ("gradients with no rows between", LAYERS, "row * d.stride + at, dense, n", "row * t.width + at, dense, n", "again"),
-    ("SwiGLU made again without its gate", LAYERS, "n - j, silu * u);", "n - j, s * u);", "again"),
-    ("SwiGLU of every row in the first", LAYERS, "give<T>(again, dense + j", "give<T>(again, j", "again"),
+    ("SwiGLU made again without its gate", GATE, "left, silu * u);", "left, s * u);", "again"),
+    ("SwiGLU of every row in the first", LAYERS, "again, dense + j);", "again, j);", "again"),
     ("a norm made again without its weight", LAYERS, "left, w * held);", "left, held);", "again"),
     ("norms of every row in the first", LAYERS, "give<Y>(d.again, at + j", "give<Y>(d.again, j", "again"),
     ("queries' norm for keys", HEADS, "return head < t.heads ? t.q_norm : t.k_norm;", "return t.q_norm;", "normed"),
@@ -201,13 +203,17 @@ CPU = [
     ("the residual's gradient is not beside the second norm's", LAYER, "{own.given, grad, own.grad,", "{own.given, nullptr, own.grad,", "native_decoder"),
     ("the first norm's rows are the second's", LAYER, "norm_of(t, x, t.norm1, kept.scale1, t.eps1),\n", "norm_of(t, kept.total, t.norm1, kept.scale1, t.eps1),\n", "native_decoder"),
     ("normed heads are turned twice", LAYER, "attention_of(t, kept, heads, !t.q_norm)", "attention_of(t, kept, heads, true)", "native_decoder"),
-    ("up's gradient stands in the gate's place", LAYER, "{own.given, by_gate, by_up, own.read", "{own.given, by_up, by_gate, own.read", "native_decoder"),
+    ("up's gradient stands in the gate's place", LAYER, "{nullptr, by_gate, by_up, own.read", "{nullptr, by_up, by_gate, own.read", "native_decoder"),
     ("attention's output learns from what the norm gave", LAYER, "learn(t.out, own.above, kept.seen,", "learn(t.out, own.above, own.given,", "native_decoder"),
     ("heads' norms learn from the last share", LAYER, "by_norms[i % width] += parts[i]", "by_norms[i % width] = parts[i]", "native_decoder"),
-    ("the last product's gradient is of all the residual's past", LAYER, "op.add_rows(kept.total,", "op.add_rows(x,", "native_decoder"),
+    ("the last product's gradient is of all the residual's past", LAYER, "op.linear_onto(t.down, own.by_both, kept.total,", "op.linear_onto(t.down, own.by_both, x,", "native_decoder"),
     ("sums of columns forget a chunk", LAYERS, "                whole += sum;", "                whole = sum;", "native_decoder"),
     ("sums of columns from the first vector", LAYERS, "sum += take<type()>(x, i * width + j, end - j);", "sum += take<type()>(x, i * width, end - j);", "native_decoder"),
     ("a thread's part of a vector is left out", LAYERS, "share_of(vectors(n) / LANES);", "share_of(n / LANES);", "native_decoder"),
+    ("the residual is left out", FINISH, "take<F32>(x, at, left) + as<", "as<", "native_decoder"),
+    ("gates of the row before the product's", FINISH, "from = row * t.stride + j", "from = row * t.width + j", "native_decoder"),
+    ("gradients by gates with no rows between", FINISH, "to = row * d.stride + j", "to = row * t.width + j", "native_decoder"),
+    ("what gates gave, all in the first row", FINISH, "row * t.width + j);", "j);", "native_decoder"),
     ("rows of the first layer again", LINEAR, "part++) i -= part->count;", "part++) i = 0;", "native_products"),
     ("no bias", LINEAR, "if (more) x += load(more + v * LANES);", "", "native_products"),
     ("biases over each other", LINEAR, "t.parts[i].count, all.begin() + at);", "t.parts[i].count, all.begin());", "native_products"),

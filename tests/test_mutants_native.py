@@ -41,6 +41,8 @@ PER_ISA = tuple(
 FEW = {  # headers of few sources
     "attend.h": ("decode.cpp",),
     "enter.h": ("module.cpp",),
+    "finish.h": ("linear.cpp",),
+    "gate.h": ("layers.cpp", "linear.cpp"),
     "going.h": ("decode.cpp",),
     "meeting.h": ("decode.cpp",),
     "norm.h": ("decode.cpp", "layers.cpp"),

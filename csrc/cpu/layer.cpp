@@ -139,8 +139,7 @@ void decoder_layer(const LayerTask& t, const float* x, void* keeps, void* needs,
                 own.read, threads);
     op.linear(t.both, own.read, kept.both, threads);
     op.swiglu(gate_of(t, kept), own.by_both, threads);
-    op.linear(t.down, own.by_both, own.given, threads);
-    op.add_rows(kept.total, own.given, t.dtype, t.tokens * t.width, out, threads);
+    op.linear_onto(t.down, own.by_both, kept.total, out, threads);
 }
 
 void decoder_layer_grad(const LayerTask& t, const float* x, void* keeps, void* needs,
@@ -149,11 +148,11 @@ void decoder_layer_grad(const LayerTask& t, const float* x, void* keeps, void* n
     const Scratch own(t, needs);
     const Ops& op = ops();
     op.narrow(grad, t.tokens * t.width, t.dtype, own.above, threads);
-    op.linear_by_input(t.down, own.above, own.given, threads);
     char* by_gate = (char*)own.by_both;
     const GateTask gate = gate_of(t, kept);
     void* by_up = by_gate + ((const char*)gate.up - (const char*)gate.gate);
-    op.swiglu_grad(gate, {own.given, by_gate, by_up, own.read, 2 * t.inner}, threads);
+    op.linear_by_gate(t.down, own.above, gate, {nullptr, by_gate, by_up, own.read, 2 * t.inner},
+                      threads);
     learn(t.down, own.above, own.read, by.down, by.down_bias, threads);
     op.linear_by_input(t.both, own.by_both, own.given, threads);
     op.rms_norm_grad(norm_of(t, kept.total, t.norm2, kept.scale2, t.eps2),

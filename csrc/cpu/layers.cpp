@@ -7,12 +7,13 @@
 //            du = dh g sigmoid(g),  dg = dh u sigmoid(g) (1 + g (1 - sigmoid(g)))
 //
 // All in float32. dw is summed by chunks of rows whose number and order the rows alone decide.
-// And the least of passes: a residual added, numbers rounded, sums of columns.
+// And the least of passes: numbers rounded, sums of columns.
 #include <math.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "gate.h"
 #include "norm.h"
 #include "share.h"
 
@@ -101,11 +102,8 @@ INLINE void gated_grad(const GateTask& t, const GateGrad& d, int64_t from, int64
     const void *gate = t.gate, *up = t.up, *grad = d.grad;
     void *by_gate = d.grad_gate, *by_up = d.grad_up, *again = d.again;
     for (int64_t j = 0; j < n; j += LANES) {
-        const Vec g = take<T>(gate, from + j, n - j), u = take<T>(up, from + j, n - j);
-        const Vec by = take<T>(grad, dense + j, n - j), s = sigmoid(g), silu = g * s;
-        give<T>(by_gate, to + j, n - j, by * u * (s + silu * (1.0f - s)));
-        give<T>(by_up, to + j, n - j, by * silu);
-        if (again) give<T>(again, dense + j, n - j, silu * u);
+        const Vec by = take<T>(grad, dense + j, n - j);
+        ungate<T>(gate, up, from + j, n - j, by, by_gate, by_up, to + j, again, dense + j);
     }
 }
 
@@ -156,17 +154,6 @@ void swiglu(const GateTask& t, void* out, int threads) {
     by_span(t, threads, [&](int64_t row, int64_t at, int64_t n) {
         of_type(t.dtype, [&](auto type) {
             gated<type()>(t, row * t.stride + at, row * t.width + at, n, out);
-        });
-    });
-}
-
-void add_rows(const float* x, const void* y, int dtype, int64_t n, float* out, int threads) {
-    by_part(n, threads, [&](int64_t begin, int64_t end) {
-        of_type(dtype, [&](auto type) {
-            for (int64_t j = begin; j < end; j += LANES) {
-                const Vec sum = take<F32>(x, j, end - j) + take<type()>(y, j, end - j);
-                give<F32>(out, j, end - j, sum);
-            }
         });
     });
 }

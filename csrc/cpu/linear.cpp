@@ -9,6 +9,7 @@
 // inner side in one order, and rounded once.
 #include <algorithm>
 
+#include "finish.h"
 #include "share.h"
 #include "tiles.h"
 
@@ -74,9 +75,6 @@ INLINE const float* weight_row(const LinearTask& t, int64_t i) {
     for (; i >= part->count; part++) i -= part->count;
     return part->at + i * t.inputs;
 }
-
-template <bool DOTS>
-using Number = std::conditional_t<DOTS, uint16_t, float>;
 
 // B, a row of words in each panel for every step of the inner side.
 template <bool DOTS>
@@ -203,18 +201,9 @@ struct LeftAcross {
     }
 };
 
-// The first `left` of LANES sums, as the result's type has them.
-INLINE void settle(float* to, int64_t left, Vec x) {
-    give<F32>(to, 0, left, x);
-}
-
-INLINE void settle(uint16_t* to, int64_t left, Vec x) {
-    give<QUICK>(to, 0, left, x);
-}
-
-// This thread's part of C (rows, columns), a row of `Type` behind the other.
-template <bool DOTS, class A, class Type>
-void multiply(A a, const Panels<DOTS>& b, int64_t columns, const float* bias, Type* out) {
+// This thread's part of C (rows, columns), each sum to put(row, column, columns left, LANES sums).
+template <bool DOTS, class A, class Put>
+void multiply(A a, const Panels<DOTS>& b, int64_t columns, const float* bias, Put give_to) {
     const int64_t tiles = up(a.rows, HIGH), team = omp_get_num_threads();
     const int64_t blocks = up(tiles, TILES * team) * team, parts = up(b.steps, STEPS);
     const Words c = kept(2, TILES * HIGH, APART);
@@ -234,15 +223,16 @@ void multiply(A a, const Panels<DOTS>& b, int64_t columns, const float* bias, Ty
                 const Words sum = {c.row((r - block.begin) * HIGH), APART};
                 const int64_t rows = std::min<int64_t>(HIGH, a.rows - r * HIGH);
                 const int64_t count = std::min(wide * LANES, columns - first);
-                Type* to = out + r * HIGH * columns + first;
                 const auto put = [=](int row, int v, Vec x, int64_t left = LANES) INLINE_BODY {
                     if (more) x += load(more + v * LANES);
-                    settle(to + row * columns + v * LANES, left, x);
+                    give_to(r * HIGH + row, first + v * LANES, left, x);
                 };
                 if (p == 0 && i % b.count == 0) a.ready_soon(r + 1);
                 const bool ends = p + 1 == parts;
-                for (int row = 0; row < rows && ends; row++) soon(to + row * columns, count);
-                if (ends && rows == HIGH && count == wide * LANES) {
+                for (int row = 0; row < rows && ends; row++) {
+                    give_to.ask(r * HIGH + row, first, count);
+                }
+                if (Put::SHORT && ends && rows == HIGH && count == wide * LANES) {
                     tile_of<DOTS>(wide, x, w, steps, steps, sum, p > 0, put);
                     continue;
                 }
@@ -274,8 +264,8 @@ std::vector<float> biases_of(const LinearTask& t) {
     return all;
 }
 
-template <bool DOTS>
-void forward(const LinearTask& t, const void* x, void* y, int threads) {
+template <bool DOTS, class Put>
+void forward(const LinearTask& t, const void* x, Put put, int threads) {
     Store store;
     const Left a = left_of<DOTS>(x, t.rows, t.inputs, store);
     Panels<DOTS> b(t.inputs, t.outputs);
@@ -286,12 +276,12 @@ void forward(const LinearTask& t, const void* x, void* y, int threads) {
         b.fill_across(t, mine.begin, mine.end);
 #pragma omp barrier
         const float* more = bias.empty() ? nullptr : bias.data();
-        multiply<DOTS>(a, b, t.outputs, more, (Number<DOTS>*)y);
+        multiply<DOTS>(a, b, t.outputs, more, put);
     }
 }
 
-template <bool DOTS>
-void by_input(const LinearTask& t, const void* grad, void* out, int threads) {
+template <bool DOTS, class Put>
+void by_input(const LinearTask& t, const void* grad, Put put, int threads) {
     Store store;
     const Left a = left_of<DOTS>(grad, t.rows, t.outputs, store);
     Panels<DOTS> b(t.outputs, t.inputs);
@@ -301,7 +291,7 @@ void by_input(const LinearTask& t, const void* grad, void* out, int threads) {
         b.fill(mine.begin, mine.end, t.inputs,
                [&](int64_t i) { return i < t.outputs ? weight_row(t, i) : nullptr; });
 #pragma omp barrier
-        multiply<DOTS>(a, b, t.inputs, nullptr, (Number<DOTS>*)out);
+        multiply<DOTS>(a, b, t.inputs, nullptr, put);
     }
 }
 
@@ -320,32 +310,46 @@ void by_weight(const LinearTask& t, const void* grad, const void* x, float* out,
         const Words words = kept(1, TILES * HIGH + LANES, b.steps);
 #pragma omp barrier
         const LeftAcross<DOTS, decltype(g)> a = {t.outputs, b.steps, g, words.at};
-        multiply<DOTS>(a, b, t.inputs, nullptr, out);
+        multiply<DOTS>(a, b, t.inputs, nullptr, Rows<float>{out, t.inputs});
     }
 }
 
 }  // namespace
 
-void linear(const LinearTask& t, const void* x, void* y, int threads) {
 #ifdef __AVX512F__
-    if (t.dtype == BF16) return forward<true>(t, x, y, threads);
+#define REASONRL_BY_TYPE(call)   \
+    if (t.dtype == BF16) {       \
+        constexpr bool P = true; \
+        return call;             \
+    }                            \
+    constexpr bool P = false;    \
+    call
+#else
+#define REASONRL_BY_TYPE(call) \
+    constexpr bool P = false;  \
+    call
 #endif
-    forward<false>(t, x, y, threads);
+
+void linear(const LinearTask& t, const void* x, void* y, int threads) {
+    REASONRL_BY_TYPE((forward<P>(t, x, Rows<Number<P>>{(Number<P>*)y, t.outputs}, threads)));
+}
+
+void linear_onto(const LinearTask& t, const void* x, const float* onto, float* out, int threads) {
+    REASONRL_BY_TYPE((forward<P>(t, x, Onto<P>{onto, out, t.outputs}, threads)));
 }
 
 void linear_by_input(const LinearTask& t, const void* grad, void* out, int threads) {
-#ifdef __AVX512F__
-    if (t.dtype == BF16) return by_input<true>(t, grad, out, threads);
-#endif
-    by_input<false>(t, grad, out, threads);
+    REASONRL_BY_TYPE((by_input<P>(t, grad, Rows<Number<P>>{(Number<P>*)out, t.inputs}, threads)));
+}
+
+void linear_by_gate(const LinearTask& t, const void* grad, const GateTask& gate, const GateGrad& d,
+                    int threads) {
+    REASONRL_BY_TYPE((by_input<P>(t, grad, Ungated<P>{gate, d}, threads)));
 }
 
 void linear_by_weight(const LinearTask& t, const void* grad, const void* x, float* out,
                       int threads) {
-#ifdef __AVX512F__
-    if (t.dtype == BF16) return by_weight<true>(t, grad, x, out, threads);
-#endif
-    by_weight<false>(t, grad, x, out, threads);
+    REASONRL_BY_TYPE((by_weight<P>(t, grad, x, out, threads)));
 }
 
 }  // namespace ISA
