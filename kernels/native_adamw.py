@@ -9,8 +9,6 @@ from torch import Tensor
 
 from reasonrl.kernels.native import core, threads
 
-EACH = 6  # numbers of a `Learned` of csrc/ops.h
-
 
 def adamw(
     parameters: Sequence[Sequence[Tensor]],  # weight, gradient, exp_avg, exp_avg_sq; step: fp32
@@ -23,8 +21,10 @@ def adamw(
 ) -> float:
     """The gradients' norm; where it is finite, and they are usable, weights and moments after a
     step, in place, all of them contiguous. The gradients stay as they are."""
-    given = array("q")
-    for tensors in parameters:
-        given.extend([*(x.data_ptr() for x in tensors), tensors[0].numel()])
-    at, numbers = given.buffer_info()
-    return core().adamw(at, numbers // EACH, rate, *betas, eps, decay, limit, usable, threads())
+    given: list[int] = []
+    for w, g, mean, square, step in parameters:  # a `Learned` of csrc/ops.h each
+        given += (w.data_ptr(), g.data_ptr(), mean.data_ptr(), square.data_ptr(), step.data_ptr())
+        given.append(w.numel())
+    numbers = array("q", given)
+    at, how = numbers.buffer_info()[0], (rate, *betas, eps, decay, limit, usable)
+    return core().adamw(at, len(parameters), *how, threads())

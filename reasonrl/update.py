@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from reasonrl import heap, importance, whole_decoder
-from reasonrl.batch import cu_seqlens, lengths, pack, places, rows_of
+from reasonrl.batch import lengths, pack, places, rows_of
 from reasonrl.config import Config
 from reasonrl.heads import Head
 from reasonrl.implementations import native
@@ -262,16 +264,18 @@ class Learner:
             return None
         optimizer: Any = self.optimizer.optimizer
         (group,) = optimizer.param_groups
+        learned = [p for p in group["params"] if p.grad is not None]
+        kept = optimizer.state  # in the order of the parameters, mostly: none is looked up then
+        same = len(kept) == len(learned) and all(map(operator.is_, kept, learned))
         all_of = []
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = optimizer.state[p]
+        states = kept.values() if same else [kept[p] for p in learned]
+        for p, state in zip(learned, states, strict=True):
             if not state:
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
                 state["exp_avg_sq"] = torch.zeros_like(p)
             all_of.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]))
-        if not all(x.dtype == torch.float32 and x.is_contiguous() for of in all_of for x in of):
+        flat = list(chain.from_iterable(all_of))
+        if {x.dtype for x in flat} - {torch.float32} or not all(map(Tensor.is_contiguous, flat)):
             return None
         known = group["lr"], group["betas"], group["eps"], group["weight_decay"]
         return native("adamw")(all_of, *known, limit, usable)
@@ -308,9 +312,9 @@ def _live(rollout: Rollout, advantage: Tensor, rows: Sequence[int], spec: LossSp
     """Rows that can have a gradient: all where KL or entropy act, else those with credit."""
     if spec.kl_coef or spec.entropy_coef:
         return list(rows)
-    before = torch.cat([torch.zeros(1, dtype=torch.long), (advantage != 0).cumsum(0)])
-    known = before[cu_seqlens(rollout)].tolist()  # tokens with credit before each row
-    return [b for b in rows if known[b] < known[b + 1]]
+    credit = advantage.tolist()
+    edges = [0, *accumulate(lengths(rollout))]
+    return [b for b in rows if any(credit[edges[b] : edges[b + 1]])]
 
 
 def _shares(
@@ -369,6 +373,13 @@ def _merged(parts: Sequence[dict[str, float]], total: tuple[str, ...] = ()) -> d
     """Metrics of several micro-batches as one: means by tokens, maxima, sums."""
     if not parts:
         return dict.fromkeys((*METRICS, "tokens", "loss"), 0.0)
+    if len(parts) == 1:  # the same arithmetic without its sums
+        part, sums = dict(parts[0]), ("tokens", "nonfinite", *total)
+        n = part.get("tokens", 0.0) or 1.0
+        for key, value in part.items():
+            if not key.endswith("/max"):
+                part[key] = (value if key in sums else value * n / n) + 0.0
+        return part
     weights = [part.get("tokens", 0.0) for part in parts]
     whole = sum(weights)
     out = {}
