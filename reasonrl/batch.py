@@ -14,6 +14,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate, chain
 from typing import Any
 
@@ -35,13 +36,18 @@ def cu_seqlens(rollout: Rollout) -> Tensor:
 
 def places(rollout: Rollout, rows: Sequence[int] | Tensor) -> Tensor:
     """Where the tokens of these rows stand among all N completion tokens, (n,) int64."""
-    starts = [0, *accumulate(lengths(rollout))]
-    return integers(range(starts[int(b)], starts[int(b) + 1]) for b in rows)
+    return _places([0, *accumulate(lengths(rollout))], rows)
 
 
-def integers(parts: Iterable[Iterable[int]]) -> Tensor:
+def _places(edges: Sequence[int], rows: Iterable[Any]) -> Tensor:
+    return integers(_numbers(edges[int(b)], edges[int(b) + 1]) for b in rows)
+
+
+def integers(parts: Iterable[array]) -> Tensor:
     """End to end, int64."""
-    found = array("q", chain.from_iterable(parts))
+    found = array("q")
+    for part in parts:
+        found += part
     return torch.frombuffer(found, dtype=torch.long) if found else torch.zeros(0, dtype=torch.long)
 
 
@@ -132,16 +138,19 @@ def pack(
     if advantage is None:
         advantage = torch.zeros(sum(size))
     wanted = range(len(size)) if rows is None else rows
-    for chosen in _cuts(rollout, [b for b in wanted if size[b]], tokens, ends):
-        yield _batch(rollout, chosen, advantage, old_logp, ref_logp, weight, ends)
+    owner: list[int] = rollout.group.tolist()
+    edges = [0, *accumulate(size)]
+    for chosen in _cuts(rollout, owner, [b for b in wanted if size[b]], tokens, ends):
+        yield _batch(rollout, owner, edges, chosen, (advantage, old_logp, ref_logp, weight), ends)
 
 
-def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int, ends: bool) -> Iterator[list[int]]:
+def _cuts(
+    rollout: Rollout, owner: list[int], rows: list[int], tokens: int, ends: bool
+) -> Iterator[list[int]]:
     """Rows cut so that prompts (once for each group present) and completions fit the budget."""
     chosen: list[int] = []
     used, group = 0, -1
-    owner = rollout.group.tolist()
-    for b in sorted(rows, key=lambda b: (owner[b], b)):
+    for b in sorted(sorted(rows), key=owner.__getitem__):
         g = owner[b]
         prompt = len(rollout.prompt_ids[g])
         own = len(rollout.completion_ids[b]) - (not ends)
@@ -156,48 +165,50 @@ def _cuts(rollout: Rollout, rows: Sequence[int], tokens: int, ends: bool) -> Ite
         yield chosen
 
 
-def _batch(rollout, rows, advantage, old_logp, ref_logp, weight, ends: bool) -> Batch:
-    ids: list[int] = []
+def _batch(rollout, owner, edges, rows, values, ends: bool) -> Batch:
+    """owner: every row's group; edges: where rows begin among all tokens; values: (N,) or None."""
+    ids, predict, target, sizes = array("q"), array("q"), array("q"), array("q", [0])
     positions: list[Any] = []  # ranges, or what an image says
     seen: list[Any] = []
-    predict: list[int] = []
     layout: list[tuple[int, int, list[int]]] = []
-    group, owner = -1, rollout.group.tolist()
+    group, following, together = -1, edges[rows[0]], True
     for b in rows:
         g = owner[b]
-        completion = rollout.completion_ids[b]
+        completion = array("q", rollout.completion_ids[b])
         if g != group:
-            prompt = rollout.prompt_ids[g]
+            prompt = array("q", rollout.prompt_ids[g])
             layout.append((len(ids), len(prompt), []))
-            ids.extend(prompt)
+            ids += prompt
             image = rollout.images[g] if rollout.images else None
             seen += [] if image is None else [image]
             own = range(len(prompt)) if image is None else image.positions
             positions.append(own)
             after = first_position(image, len(prompt))
             group = g
-        start, length, sizes = layout[-1]
+        start, length, own_sizes = layout[-1]
         # the last prompt token predicts the first token of every completion of the group
         own = len(completion) - (not ends)
         predict.append(start + length - 1)
-        predict.extend(range(len(ids), len(ids) + len(completion) - 1))
+        predict += _numbers(len(ids), len(ids) + len(completion) - 1)
         positions.append(range(after, after + own))
-        ids.extend(completion[:own])
-        sizes.append(own)
-    at = places(rollout, rows)
-    target = integers(rollout.completion_ids[b] for b in rows)
-    sizes = [0, *accumulate(len(rollout.completion_ids[b]) for b in rows)]
+        ids += completion[:own]
+        target += completion
+        sizes.append(len(target))
+        own_sizes.append(own)
+        together, following = together and edges[b] == following, edges[b + 1]
+    where = slice(edges[rows[0]], following) if together else _places(edges, rows)
+    advantage, old_logp, ref_logp, weight = (None if x is None else x[where] for x in values)
     return Batch(
         input_ids=integers([ids]),
         position_ids=_positions(positions, bool(seen)),
         layout=layout,
         predict=integers([predict]),
-        target=target,
-        cu_seqlens=torch.tensor(sizes),
-        advantage=advantage[at],
-        old_logp=None if old_logp is None else old_logp[at],
-        ref_logp=None if ref_logp is None else ref_logp[at],
-        weight=None if weight is None else weight[at],
+        target=integers([target]),
+        cu_seqlens=integers([sizes]),
+        advantage=advantage,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        weight=weight,
         mask=None,
         rows=torch.tensor(rows),
         images=seen,
@@ -206,10 +217,20 @@ def _batch(rollout, rows, advantage, old_logp, ref_logp, weight, ends: bool) -> 
 
 def _positions(parts: Sequence[Any], images: bool) -> Tensor:
     if not images:
-        return integers(parts)
+        return integers(_numbers(part.start, part.stop) for part in parts)
     return join_positions(
         [torch.tensor(part) if isinstance(part, range) else part for part in parts], True
     )
+
+
+def _numbers(start: int, stop: int) -> array:
+    """range(start, stop), out of numbers that are made once."""
+    return _counted(stop.bit_length())[start:stop]
+
+
+@cache
+def _counted(bits: int) -> array:
+    return array("q", range(1 << bits))
 
 
 def first_position(image: Any, length: int) -> int:
