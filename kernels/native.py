@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
+from array import array
 from functools import cache
 from typing import Any
 
@@ -47,6 +49,7 @@ ELSEWHERE = {
     "native_decode": ("pack_linears", "DecodeLayer", "WholeDecoder", "DecodeBatch"),
     "native_credit": ("credit_advantage", "prime_advantage", "trust"),
 }
+FILES = {name: file for file, names in ELSEWHERE.items() for name in names}
 
 
 def available() -> str | None:
@@ -70,7 +73,7 @@ def pointer(x: Tensor | None) -> int:
 
 
 def detached(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().contiguous()
+    return None if x is None else (x.detach() if x.requires_grad else x).contiguous()
 
 
 def threads() -> int:
@@ -92,9 +95,9 @@ def logp(
 def row_stats(logits: Tensor, target: Tensor, scale: tuple[float, float], entropy: bool):
     """(logp, entropy or None, stats) of a block of rows; the gradient needs `stats` (N, 3)."""
     n = logits.shape[0]
-    taken = logits.new_empty(n, dtype=torch.float32)
-    ent = torch.empty_like(taken) if entropy else None
-    stats = logits.new_empty(n, 3, dtype=torch.float32)
+    taken = torch.empty(n, dtype=torch.float32)
+    ent = torch.empty(n, dtype=torch.float32) if entropy else None
+    stats = torch.empty(n, 3, dtype=torch.float32)
     view = core().Logits(pointer(logits), *logits.shape, DTYPES[logits.dtype], *scale)
     core().logp_forward(
         view, pointer(target), pointer(taken), pointer(ent), pointer(stats), threads()
@@ -153,16 +156,16 @@ def loss_numbers(spec: Any) -> tuple[float, ...]:
     )  # fmt: skip
 
 
-def divisors(spec: Any, rows: int, tokens: int, denominator: Any) -> tuple[float, float]:
+def divisors(spec: Any, counts: Tensor, denominator: Any) -> tuple[float, float]:
     """(divisor of the loss, divisor of the entropy part or 0 where it is the same)."""
-    default = {
-        "seq_mean": rows,
-        "token_mean": tokens,
-        "fixed": rows * (spec.max_length or 0),
-    }[spec.reduce]
-    divisor = float(default if denominator is None else denominator)
-    apart = spec.entropy_reduce == "token_mean" and spec.reduce != "token_mean"
-    return divisor or 1.0, float(max(tokens, 1)) if apart else 0.0
+    apart, divisor = 0.0, denominator
+    if spec.reduce == "token_mean":
+        divisor = int(counts.sum()) if denominator is None else denominator
+    elif denominator is None:
+        divisor = counts.numel() * (1 if spec.reduce == "seq_mean" else spec.max_length or 0)
+    if spec.entropy_reduce == "token_mean" and spec.reduce != "token_mean":
+        apart = float(max(int(counts.sum()), 1))
+    return float(divisor) or 1.0, apart
 
 
 class Policy:
@@ -171,7 +174,7 @@ class Policy:
     def __init__(self, spec: Any, counts: Tensor, denominator: Any):
         self.spec, self.counts = spec, counts
         self.numbers = core().Loss(*loss_numbers(spec))
-        self.divisor = divisors(spec, counts.numel(), int(counts.sum()), denominator)
+        self.divisor = divisors(spec, counts, denominator)
         self.sums = torch.zeros(core().SUM_COUNT, dtype=torch.float64)
 
     def add(self, logp, old_logp, advantage, ref_logp, entropy, is_weight, mask, cu):
@@ -207,9 +210,9 @@ class Policy:
         loss, low, high, cut, kl, ratio, top, tokens, bad, active = self.sums.tolist()
         n = max(tokens, 1.0)
         values = [low / n, high / n, (low + high) / n, cut / n, kl / n, ratio / n]
-        return torch.tensor(loss, dtype=torch.float32), torch.tensor(
-            [*values, top, tokens, bad, active / n], dtype=torch.float32
-        )
+        values = array("f", [*values, top, tokens, bad, active / n])
+        found = torch.frombuffer(values, dtype=torch.float32)
+        return torch.tensor(loss, dtype=torch.float32), found
 
 
 def count_tokens(mask: Tensor | None, cu: Tensor) -> Tensor:  # (B,) int64
@@ -386,7 +389,7 @@ class _StepExpand(torch.autograd.Function):
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in ELSEWHERE.items():
-        if name in names:
-            return getattr(importlib.import_module(f"reasonrl.kernels.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    file = f"reasonrl.kernels.{FILES[name]}"
+    return getattr(sys.modules.get(file) or importlib.import_module(file), name)

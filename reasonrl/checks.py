@@ -42,7 +42,7 @@ class Layout:
     def token(self, name: str, x: Tensor, dtypes: Sequence[torch.dtype] = FULL) -> Tensor:
         """x in this layout -> (N,) contiguous."""
         tensor(name, x, self.shape, self.letters, dtypes, self.cu.device)
-        return x.reshape(-1)
+        return x if x.dim() == 1 else x.reshape(-1)
 
     def spread(self, name: str, x: Tensor) -> Tensor:
         """x per token or per completion (B,) -> (N,)."""
@@ -95,15 +95,15 @@ def offsets(name: str, cu: Tensor, n: int, device: torch.device, total: str = "N
     _on(name, cu, device)
     cu = cu.long().contiguous()
     if values_checked(cu):
-        if int(cu[0]) != 0 or int(cu[-1]) != n:
+        edges = cu.tolist()
+        if edges[0] != 0 or edges[-1] != n:
             raise ValueError(
-                f"{name} must run from 0 to {total} = {n}, got {int(cu[0])} to {int(cu[-1])}"
+                f"{name} must run from 0 to {total} = {n}, got {edges[0]} to {edges[-1]}"
             )
-        if bool((cu.diff() < 0).any()):
-            at = int((cu.diff() < 0).nonzero()[0, 0])
-            raise ValueError(
-                f"{name} must not fall, got {int(cu[at])} then {int(cu[at + 1])} at {at}"
-            )
+        if edges != sorted(edges):
+            pairs = enumerate(zip(edges, edges[1:], strict=False))
+            at, (here, then) = next(pair for pair in pairs if pair[1][0] > pair[1][1])
+            raise ValueError(f"{name} must not fall, got {here} then {then} at {at}")
     return cu
 
 
@@ -206,17 +206,26 @@ def loss_inputs(
         raise ValueError(
             "max_length or denominator must be given where reduce = 'fixed', got neither"
         )
-    if hasattr(advantage, "packed"):
+    if is_credit(advantage):
         worth = advantage.packed(lay, dtype)
     else:
-        worth = lay.spread("advantage", advantage).detach()
+        worth = _plain(lay.spread("advantage", advantage))
     return {
-        "old": None if old_logp is None else lay.token("old_logp", old_logp).detach(),
+        "old": None if old_logp is None else _plain(lay.token("old_logp", old_logp)),
         "advantage": worth,
-        "ref": None if ref_logp is None else lay.token("ref_logp", ref_logp).detach(),
-        "weight": None if is_weight is None else lay.spread("is_weight", is_weight).detach(),
+        "ref": None if ref_logp is None else _plain(lay.token("ref_logp", ref_logp)),
+        "weight": None if is_weight is None else _plain(lay.spread("is_weight", is_weight)),
         "divisor": divisor(denominator),
     }
+
+
+def is_credit(x: object) -> bool:
+    """One of `reasonrl.credit`; a tensor is not asked: not to have something takes it long."""
+    return not isinstance(x, Tensor) and hasattr(x, "packed")
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

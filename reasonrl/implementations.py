@@ -9,6 +9,7 @@ use. Under torch.compile the op becomes one operator (`compiled`).
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -76,12 +77,16 @@ def triton(op: str) -> Callable[..., Any]:
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
     """All tensors among the arguments, those of a credit with them."""
-    inner = [list(vars(x).values()) if _is_credit(x) else [x] for x in args]
-    return [x for part in inner for x in part if isinstance(x, Tensor)]
+    found: list[Tensor] = []
+    for x in args:
+        inner = (x,) if isinstance(x, Tensor) else vars(x).values() if _is_credit(x) else ()
+        found += [value for value in inner if isinstance(value, Tensor)]
+    return found
 
 
 def _is_credit(x: Any) -> bool:
-    return hasattr(x, "token_reward")
+    """A tensor is not asked: not to have something takes it long."""
+    return not isinstance(x, Tensor) and hasattr(x, "token_reward")
 
 
 def _order(op: str, tensors: Sequence[Tensor]) -> list[str]:
@@ -115,7 +120,8 @@ def _function(
 
 def _found(op: str, impl: str, file: str) -> Callable[..., Any]:
     try:
-        found = importlib.import_module(f"reasonrl.kernels.{file}")
+        name = f"reasonrl.kernels.{file}"
+        found = sys.modules.get(name) or importlib.import_module(name)
         reason = found.available()
         call = getattr(found, op, None) if reason is None else None
     except ModuleNotFoundError as missing:

@@ -140,11 +140,11 @@ def linear_policy_loss(
     ids = ids if lay.mask is None else torch.where(lay.mask, ids, 0)
     ids = checks.integers("target", ids, 0, max(weight.shape[0], int(lay.mask is not None)))
     temperature, softcap = checks.scale(temperature, softcap)
-    if hasattr(advantage, "packed"):
+    if checks.is_credit(advantage):
         known = {"mask": mask, "cu_seqlens": cu_seqlens, "impl": _dense(impl)}
         advantage = credit_advantage(advantage, **known)
     known = checks.loss_inputs(lay, old_logp, advantage, spec, ref_logp, is_weight, denominator)
-    rows = hidden.reshape(ids.numel(), hidden.shape[-1])
+    rows = hidden if hidden.dim() == 2 else hidden.reshape(ids.numel(), hidden.shape[-1])
     return _run(
         "linear_policy_loss",
         impl,
