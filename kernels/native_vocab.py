@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reasonrl.kernels.native_linear import Head, backward_only, forward_only
+from reasonrl.kernels.native_head import Head
+from reasonrl.kernels.native_linear import backward_only, forward_only
 
 
 def vocab_stats(

@@ -103,7 +103,7 @@ def test_logp_far_from_zero_and_broken_rows(native, isa):
 
 
 def test_gradient_in_place_folds_live_rows_to_the_front(native):
-    from reasonrl.kernels.native_linear import fold
+    from reasonrl.kernels.native_head import fold
 
     for live in ([1, 0, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1, 1], [1] * 7):
         live = torch.tensor(live, dtype=torch.bool)

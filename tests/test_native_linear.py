@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reasonrl import LossSpec
-from reasonrl.kernels import reference
+from reasonrl.kernels import native_head, reference
 from reasonrl.loss import NAMED
 
 EPS = torch.finfo(torch.float32).eps
@@ -57,7 +57,7 @@ def close(got, truth, rtol):
 @pytest.mark.parametrize("rows", [1, 7, 64, 0])
 @pytest.mark.parametrize("name", NAMED)
 def test_any_chunk_gives_the_loss_and_gradients(linear, monkeypatch, rows, name):
-    monkeypatch.setattr(linear, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(native_head, "CHUNK_ROWS", rows)
     for extra in ({}, {"entropy_coef": 0.02, "kl_coef": 0.1}):
         head, target, tokens, cu = drawn(rows)
         spec = LossSpec.named(name, max_length=90, **extra)
@@ -74,7 +74,7 @@ def test_any_chunk_gives_the_loss_and_gradients(linear, monkeypatch, rows, name)
 
 @pytest.mark.parametrize("name", ["dapo", "grpo", "gspo", "gmpo"])
 def test_masked_and_broken_rows_leave_no_trace(linear, monkeypatch, name):
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 16 if name != "gspo" else 80)
+    monkeypatch.setattr(native_head, "CHUNK_ROWS", 16 if name != "gspo" else 80)
     head, target, tokens, cu = drawn()
     mask = torch.rand(N) > 0.4
     mask[6] = True
@@ -97,15 +97,15 @@ def test_only_live_rows_reach_the_gradient_products(linear, monkeypatch):
     head, target, tokens, cu = drawn()
     tokens[1][:100] = 0
     seen, made = [], []
-    add_product, logits = linear.add_product, linear.Head.logits
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 32)
+    add_product, logits = native_head.add_product, native_head.Head.logits
+    monkeypatch.setattr(native_head, "CHUNK_ROWS", 32)
     monkeypatch.setattr(
-        linear,
+        native_head,
         "add_product",
         lambda t, du, x, last: (seen.append(du.shape[0]), add_product(t, du, x, last))[1],
     )
     monkeypatch.setattr(
-        linear.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
+        native_head.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
     )
     _, metrics, grads = run(
         linear.linear_policy_loss, head, target, tokens, cu, LossSpec.named("reinforce")
@@ -123,7 +123,7 @@ def test_only_live_rows_reach_the_gradient_products(linear, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_logp_against_stock_torch(linear, monkeypatch, dtype):
     """Error against float64 at most 2x (value) and 3x (gradient) that of torch in that dtype."""
-    monkeypatch.setattr(linear, "CHUNK_ROWS", 41)
+    monkeypatch.setattr(native_head, "CHUNK_ROWS", 41)
     head, target, _, _ = drawn(dtype=dtype)
     c, eta = torch.randn(N), torch.randn(N)
     c[::3] = eta[::3] = 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reasonrl import LossSpec, linear_logp, linear_policy_loss
+from reasonrl.kernels import native_head
 from reasonrl.loss import NAMED
 
 N, D, V = 150, 24, 331
@@ -19,7 +20,7 @@ def linear(require, poison, monkeypatch):
     from reasonrl.kernels import native, native_linear
 
     require("native", native.available())
-    monkeypatch.setattr(native_linear, "CHUNK_ROWS", 75)
+    monkeypatch.setattr(native_head, "CHUNK_ROWS", 75)
     return native_linear
 
 
@@ -50,9 +51,9 @@ def test_on_policy_rows_without_advantage_skip_the_forward_exactly(
     hidden, weight, target, advantage, mask = drawn()
     mask = mask if masked else None
     spec = LossSpec.named(name, max_length=90)
-    made, logits = [], linear.Head.logits
+    made, logits = [], native_head.Head.logits
     monkeypatch.setattr(
-        linear.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
+        native_head.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
     )
     got = run(hidden, weight, target, advantage, mask, spec, "native")
     true = run(
@@ -75,9 +76,9 @@ def test_on_policy_rows_without_advantage_skip_the_forward_exactly(
 )
 def test_rows_that_a_metric_needs_are_computed(linear, monkeypatch, known):
     hidden, weight, target, advantage, _ = drawn()
-    made, logits = [], linear.Head.logits
+    made, logits = [], native_head.Head.logits
     monkeypatch.setattr(
-        linear.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
+        native_head.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
     )
     known = dict(known)
     spec = LossSpec.named("dapo", entropy_coef=known.pop("entropy_coef", 0.0))
@@ -99,7 +100,7 @@ def test_rows_that_are_not_finite_are_still_found(where):
 @pytest.mark.parametrize("name", ["dapo", "gspo"])
 def test_widened_products_are_at_least_as_exact(linear, monkeypatch, dtype, name):
     """Half-precision inputs through fp32 products: nearer to the truth than rounded logits."""
-    monkeypatch.setattr(linear, "TILE", 100)
+    monkeypatch.setattr(native_head, "TILE", 100)
     hidden, weight, target, advantage, mask = drawn(3)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     spec = LossSpec.named(name, kl_coef=0.1)
@@ -110,7 +111,7 @@ def test_widened_products_are_at_least_as_exact(linear, monkeypatch, dtype, name
     )  # fmt: skip
     errors = {}
     for widen in (True, False):
-        monkeypatch.setattr(linear, "WIDEN", widen)
+        monkeypatch.setattr(native_head, "WIDEN", widen)
         got = run(hidden, weight, target, advantage, mask, spec, "native", **known)
         assert [g.dtype for g in got[1]] == [dtype, dtype]
         pairs = zip(got[1], true[1], strict=True)
@@ -124,10 +125,10 @@ def test_widened_products_are_at_least_as_exact(linear, monkeypatch, dtype, name
 
 def test_slow_products_are_recognised(linear, monkeypatch):
     for fast in (True, False):
-        linear.slow.cache_clear()
+        native_head.slow.cache_clear()
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda fast=fast: fast)
-        assert linear.slow(torch.bfloat16) is linear.slow(torch.float16) is (not fast)
-        assert not linear.slow(torch.float32)
-    linear.slow.cache_clear()
+        assert native_head.slow(torch.bfloat16) is native_head.slow(torch.float16) is (not fast)
+        assert not native_head.slow(torch.float32)
+    native_head.slow.cache_clear()
