@@ -46,6 +46,7 @@ GOING = "csrc/cpu/going.h"
 ENTER = "csrc/cpu/enter.h"
 PRODUCT = "csrc/cpu/product.h"
 ATTEND = "csrc/cpu/attend.h"
+SUMS = "csrc/cpu/sums.h"
 
 CPU = [
     ("clip tie takes the clipped branch", MATH, "select((used == rho)", "select((used == rho) & (rho < s.high)", "policy_loss"),
@@ -248,9 +249,9 @@ CPU = [
     ("a panel's second half of fp32", PRODUCT, 'sum[r][1] += b * x[r * inputs + k];', 'sum[r][1] += a * x[r * inputs + k];', 'native_decode and (logits)'),
     ("bias of the first panel", PRODUCT, "a += load(p.bias + panel * PANEL),", "a += load(p.bias),", "native_decode and (logits)"),
     ("rounded towards 0", NUMBERS, "near = bits + 0x7fffu + ((bits >> 16) & 1u)", "near = bits", "rounds_as_transformers"),
-    ("no residual", DECODE, "as<RES>(old + as<DTYPE>(sums[v]))", "as<RES>(as<DTYPE>(sums[v]))", "native_decode and (logits)"),
+    ("no residual", DECODE, "old + as<DTYPE>(sums[v])", "as<DTYPE>(sums[v])", "native_decode and (logits)"),
     ("half of what is added", DECODE, "for (int64_t v = 0; v < 2; v++) {\n                const int64_t first", "for (int64_t v = 0; v < 1; v++) {\n                const int64_t first", "native_decode and (logits)"),
-    ("gate alone", DECODE, "as<DTYPE>(g * sigmoid(g) * u)", "as<DTYPE>(g * sigmoid(g))", "native_decode and (logits)"),
+    ("gate alone", DECODE, "inner - first, g * sigmoid(g) * u", "inner - first, g * sigmoid(g)", "native_decode and (logits)"),
     ("gate and up change places", PACK, "t.parts[output / LANES % 2]", "t.parts[1 - output / LANES % 2]", "native_decode and (logits)"),
     ("second norm by the first's weight", DECODE, "norm(count, 2 * i + 1, layer.eps2);", "norm(count, 2 * i, layer.eps2);", 'native_decode and (logits)'),
     ("last norm missed", DECODE, "norm(count, 2 * i + 2,", "norm(count, last ? 2 * i : 2 * i + 2,", "native_decode and (logits)"),
@@ -278,15 +279,18 @@ CPU = [
     ("heads' norm without its weight", ATTEND, "x[j] *= norm_[j];", "x[j] *= 1.0f;", "native_decode and (logits)"),
     ("keys in place of values", ATTEND, "(key + m_.key_heads * m_.size) * WIDE", "key * WIDE", "native_decode and (logits)"),
     ("scaling missed", ATTEND, "load(sum + r * PANEL + c) * scaling", "load(sum + r * PANEL + c)", "native_decode and (logits)"),
-    ("what is behind a prompt is seen", ATTEND, "hide(weight, rows.prompt_length[first + (at + i) / group_], begin[i]);", "", "native_decode and (logits)"),
+    ("what is behind a prompt is seen", ATTEND, "hide(weight, rows.prompt_length[row[i]], begin[i]);", "", "native_decode and (logits)"),
     ("what is behind a completion is seen", ATTEND, "hide(weight + begin[i], own[i], vectors(own[i]));", "", "native_decode and (logits)"),
-    ("later tokens of a prompt are seen", ATTEND, "weight[j] = 0.0f;", "weight[j] += 0.0f;", "native_decode and (bits)"),
+    ("later tokens of a prompt are seen", ATTEND, "!rows.slot && begin[i] < longest", "false", "native_decode and (bits)"),
     ("one sum of weights for all", ATTEND, "load(out + c) * share[i]", "load(out + c) * share[0]", "native_decode and (logits)"),
+    ("heads of one row for all", ATTEND, "if (++k == group_) j++, k = 0;", "if (++k == group_) k = 0;", "native_decode and (logits)"),
+    ("own scores by another base", ATTEND, "n - i),\n                      layer.scaling * LOG2_E", "n - i),\n                      layer.scaling", "native_decode and (logits)"),
+    ("weights of the first query for all", SUMS, "sum[r][v] += x[v] * ((const float*)weight[r])[j];", "sum[r][v] += x[v] * ((const float*)weight[0])[j];", "native_decode and (logits)"),
     ("own values missed", ATTEND, "add<true>(from, value, least, i, n);", "", "native_decode and (logits)"),
     ("own values that not all have", ATTEND, "if (own[r] > least)", "if (false)", "native_decode and (crowd)"),
     ("own keys of the first", ATTEND, "panel[r] = key[r]", "panel[r] = key[0]", "native_decode and (crowd)"),
     ("own keys of the first panel", ATTEND, "std::min(p, last) / PANEL", "0 * std::min(p, last) / PANEL", "native_decode and (crowd or logits)"),
-    ("the second half of a head not turned", ATTEND, "keep<DTYPE>(to, at + half + j, as<DTYPE>(q), LANES);", "keep<DTYPE>(to, at + half + j, as<DTYPE>(b), LANES);", "native_decode and (logits)"),
+    ("the second half of a head not turned", ATTEND, "give<DTYPE>(to, at + half + j, LANES, q);", "give<DTYPE>(to, at + half + j, LANES, b);", "native_decode and (logits)"),
     ("log p without its temperature", DRAW, "(y / task.temperature - top)", "(y - top)", "uniform or choose"),
     ("a block that is not the last as it stands", DRAW, "if (left > BLOCK) read", "if (false) read", "uniform or choose"),
     ("logits of rows alone over the first", DECODE, "before * m.vocab", "0 * before * m.vocab", "native_decode and (crowd)"),

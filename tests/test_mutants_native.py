@@ -48,6 +48,7 @@ FEW = {  # headers of few sources
     "norm.h": ("decode.cpp", "layers.cpp"),
     "product.h": ("decode.cpp", "linear.cpp", "pack.cpp", "packed.cpp"),
     "packed.h": ("packed.cpp",),
+    "sums.h": ("decode.cpp",),
     "tiles.h": ("linear.cpp", "pack.cpp", "packed.cpp"),
 }
 FLAGS = "-std=gnu++17 -O1 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math"

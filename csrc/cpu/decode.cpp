@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;       // rows of one pass
 constexpr int64_t CACHED = 1 << 23;  // bytes of weights that stay in a cache of all threads
+constexpr int FAST = LANES == 16 ? QUICK : BF16;  // where pairs of bf16 are multiplied
 
 // What the threads hand each other, with room for `rows` rows of float32.
 struct Buffers {
@@ -103,7 +104,7 @@ class Walk {
             norm(count, 2 * i + 2, last ? m_.eps : m_.layers[i + 1].eps1);
         }
         meet();
-        give(m_.head, b_.narrow.data(), m_.vocab, rows.before(rows.rows), logits);
+        answer(m_.head, b_.narrow.data(), m_.vocab, rows.before(rows.rows), logits);
     }
 
   private:
@@ -132,16 +133,17 @@ class Walk {
     template <class F>
     void product(const Packed& p, const void* x, int64_t inputs, int64_t panels, int64_t rows,
                  F each) {
-        multiply({p.weight, p.bias, inputs, panels}, DTYPE, m_.dots, x, rows, thread_, team_, each);
+        multiply({p.weight, p.bias, inputs, panels}, m_.dtype, m_.dots, x, rows, thread_, team_,
+                 each);
     }
 
     // y (rows, outputs) = the product, in the model's type.
-    void give(const Packed& p, const void* x, int64_t outputs, int64_t rows, void* y) {
+    void answer(const Packed& p, const void* x, int64_t outputs, int64_t rows, void* y) {
         const int64_t panels = (outputs + PANEL - 1) / PANEL;
         product(p, x, m_.width, panels, rows, [=](int64_t row, int64_t panel, Vec a, Vec b) {
             const int64_t left = outputs - panel * PANEL, at = row * outputs + panel * PANEL;
-            keep<DTYPE>(y, at, as<DTYPE>(a), left);
-            if (left > LANES) keep<DTYPE>(y, at + LANES, as<DTYPE>(b), left - LANES);
+            give<DTYPE>(y, at, left, a);
+            if (left > LANES) give<DTYPE>(y, at + LANES, left - LANES, b);
         });
     }
 
@@ -155,7 +157,7 @@ class Walk {
                 const int64_t first = panel * PANEL + v * LANES, at = row * width + first;
                 if (first >= width) return;
                 const Vec old = take<RES>(to, at, width - first);
-                keep<RES>(to, at, as<RES>(old + as<DTYPE>(sums[v])), width - first);
+                give<RES>(to, at, width - first, old + as<DTYPE>(sums[v]));
             }
         });
     }
@@ -168,8 +170,7 @@ class Walk {
                 [=](int64_t row, int64_t panel, Vec a, Vec b) {
                     const Vec g = as<DTYPE>(a), u = as<DTYPE>(b);
                     const int64_t first = panel * LANES;
-                    keep<DTYPE>(to, row * inner + first, as<DTYPE>(g * sigmoid(g) * u),
-                                inner - first);
+                    give<DTYPE>(to, row * inner + first, inner - first, g * sigmoid(g) * u);
                 });
     }
 
@@ -177,7 +178,7 @@ class Walk {
     void attention(const DecodeLayer& layer, const DecodeRows& rows, bool last) {
         const int64_t each = (m_.heads + 2 * m_.key_heads) * m_.size;
         meet();
-        give(layer.qkv, b_.narrow.data(), each, rows.rows, b_.qkv.data());
+        answer(layer.qkv, b_.narrow.data(), each, rows.rows, b_.qkv.data());
         meet();
         keep_places(layer, rows);
         const int64_t items = (int64_t)blocks_.size() * m_.key_heads;
@@ -221,7 +222,7 @@ class Walk {
         for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t row = i / m_.key_heads, at = rows.position[row];
             attention_.place(layer, layer.prompt, m_.prompt_room, rows.home[row], at, b_.qkv.data(),
-                             row, i % m_.key_heads);
+                             row, i % m_.key_heads, false);
         }
     }
 
@@ -231,7 +232,7 @@ class Walk {
         const int64_t head = i % m_.key_heads;
         for (int64_t row = block.begin; row < block.end && rows.slot; row++) {
             attention_.place(layer, layer.own, m_.own_room, rows.slot[row], rows.own(row) - 1,
-                             b_.qkv.data(), row, head);
+                             b_.qkv.data(), row, head, true);
         }
         attention_.attend(layer, rows, block.begin, block.end - block.begin, head, b_.qkv.data(),
                           b_.seen.data());
@@ -331,7 +332,7 @@ void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64
                                    going.logp.data(),
                                    going.rows,
                                    m.vocab,
-                                   DTYPE,
+                                   m.dtype,
                                    s.temperature};
             const Share mine = worker.together.share(rows.rows);
             draw_share(draw, mine.begin, mine.end);
@@ -345,14 +346,17 @@ void tokens_of(const DecodeModel& m, const DecodeState& s, int64_t tokens, int64
 
 void decode_logits(const DecodeModel& m, const DecodeRows& rows, void* logits, int threads) {
     if (m.dtype == F32) return logits_of<F32, F32>(m, rows, logits, threads);
-    (m.residual == F32 ? logits_of<BF16, F32> : logits_of<BF16, BF16>)(m, rows, logits, threads);
+    auto* of = m.residual == F32 ? logits_of<BF16, F32> : logits_of<BF16, BF16>;
+    if (m.dots) of = m.residual == F32 ? logits_of<FAST, F32> : logits_of<FAST, FAST>;
+    of(m, rows, logits, threads);
 }
 
 void decode_tokens(const DecodeModel& m, const DecodeState& state, int64_t tokens, int64_t until,
                    int threads) {
     if (m.dtype == F32) return tokens_of<F32, F32>(m, state, tokens, until, threads);
-    (m.residual == F32 ? tokens_of<BF16, F32> : tokens_of<BF16, BF16>)(m, state, tokens, until,
-                                                                       threads);
+    auto* of = m.residual == F32 ? tokens_of<BF16, F32> : tokens_of<BF16, BF16>;
+    if (m.dots) of = m.residual == F32 ? tokens_of<FAST, F32> : tokens_of<FAST, FAST>;
+    of(m, state, tokens, until, threads);
 }
 
 }  // namespace ISA

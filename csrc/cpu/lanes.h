@@ -21,6 +21,10 @@ INLINE VecH quick(Vec x) {
     asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(x));
     return half;
 }
+// By name: some compilers widen them in many steps.
+INLINE Vec widened(VecH half) {
+    return (Vec)((VecI)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+}
 INLINE bool is_quick() {
     return __builtin_cpu_supports("avx512bf16");
 }
@@ -32,6 +36,9 @@ INLINE void keep_some(uint16_t* to, VecH half, int64_t count) {
 INLINE VecH quick(Vec) {
     return VecH{};
 }
+INLINE Vec widened(VecH) {
+    return Vec{};
+}
 INLINE bool is_quick() {
     return false;
 }
@@ -41,7 +48,7 @@ INLINE void keep_some(uint16_t*, VecH, int64_t) {}
 // x, rounded to the type.
 template <int DTYPE>
 INLINE Vec as(Vec x) {
-    if (DTYPE == QUICK) return (Vec)(__builtin_convertvector(quick(x), VecU) << 16);
+    if (DTYPE == QUICK) return widened(quick(x));
     if (DTYPE == F16) {
         for (int k = 0; k < LANES; k++) x[k] = from_f16(to_f16(x[k]));
     }
@@ -97,6 +104,7 @@ INLINE void give(void* data, int64_t at, int64_t left, Vec x) {
         if (left < LANES) keep_some((uint16_t*)data + at, half, left);
         return;
     }
+    if (DTYPE != F16) return keep<DTYPE>(data, at, as<DTYPE>(x), left);
     float some[LANES];
     store(some, x);
     write<DTYPE>(data, at, (int)(left < LANES ? left : LANES), some);

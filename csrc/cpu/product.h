@@ -103,8 +103,8 @@ void tile_bf16(const void* data, int64_t inputs, const uint32_t* const* w, float
 }
 
 #ifdef __AVX512F__
-// bf16 by the instruction that adds the product of a pair.
-template <int ROWS, bool OWN>
+// bf16 by the instruction that adds the product of a pair. VECS: 1 for a panel's first half alone.
+template <int ROWS, bool OWN, int VECS = 2>
 __attribute__((target("avx512f,avx512bf16"))) void tile_dots(const void* data, int64_t inputs,
                                                              const uint32_t* const* w, float* out) {
     const uint16_t* x = (const uint16_t*)data;
@@ -115,19 +115,19 @@ __attribute__((target("avx512f,avx512bf16"))) void tile_dots(const void* data, i
         for (int r = 0; r < ROWS; r++) {
             if (OWN || r == 0) {
                 a = (__m512bh)load_words(w[r] + k * PANEL);
-                b = (__m512bh)load_words(w[r] + k * PANEL + LANES);
+                if (VECS == 2) b = (__m512bh)load_words(w[r] + k * PANEL + LANES);
             }
             const int word = (int)word_of(x + r * inputs + 2 * k);
             const __m512bh p = (__m512bh)_mm512_set1_epi32(word);
             sum[r][0] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][0], p, a);
-            sum[r][1] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][1], p, b);
+            if (VECS == 2) sum[r][1] = (Vec)_mm512_dpbf16_ps((__m512)sum[r][1], p, b);
         }
     }
     if (inputs % 2) add_last<ROWS, OWN>(x + inputs - 1, inputs, w, inputs / 2 * PANEL, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
         store(out + r * PANEL, sum[r][0]);
-        store(out + r * PANEL + LANES, sum[r][1]);
+        if (VECS == 2) store(out + r * PANEL + LANES, sum[r][1]);
     }
 }
 #endif
@@ -153,6 +153,16 @@ Tile tile_of(int dtype, bool dots, int64_t rows) {
     if (dtype == BF16 && dots) return dot[rows - 1];
 #endif
     return (dtype == BF16 ? wide : full)[rows - 1];
+}
+
+// The tile of n rows that each have a panel, where nobody asks for the second halves of the sums.
+INLINE Tile half_tile_of(int dtype, bool dots, int64_t rows) {
+#ifdef __AVX512F__
+    static constexpr Tile dot[FEW] = {tile_dots<1, true, 1>, tile_dots<2, true, 1>,
+                                      tile_dots<3, true, 1>, tile_dots<4, true, 1>};
+    if (dtype == BF16 && dots) return dot[rows - 1];
+#endif
+    return tile_of<true>(dtype, dots, rows);
 }
 
 // A packed weight with its bias, whose panels have `step` outputs each (two halves may be of one).

@@ -122,7 +122,7 @@ void heads(const SlotTask& t, const void* keys, const void* values, const void* 
     for (int h = 0; h < N; h++) {
         float* q = s.query.data() + h * s.padded;
         s.read(t.q_dtype, t.q, row * t.q_stride + (head + h) * s.size, t.cos, q);
-        for (int64_t c = 0; c < s.padded; c++) q[c] = c < s.size ? q[c] * t.scaling : 0.0f;
+        for (int64_t c = 0; c < s.padded; c++) q[c] = c < s.size ? q[c] * t.scaling * LOG2_E : 0.0f;
     }
     for (int64_t at = 0; at < n; at += LANES) {
         const int64_t count = n - at < LANES ? n - at : LANES;
@@ -135,7 +135,7 @@ void heads(const SlotTask& t, const void* keys, const void* values, const void* 
         }
     }
     float share[N];
-    for (int h = 0; h < N; h++) share[h] = soften(s.weight.data() + h * room, n);
+    for (int h = 0; h < N; h++) share[h] = soften<F32>(s.weight.data() + h * room, n);
     memset(s.out.data(), 0, N * s.padded * sizeof(float));
     for (int64_t at = 0; at < n; at += LANES) {
         const int64_t count = n - at < LANES ? n - at : LANES;

@@ -1,13 +1,12 @@
 // What attention over kept keys has in common: numbers as they are kept, scores into weights.
 #pragma once
 
-#include "block.h"
-#include "vector.h"
+#include "lanes.h"
 
 namespace reasonrl {
 namespace {
 
-constexpr float LOWEST = -87.0f;  // less is no weight
+constexpr float LOWEST = -126.0f;  // less is no weight
 
 // Numbers as they stand in memory, a vector at a time.
 template <int DTYPE>
@@ -16,8 +15,10 @@ INLINE Vec load_as(const void* data, int64_t at) {
     return load_bf16((const uint16_t*)data + at);
 }
 
-// Scores (n,) become weights; 1 / their sum, NaN where one is not finite.
-inline float soften(float* weight, int64_t n) {
+// Scores (n,), times log2 e, become weights of the type; 1 / their sum, NaN where one is not
+// finite.
+template <int TO>
+INLINE float soften(float* weight, int64_t n) {
     Vec most = Vec{} - INFINITY, broken = {}, sum = {};
     for (int64_t j = 0; j < n; j += LANES) {
         const Vec x = load(weight + j);
@@ -26,10 +27,9 @@ inline float soften(float* weight, int64_t n) {
     const float top = largest_lane(most);
     for (int64_t j = 0; j < n; j += LANES) {
         const Vec x = load(weight + j) - top;
-        const Vec e = exp_of(max_of(x, Vec{} + LOWEST));
-        const Vec kept = where(x > LOWEST, e);
-        store(weight + j, kept);
-        sum += kept;
+        const Vec kept = where(x > LOWEST, two_to(x));
+        give<TO>(weight, j, LANES, kept);
+        sum += as<TO>(kept);
     }
     return 1.0f / sum_of_lanes(sum + broken);
 }
