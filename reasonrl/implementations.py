@@ -49,14 +49,14 @@ def eager(op: str, impl: str, args: tuple) -> Any:
     """Call `op` of the implementation; "auto" goes on to the next where one cannot run."""
     tensors = _tensors(args)
     if impl != "auto":
-        return _function(op, impl, tensors, args)(*args)
+        return _named(op, impl, tensors, args)(*args)
     order = _order(op, tensors)
     for candidate, following in zip(order, order[1:], strict=False):
         try:
-            return _function(op, candidate, tensors, args)(*args)
+            return _function(op, candidate, args)(*args)
         except KernelUnavailable as why:
             _say_once(op, candidate, following, str(why))
-    return _function(op, order[-1], tensors, args)(*args)
+    return _function(op, order[-1], args)(*args)
 
 
 _compiled = compiled.bind(eager)
@@ -66,7 +66,7 @@ _compiled = compiled.bind(eager)
 def native(op: str) -> Callable[..., Any]:
     """The native op itself, for a caller that has looked at what it passes and calls it so often
     that the way through `run` would be seen."""
-    return _function(op, "native", [torch.empty(0)], ())
+    return _function(op, "native", ())
 
 
 @cache
@@ -90,15 +90,17 @@ def _is_credit(x: Any) -> bool:
 
 
 def _order(op: str, tensors: Sequence[Tensor]) -> list[str]:
-    if any(x.dtype == torch.float64 for x in tensors):
+    """What may run these tensors, as `_named` has it; the best first."""
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or any(x.dtype == torch.float64 for x in tensors):
         return ["reference"]
+    if device == "cpu":
+        return ["native", "reference"]
     gpu = ["triton"] if op in VOCABULARY else ["cuda", "triton"] if op in TRITON else ["cuda"]
-    gpu = [] if op in ON_A_CPU else gpu
-    fast = {"cpu": ["native"], "cuda": gpu}
-    return [*fast.get(tensors[0].device.type, []), "reference"]
+    return [*([] if op in ON_A_CPU else gpu), "reference"]
 
 
-def _function(
+def _named(
     op: str, impl: str, tensors: Sequence[Tensor], args: Sequence[Any]
 ) -> Callable[..., Any]:
     device = tensors[0].device.type
@@ -108,6 +110,10 @@ def _function(
         )
     if (impl == "native" and device != "cpu") or (impl == "cuda" and device != "cuda"):
         raise KernelUnavailable(f"impl={impl!r} cannot run {op} on {device} tensors")
+    return _function(op, impl, args)
+
+
+def _function(op: str, impl: str, args: Sequence[Any]) -> Callable[..., Any]:
     if impl == "triton" and op not in TRITON:
         raise KernelUnavailable(f"impl='triton' has no {op}; it has {', '.join(TRITON)}")
     if impl == "triton" and any(map(_is_credit, args)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -149,7 +150,7 @@ def outcomes(rewards: Rewards) -> tuple[Tensor, Tensor]:
     """Outcome values (B,) fp32, 0 where unknown, and which are known (B,) bool."""
     value = [0.0 if s.value is None else s.value for s in rewards.outcome]
     known = [s.kind == "scored" for s in rewards.outcome]
-    return torch.tensor(value, dtype=torch.float32), torch.tensor(known, dtype=torch.bool)
+    return _floats(array("f", value)), torch.tensor(known, dtype=torch.bool)
 
 
 def _whole(score: Score) -> Score:
@@ -164,7 +165,16 @@ def mean(values: Sequence[float]) -> float:
 
 def per_token(value: Tensor, rollout: Rollout) -> Tensor:
     """(B,) -> (N,): every token of a completion gets the completion's value."""
-    return value.repeat_interleave(torch.tensor(lengths(rollout), dtype=torch.long))
+    if value.dtype != torch.float32:
+        return value.repeat_interleave(torch.tensor(lengths(rollout), dtype=torch.long))
+    every = array("f")
+    for own, size in zip(value.tolist(), lengths(rollout), strict=True):
+        every += array("f", (own,)) * size
+    return _floats(every)
+
+
+def _floats(values: array) -> Tensor:
+    return torch.frombuffer(values, dtype=torch.float32) if values else torch.zeros(0)
 
 
 def make(kind: type[Algorithm], task: Task, policy: Policy, knobs: Mapping[str, Any]) -> Algorithm:
