@@ -198,11 +198,11 @@ def one_pass(head: Head, policy: Policy, target, known, cu, spans) -> None:
     entropy = policy.spec.entropy_coef != 0
     for start, end in spans:
         x = head.inputs(slice(start, end))
-        given, inside = (target, *known), cu
+        given, ids, inside = known, target, cu
         if end - start < head.count:
-            given = [None if k is None else k[start:end] for k in given]
-            inside = (cu.clamp(start, end) - start).contiguous()
-        u, (ids, old, advantage, ref, weight) = head.logits(x), given
+            given = [None if k is None else k[start:end] for k in known]
+            ids, inside = target[start:end], (cu.clamp(start, end) - start).contiguous()
+        u, (old, advantage, ref, weight) = head.logits(x), given
         taken, ent, stats = row_stats(u, ids, head.scale, entropy)
         c, eta = policy.add(taken, old, advantage, ref, ent, weight, None, inside)
         if head.growing():

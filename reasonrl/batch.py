@@ -197,7 +197,8 @@ def _batch(rollout, owner, edges, rows, values, ends: bool) -> Batch:
         own_sizes.append(own)
         together, following = together and edges[b] == following, edges[b + 1]
     where = slice(edges[rows[0]], following) if together else _places(edges, rows)
-    advantage, old_logp, ref_logp, weight = (None if x is None else x[where] for x in values)
+    picked: list[Any] = [None if x is None else x[where] for x in values]
+    advantage, old_logp, ref_logp, weight = picked
     return Batch(
         input_ids=integers([ids]),
         position_ids=_positions(positions, bool(seen)),
