@@ -90,7 +90,8 @@ constexpr AddValues adding() {
 #ifdef __AVX512F__
     if (DTYPE == QUICK) return add_pairs<ROWS, VECS, OWN>;
 #endif
-    return add_values < DTYPE == QUICK ? BF16 : DTYPE, ROWS, VECS, OWN > ;
+    constexpr int KIND = DTYPE == QUICK ? BF16 : DTYPE;
+    return add_values<KIND, ROWS, VECS, OWN>;
 }
 
 template <int DTYPE, int VECS, bool OWN>
