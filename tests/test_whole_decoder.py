@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_cpu_layers import NAMES, loss_of, twins
 from test_native import native  # noqa: F401, fixture
-from test_packing import gradients
+from test_packing import gradients, made_up
 from torch import nn
 
 from bench.step_ours import Ours, Settings
@@ -151,12 +151,16 @@ def test_gradients_that_go_straight_are_those_of_a_graph(chains, name, compute, 
 
 
 def test_a_padding_word_learns_nothing(chains):
-    _, fused = twins("Llama")
-    table = fused.model.model.embed_tokens
-    table.padding_idx = 5
+    _, fused = twins("Qwen2")  # words of a head apart
+    table, place = fused.model.model.embed_tokens, "model.embed_tokens.weight"
+    word = made_up([[7, 1, 12], [3, 0, 8, 8]]).prompt_ids[0][0]  # of loss_of's
+    assert straight(fused, 1)[place][word].any()
+    table.padding_idx = word
+    fused.model.zero_grad()
     loss_of(fused).backward()
-    want = grads_of(fused)["model.embed_tokens.weight"]
-    assert torch.equal(straight(fused, 1)["model.embed_tokens.weight"], want) and chains
+    want = grads_of(fused)[place]
+    found = straight(fused, 1)[place]
+    assert torch.equal(found, want) and not found[word].any() and len(chains) == 2
 
 
 LISTENERS: dict[str, Any] = {
