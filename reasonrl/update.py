@@ -222,6 +222,7 @@ class Learner:
     def _backward(self, batches: Sequence[Batch], spec: LossSpec, divisor: float):
         """This rank's gradient, reduced with the last micro-batch; its share of the metrics."""
         world = self.accelerator.num_processes
+        backward = Tensor.backward if self.plain else self.accelerator.backward
         parts = []
         for i, batch in enumerate(batches):
             last = i + 1 == len(batches)
@@ -230,7 +231,7 @@ class Learner:
             with straight, nullcontext() if last else self.accelerator.no_sync(self.module):
                 # ranks are averaged, so each divides by its share of the divisor
                 loss, metrics = self.module(batch, spec, divisor / world)
-                self.accelerator.backward(loss)
+                backward(loss)
             values = metrics | {"loss": loss.detach() / world}
             parts.append({k: float(v) for k, v in values.items()})
         return _merged(parts, total=("loss",))
@@ -249,14 +250,12 @@ class Learner:
                 (self.optimizer.optimizer if self.plain else self.optimizer).step()
         self.skipped = 0 if usable and math.isfinite(value) else self.skipped + 1
         if self.plain:  # accelerate's and torch's own ways there take longer than a small step's
-            for p in self._optimized():
-                p.grad = None
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None
         else:
             self.optimizer.zero_grad(set_to_none=True)
         return value
-
-    def _optimized(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _native_step(self, limit: float, usable: bool) -> float | None:
         """Both in one pass over the moments of torch's own optimiser; None where that must."""

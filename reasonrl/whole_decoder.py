@@ -69,7 +69,7 @@ def _angles(rotary: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     if not angles.fixed(rotary) or not len(positions):
         return rotary(x, positions[None])
     cos, sin = angles.table(rotary, x, int(positions.max()) + 1)
-    return cos[positions][None], sin[positions][None]
+    return cos.index_select(0, positions)[None], sin.index_select(0, positions)[None]
 
 
 def _directly(
