@@ -206,7 +206,7 @@ CPU = [
     ("normed heads are turned twice", LAYER, "attention_of(t, kept, heads, !t.q_norm)", "attention_of(t, kept, heads, true)", "native_decoder"),
     ("up's gradient stands in the gate's place", LAYER, "{nullptr, by_gate, by_up, own.read", "{nullptr, by_up, by_gate, own.read", "native_decoder"),
     ("attention's output learns from what the norm gave", LAYER, "learn(t.out, own.above, kept.seen,", "learn(t.out, own.above, own.given,", "native_decoder"),
-    ("heads' norms learn from the last share", LAYER, "by_norms[i % width] += parts[i]", "by_norms[i % width] = parts[i]", "native_decoder"),
+    ("heads' norms learn from the last share", LAYER, "sums[i % width] += parts[i]", "sums[i % width] = parts[i]", "native_decoder"),
     ("the last product's gradient is of all the residual's past", LAYER, "op.linear_onto(t.down, own.by_both, kept.total,", "op.linear_onto(t.down, own.by_both, x,", "native_decoder"),
     ("sums of columns forget a chunk", LAYERS, "                whole += sum;", "                whole = sum;", "native_decoder"),
     ("sums of columns from the first vector", LAYERS, "sum += take<type()>(x, i * width + j, end - j);", "sum += take<type()>(x, i * width, end - j);", "native_decoder"),

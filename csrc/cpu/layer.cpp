@@ -104,8 +104,9 @@ void through_norms(const LayerTask& t, const Held& kept, void* by_qkv, float* by
                            t.key_heads, t.size, t.dtype, t.angle_dtype, t.head_eps},
                           parts.data(), shares, threads);
     if (!by_norms) return;
-    std::fill(by_norms, by_norms + width, 0.0f);
-    for (int64_t i = 0; i < shares * width; i++) by_norms[i % width] += parts[i];
+    std::vector<double> sums(width);
+    for (int64_t i = 0; i < shares * width; i++) sums[i % width] += parts[i];
+    std::copy(sums.begin(), sums.end(), by_norms);
 }
 
 // Gradients of a product's weights and biases.
