@@ -165,15 +165,14 @@ def _settle(folder: Path, disk: Disk) -> dict[str, dict[str, Any]]:
 
 
 def _publish(run_dir: Path, aside: Path, step: int, disk: Disk) -> Path:
-    """One rename; a checkpoint of the same step steps aside to a name that resuming reads too."""
+    """One rename; a checkpoint of the same step steps aside to a name that resuming reads too, and
+    goes then, with those that killed saves left behind."""
     target = run_dir / f"checkpoint-{step}"
-    former = None
     if target.exists():
-        former = run_dir / f"replaced-{step}-{uuid.uuid4().hex}"
-        disk.rename(target, former)
+        disk.rename(target, run_dir / f"replaced-{step}-{uuid.uuid4().hex}")
     disk.rename(aside, target)
     disk.sync(run_dir)
-    if former is not None:
+    for former in sorted(run_dir.glob(f"replaced-{step}-*")):
         disk.remove(former)
     return target
 

@@ -172,6 +172,20 @@ def test_a_save_removes_what_killed_ones_left(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_save_removes_what_killed_ones_of_its_step_replaced(tmp_path, moment):
+    """A run that starts anew saves its reference without a look at what is there."""
+    for at in range(60):
+        run_dir = tmp_path / str(at)
+        save(run_dir, 1, write(1), {}, keep=1)
+        status = killed(run_dir, 1, at, moment)
+        save(run_dir, 1, write(1), {}, keep=1)
+        assert [p.name for p in run_dir.iterdir()] == ["checkpoint-1"]
+        if status == 0:
+            break
+    assert at >= 9
+
+
 def test_a_damaged_newer_checkpoint_never_crowds_out_the_whole_one(tmp_path, caplog):
     for step in (1, 2, 3):
         save(tmp_path, step, write(step), {}, keep=3)
