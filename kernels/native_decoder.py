@@ -21,7 +21,7 @@ from reasonrl.kernels.decoder import (
     Norms,
     Turn,
     by_parts,
-)  # fmt: skip
+)
 from reasonrl.kernels.native import DTYPES, core, pointer, threads
 from reasonrl.kernels.native_layers import joined_swiglu
 from reasonrl.kernels.native_products import fast, products

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -264,11 +263,9 @@ class Learner:
         optimizer: Any = self.optimizer.optimizer
         (group,) = optimizer.param_groups
         learned = [p for p in group["params"] if p.grad is not None]
-        kept = optimizer.state  # in the order of the parameters, mostly: none is looked up then
-        same = len(kept) == len(learned) and all(map(operator.is_, kept, learned))
         all_of = []
-        states = kept.values() if same else [kept[p] for p in learned]
-        for p, state in zip(learned, states, strict=True):
+        for p in learned:
+            state = optimizer.state[p]
             if not state:
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
                 state["exp_avg_sq"] = torch.zeros_like(p)
@@ -372,13 +369,6 @@ def _merged(parts: Sequence[dict[str, float]], total: tuple[str, ...] = ()) -> d
     """Metrics of several micro-batches as one: means by tokens, maxima, sums."""
     if not parts:
         return dict.fromkeys((*METRICS, "tokens", "loss"), 0.0)
-    if len(parts) == 1:  # the same arithmetic without its sums
-        part, sums = dict(parts[0]), ("tokens", "nonfinite", *total)
-        n = part.get("tokens", 0.0) or 1.0
-        for key, value in part.items():
-            if not key.endswith("/max"):
-                part[key] = (value if key in sums else value * n / n) + 0.0
-        return part
     weights = [part.get("tokens", 0.0) for part in parts]
     whole = sum(weights)
     out = {}

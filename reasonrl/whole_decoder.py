@@ -22,7 +22,6 @@ from reasonrl import angles, attention, cpu_layers, whole_layer
 from reasonrl.implementations import native
 from reasonrl.watchdog import beat
 
-PARTS = 18  # of a layer: weights, biases, norms of heads
 _direct: ContextVar[bool] = ContextVar("direct", default=False)
 
 
@@ -78,7 +77,6 @@ def _directly(
     """By a chain, where all weights are tensors to which nobody listens."""
     table, norm = decoder.embed_tokens, decoder.norm
     layers = [(known, [w for part in parts for w in part]) for known, *parts in every]
-    layers = [(known, [*given, *[None] * (PARTS - len(given))]) for known, given in layers]
     weights = [table.weight, norm.weight, *(w for _, given in layers for w in given)]
     learning = [w for w in weights if w is not None and w.requires_grad]
     if not (

@@ -66,7 +66,7 @@ def asked(layer: Any, x: Tensor, angles: Any, plan: attention.Packed) -> list[An
     eps = *(norm.variance_epsilon for norm in norms), heads[0].variance_epsilon if heads else 0.0
     known = size, eps, attn.scaling, dtype, plan.calls if x.is_cuda else plan.places
     weights = own[0], *products[:4], own[1], *products[4:]
-    return [known, weights, biases, *([heads_own] if heads else [])]
+    return [known, weights, biases, heads_own or [None, None]]
 
 
 def _fits(plan: attention.Packed, at: torch.device, dtype: torch.dtype, size: int) -> bool:
