@@ -3,7 +3,8 @@
 For native_linear.py and native_vocab.py. dW is summed in fp32; extra memory is one chunk. Where the
 CPU multiplies half precision fast, logits are rounded to it, as torch rounds; elsewhere tiles of
 the weight are widened and the products are fp32. Where one chunk is all there is, products become
-the gradients as torch made them.
+the gradients as torch made them. A head of a few words has products of ours, where those are faster
+(native_products.py).
 Legend: N tokens, K rows in use, R rows of a chunk, D hidden, V vocabulary.
 """
 
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from reasonrl.kernels.native import core, pointer, row_grad, threads
+from reasonrl.kernels.native_products import products
+from reasonrl.kernels.products import Products
 
 CHUNK_BYTES = 1 << 27  # of logits alive at one time
 CHUNK_ROWS = 0  # rows of a chunk where not 0: overrides CHUNK_BYTES
 WIDEN: bool | None = None  # half precision as fp32 products; None: where this CPU is slow at it
+SMALL = 1 << 18  # weights of a head whose products torch looks for as long as it makes them
 _kept = threading.local()
 TILE = 4096  # rows of weight whose half-precision dW, or fp32 copy, is alive at one time
 
@@ -53,7 +57,7 @@ class Head:
         self.addend = None if self.bias is None else self.bias.to(self.dtype)
         self.count = self.hidden.shape[0] if self.rows is None else self.rows.numel()
         self.size = self.chunk(CHUNK_BYTES)
-        self.dx = self.dw = self.db = None
+        self.dx = self.dw = self.db = self.found = None
         self.wants_dx = self.wants_dw = False
 
     def chunk(self, size: int) -> int:
@@ -99,7 +103,18 @@ class Head:
         for start in range(0, self.weight.shape[0], TILE):
             yield slice(start, start + TILE), self.matrix[start : start + TILE].to(self.dtype)
 
-    def logits(self, x: Tensor) -> Tensor:  # (R, D) -> (R, V), a view of the scratch
+    def small(self, rows: int) -> Products | None:
+        """Of a head of a few words."""
+        if self.widened or self.weight.numel() > SMALL:
+            return None
+        if self.found is None or self.found.tokens != rows:
+            bias = None if self.bias is None else self.bias.float()
+            self.found = products([self.weight.float().contiguous()], [bias], rows, self.dtype)
+        return self.found
+
+    def logits(self, x: Tensor) -> Tensor:  # (R, D) -> (R, V)
+        if small := self.small(len(x)):
+            return small.forward(x.contiguous())
         out = scratch(x.shape[0], self.weight.shape[0], self.dtype, self.size)
         if not self.widened:
             return _logits(x, self.matrix, self.addend, out)
@@ -109,6 +124,8 @@ class Head:
         return out
 
     def back(self, du: Tensor) -> Tensor:  # (K, V) -> (K, D)
+        if small := self.small(len(du)):
+            return small.by_input(du)
         if not self.widened:
             return torch.mm(du, self.matrix)
         total = torch.zeros(du.shape[0], self.weight.shape[1])
@@ -129,7 +146,10 @@ class Head:
             source, room = fold(live != 0, count), u[:count]
             x = x[source]
         du = row_grad(u, target, stats, self.scale, c, eta, room, source)
-        if self.wants_dw:
+        if self.wants_dw and (small := self.small(count)):
+            part = small.by_weight(du, x.contiguous())
+            self.dw = part if self.dw is None else self.dw.add_(part)
+        elif self.wants_dw:
             self.dw = add_product(self.dw, du, x, last=self.size >= self.count)
         if self.db is not None:
             self.db += du.sum(0, dtype=torch.float32)

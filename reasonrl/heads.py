@@ -47,7 +47,8 @@ def at_head(model: Any, hidden: Tensor, function: HeadCall, dtype: torch.dtype |
     """
     inner = _inner(model)
     layer, adapters = _layer(inner)
-    softcap, scale = softcap_of(inner), scale_of(inner)
+    config = _config(inner)
+    softcap, scale = _softcap(config), _scale(config)
 
     def forward(hidden: Tensor) -> Any:
         weight, bias = _whole(layer.weight), _whole(layer.bias)
@@ -99,7 +100,8 @@ def alone(model: Any) -> bool:
 
 
 def _config(model: Any) -> Any:
-    return _inner(model).config.get_text_config()
+    config = _inner(model).config
+    return config.get_text_config() if config.sub_configs else config  # its search is slow
 
 
 def _softcap(config: Any) -> float | None:

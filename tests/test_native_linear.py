@@ -12,14 +12,16 @@ from reasonrl.kernels import native_head, reference
 from reasonrl.loss import NAMED
 
 EPS = torch.finfo(torch.float32).eps
-N, D, V = 150, 24, 331
+N, D, V = 150, 24, 330
 
 
-@pytest.fixture(autouse=True)
-def linear(require, poison):
+@pytest.fixture(autouse=True, params=["many words", "a few"])
+def linear(require, poison, monkeypatch, request):
     from reasonrl.kernels import native, native_linear
 
     require("native", native.available())
+    if request.param == "many words":
+        monkeypatch.setattr(native_head, "SMALL", 0)
     return native_linear
 
 
@@ -97,12 +99,10 @@ def test_only_live_rows_reach_the_gradient_products(linear, monkeypatch):
     head, target, tokens, cu = drawn()
     tokens[1][:100] = 0
     seen, made = [], []
-    add_product, logits = native_head.add_product, native_head.Head.logits
+    back, logits = native_head.Head.back, native_head.Head.logits
     monkeypatch.setattr(native_head, "CHUNK_ROWS", 32)
     monkeypatch.setattr(
-        native_head,
-        "add_product",
-        lambda t, du, x, last: (seen.append(du.shape[0]), add_product(t, du, x, last))[1],
+        native_head.Head, "back", lambda self, du: (seen.append(du.shape[0]), back(self, du))[1]
     )
     monkeypatch.setattr(
         native_head.Head, "logits", lambda self, x: (made.append(x.shape[0]), logits(self, x))[1]
