@@ -216,13 +216,14 @@ struct LinearTask {
 };
 
 // A decoder layer that learns; see cpu/layer.cpp. L tokens of width D, H query and K key heads of
-// d, F wide inside.
+// d, F wide inside. A of them go on behind the attention: those asked, or all.
 struct LayerTask {
     const PackedBlock* blocks;                     // (block_count,), where the tokens stand
+    const int64_t* asked;                          // (A,), ascending, or null
     const void *cos, *sin;                         // (L, d)
     const float *norm1, *norm2, *q_norm, *k_norm;  // (D,) twice, (d,) twice or null
     LinearTask qkv, out, both, down;               // what has no bias: null
-    int64_t tokens, width, inner, heads, key_heads, size, block_count;
+    int64_t tokens, answers, width, inner, heads, key_heads, size, block_count;
     int dtype, angle_dtype;  // of the products (float32 or bf16), of cos
     float eps1, eps2, head_eps, scaling;
     bool dots;
@@ -349,7 +350,8 @@ struct Ops {
 
 const Ops& ops();
 
-// What a layer keeps for its gradient, and what it needs meanwhile, in bytes.
+// What a layer keeps for its gradient, and what it needs meanwhile, in bytes. x and the gradient by
+// it: (L, D); out and its own: (A, D).
 int64_t layer_keeps(const LayerTask&);
 int64_t layer_needs(const LayerTask&);
 void decoder_layer(const LayerTask&, const float* x, void* kept, void* scratch, float* out,

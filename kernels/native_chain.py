@@ -1,6 +1,6 @@
 """A decoder on the CPU from embedded tokens to last hidden states and back, without a graph: layers
 of one call each way (native_decoder.py), norm. A small model's graph takes a tenth as long as its
-kernels. Legend: L tokens of width D, V words.
+kernels. Legend: L tokens of width D, A of them asked for (or all), V words.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from reasonrl.kernels.decoder import Known
 from reasonrl.kernels.native import core, pointer, threads
-from reasonrl.kernels.native_decoder import Held, held_layer, held_layer_grad, holds
-
-Given = Sequence[Tensor | None]  # a layer's, in the order of decoder.NAMES
+from reasonrl.kernels.native_decoder import Given, Held, held_layer, held_layer_grad, holds
 
 
 class Chain:
@@ -31,22 +29,24 @@ class Chain:
         norm: Tensor,  # (D,)
         eps: float,
         padding: int = -1,  # the word that learns nothing
+        asked: Tensor | None = None,  # (A,) int64, ascending
     ):
         self.ids, self.x, self.table, self.turn = ids, x, table, turn
         self.layers = [(Known(*known), given) for known, given in layers]
-        self.norm, self.eps, self.padding = norm, eps, padding
+        self.norm, self.eps, self.padding, self.asked = norm, eps, padding, asked
         self.held: list[Held] = []
 
     def takes(self) -> bool:
         """Whether every layer is one call."""
         return all(holds(len(self.ids), known.dtype, given) for known, given in self.layers)
 
-    def forward(self, each: Callable[[], None]) -> Tensor:  # (L, D)
+    def forward(self, each: Callable[[], None]) -> Tensor:  # (A, D)
         """each: called before each layer, as in `backward`."""
         x = self.x
-        for known, given in self.layers:
+        for i, (known, given) in enumerate(self.layers, 1):
             each()
-            x, held = held_layer(x, *self.turn, known, given)
+            asked = self.asked if i == len(self.layers) else None
+            x, held = held_layer(x, *self.turn, known, asked, given)
             self.held.append(held)
         self.last, y, self.scale = x, torch.empty_like(x), torch.empty(len(x))
         core().rms_norm(self._norm_task(), 0, 0, 0, pointer(y), threads())

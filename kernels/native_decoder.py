@@ -33,6 +33,7 @@ PLACES = [[NAMES.index(name) for name in names] for names in OF_WEIGHTS]
 PARTS = [(mine, mine) for mine in PLACES]  # of one gradient: places in NAMES, and whose rows it has
 PARTS += [([NAMES.index(f"{NAMES[i]}_bias") for i in mine], mine) for mine in PLACES[3:]]
 DOTS = True  # False: without the instruction for pairs of bf16
+Given = Sequence[Tensor | None]  # a layer's, in the order of NAMES
 
 
 def decoder_layer(
@@ -43,14 +44,16 @@ def decoder_layer(
     weights: Sequence[Tensor],  # fp32, contiguous, in the order of decoder.Weights
     biases: Sequence[Tensor | None],  # of q, k, v, o, gate, up, down
     norms: Sequence[Tensor | None] = (None, None),  # of q's heads and k's
-) -> Tensor:  # (L, D) fp32
+    asked: Tensor | None = None,  # (A,) int64, tokens that go on behind the attention, ascending
+) -> Tensor:  # (L, D) fp32, or (A, D)
     how, given = Known(*known), (*weights, *biases, *norms)
     if holds(len(x), how.dtype, given):
-        return Whole.apply(x, cos, sin, how, *given)
-    return by_parts(x, cos, sin, how, BETWEEN, *given)
+        return Whole.apply(x, cos, sin, how, asked, *given)
+    out = by_parts(x, cos, sin, how, BETWEEN, *given)
+    return out if asked is None else out.index_select(0, asked)
 
 
-def holds(tokens: int, dtype: torch.dtype, given: Sequence[Any]) -> bool:
+def holds(tokens: int, dtype: torch.dtype, given: Given) -> bool:
     """Whether a layer is one call: its products are ours, and bf16 is read in pairs."""
     down = given[DOWN_AT]
     even = dtype == torch.float32 or down.shape[0] % 2 == down.shape[1] % 2 == 0
@@ -63,13 +66,16 @@ class Held(NamedTuple):
     task: Any
     x: Tensor  # (L, D), what it read
     kept: Tensor  # bytes
-    given: Sequence[Tensor | None]  # in the order of NAMES
+    given: Given
 
 
-def held_layer(x: Tensor, cos: Tensor, sin: Tensor, known: Known, given: Sequence[Tensor | None]):
+def held_layer(
+    x: Tensor, cos: Tensor, sin: Tensor, known: Known, asked: Tensor | None, given: Given
+) -> tuple[Tensor, Held]:
     """What the layer makes of x, and what `held_layer_grad` wants. Nothing may move meanwhile."""
-    task = _layer(x, cos, sin, known, given)
-    kept, scratch, out = _bytes(task.keeps()), _bytes(task.needs()), torch.empty_like(x)
+    task = _layer(x, cos, sin, known, asked, given)
+    kept, scratch = _bytes(task.keeps()), _bytes(task.needs())
+    out = torch.empty_like(x if asked is None else x[: len(asked)])
     places = (t.data_ptr() for t in (x, kept, scratch, out))
     core().decoder_layer(task, *places, threads())
     return out, Held(task, x, kept, given)
@@ -90,9 +96,9 @@ class Whole(torch.autograd.Function):
     """All of DecoderLayer in one call each way, to the same bits; what it keeps is one piece."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, known, *given):
-        out, held = held_layer(x, cos, sin, known, given)
-        ctx.known = known
+    def forward(ctx, x, cos, sin, known, asked, *given):
+        out, held = held_layer(x, cos, sin, known, asked, given)
+        ctx.known, ctx.asked = known, asked
         ctx.save_for_backward(x, cos, sin, held.kept, *given)
         return out
 
@@ -100,21 +106,23 @@ class Whole(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         x, cos, sin, kept, *given = ctx.saved_tensors
         # weights that are gathered for a forward stand elsewhere in its backward
-        held = Held(_layer(x, cos, sin, ctx.known, given), x, kept, given)
-        out, found = held_layer_grad(held, grad.contiguous(), ctx.needs_input_grad[4:])
-        return out, None, None, None, *found
+        held = Held(_layer(x, cos, sin, ctx.known, ctx.asked, given), x, kept, given)
+        out, found = held_layer_grad(held, grad.contiguous(), ctx.needs_input_grad[5:])
+        return out, None, None, None, None, *found
 
 
-def _layer(x: Tensor, cos: Tensor, sin: Tensor, known: Known, given: Sequence[Any]) -> Any:
+def _layer(
+    x: Tensor, cos: Tensor, sin: Tensor, known: Known, asked: Tensor | None, given: Given
+) -> Any:
     blocks, size, (_, q, k, *_), down = known.packing, known.size, given, given[DOWN_AT]
     heads = q.shape[0] // size, k.shape[0] // size
-    sizes = *x.shape, down.shape[1], *heads, size, len(blocks)
-    places, kinds = map(pointer, (blocks, cos, sin)), (DTYPES[known.dtype], DTYPES[cos.dtype])
-    scales = *known.eps, known.scaling
+    sizes = *x.shape, down.shape[1], *heads, size, len(blocks), len(x if asked is None else asked)
+    places = map(pointer, (blocks, cos, sin, asked))
+    kinds, scales = (DTYPES[known.dtype], DTYPES[cos.dtype]), (*known.eps, known.scaling)
     return core().LayerTask([*map(pointer, given)], [*places], sizes, kinds, scales, DOTS)
 
 
-def _gradients(given: Sequence[Any], wants: Sequence[bool]) -> tuple[list[Any], list[int]]:
+def _gradients(given: Given, wants: Sequence[bool]) -> tuple[list[Any], list[int]]:
     """A gradient for everything that wants one, and where those that stand together begin."""
     found: list[Any] = [None] * len(given)
     begins = []

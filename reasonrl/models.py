@@ -94,24 +94,26 @@ class Policy:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30)
 
     def hidden(
-        self, input_ids: Tensor, position_ids: Tensor, plan: Any, images: Sequence[Any] = ()
-    ) -> Tensor:
+        self, input_ids: Tensor, position_ids: Tensor, plan: Any, images: Sequence[Any] = (),
+        rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Packed ids (L,) and positions (L,) or (3, L), images of the prompts among them -> last
-        hidden states (L, D)."""
+        hidden states (L, D), or those of tokens `rows` (N,)."""
+        decoder, flat = self.model.get_decoder(), position_ids.dim() == 1
         if images:
-            return vision.hidden(self, input_ids, position_ids, plan, images)
-        decoder = self.model.get_decoder()
-        flat = position_ids.dim() == 1
-        found = whole_decoder.computed(decoder, input_ids, position_ids, plan) if flat else None
-        if found is not None:
-            return found
-        out = decoder(
-            input_ids=input_ids[None],
-            position_ids=position_ids[None] if flat else position_ids[:, None],
-            plan=plan,
-            use_cache=False,
-        )
-        return out.last_hidden_state.squeeze(0)
+            out = vision.hidden(self, input_ids, position_ids, plan, images)
+        else:
+            given = input_ids, position_ids, plan, rows
+            found = whole_decoder.computed(decoder, *given) if flat else None
+            if found is not None:
+                return found
+            out = decoder(
+                input_ids=input_ids[None],
+                position_ids=position_ids[None] if flat else position_ids[:, None],
+                plan=plan,
+                use_cache=False,
+            ).last_hidden_state.squeeze(0)
+        return out if rows is None else out.index_select(0, rows)
 
     def at_head(self, batch: Batch, function: heads.HeadCall) -> Any:
         """function(hidden states (N, D) that predict a batch's tokens, head) in the compute dtype,
@@ -120,8 +122,8 @@ class Policy:
         with self.autocast():
             plan = attention.Packed(batch.layout, device, attn=self.attn)
             ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
-            hidden = self.hidden(ids, positions, plan, batch.images)
-        hidden = hidden.index_select(0, batch.predict.to(device))
+            predict = batch.predict.to(device)
+            hidden = self.hidden(ids, positions, plan, batch.images, predict)
         return heads.at_head(self.model, hidden, function, self.compute)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -35,8 +35,12 @@ def direct() -> Iterator[None]:
         _direct.reset(token)
 
 
-def computed(decoder: Any, ids: Tensor, positions: Tensor, plan: Any) -> Tensor | None:
-    """Last hidden states (L, D) of ids (L,) at positions (L,); None where the modules must."""
+def computed(
+    decoder: Any, ids: Tensor, positions: Tensor, plan: Any, rows: Tensor | None = None
+) -> Tensor | None:
+    """Last hidden states of ids (L,) at positions (L,): (N, D) of tokens `rows` (N,), which may be
+    one several times, or (L, D); None where the modules must. Who is not among them ends with its
+    last key."""
     if not isinstance(plan, attention.Packed) or not plan.by_blocks():
         return None
     if torch.compiler.is_compiling() or not cpu_layers.known(decoder):
@@ -51,17 +55,29 @@ def computed(decoder: Any, ids: Tensor, positions: Tensor, plan: Any) -> Tensor 
     every = [given for one in layers if (given := whole_layer.asked(one, x, where, plan))]
     if len(every) < len(layers):
         return None
-    turn = whole_layer.turn(where)
-    if learns:
-        found = _directly(decoder, ids, x.squeeze(0), turn, every)
-        if found is not None:
-            return found
-        x = decoder.embed_tokens(ids[None])
-    op, x = native("decoder_layer"), x.squeeze(0)
-    for known, *parts in every:
+    turn, (asked, back) = whole_layer.turn(where), _asked(rows, len(ids))
+    found = _directly(decoder, ids, x.squeeze(0), turn, every, asked) if learns else None
+    if found is None:
+        x = decoder.embed_tokens(ids[None]) if learns else x
+        found = _by_layers(x.squeeze(0), turn, every, asked)
+        found = decoder.norm(found)
+    return found if back is None else found.index_select(0, back)
+
+
+def _by_layers(x: Tensor, turn: Any, every: Sequence[Any], asked: Tensor | None) -> Tensor:
+    op = native("decoder_layer")
+    for i, (known, *parts) in enumerate(every, 1):
         beat()
-        x = op(x, *turn, known, *parts)
-    return decoder.norm(x)
+        x = op(x, *turn, known, *parts, asked if i == len(every) else None)
+    return x
+
+
+def _asked(rows: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """Those tokens, each once and in order, and which of them every row is."""
+    if rows is None:
+        return None, None
+    asked, back = torch.unique(rows, return_inverse=True)
+    return (asked, back) if 0 < len(asked) < count else (None, rows)
 
 
 def _angles(rotary: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:  # (1, L, d) both
@@ -72,7 +88,7 @@ def _angles(rotary: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _directly(
-    decoder: Any, ids: Tensor, x: Tensor, turn: Any, every: Sequence[Any]
+    decoder: Any, ids: Tensor, x: Tensor, turn: Any, every: Sequence[Any], asked: Tensor | None
 ) -> Tensor | None:
     """By a chain, where all weights are tensors to which nobody listens."""
     table, norm = decoder.embed_tokens, decoder.norm
@@ -86,7 +102,7 @@ def _directly(
     ):  # fmt: skip
         return None
     padding = -1 if table.padding_idx is None else table.padding_idx
-    own = norm.weight, norm.variance_epsilon, padding
+    own = norm.weight, norm.variance_epsilon, padding, asked
     chain = native("Chain")(ids, x, table.weight, turn, layers, *own)
     return _Directly.apply(learning[0], chain) if chain.takes() else None
 

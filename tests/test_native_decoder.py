@@ -238,8 +238,9 @@ def contains(part, name):
     return part in name
 
 
-def computed(by, case, dtype, learns, *between):
-    """The output, the gradient by the input and by all that learns; None for the rest."""
+def computed(by, case, dtype, learns, how):
+    """The output, the gradient by the input and by all that learns; None for the rest. how: what is
+    between, or who is asked."""
     x, turn, packing, given = case
     known = Known(turn.cos.shape[1], (0.1, 0.2, 0.3), 0.3, dtype, packing)
     leaves = [x, *given]
@@ -247,7 +248,7 @@ def computed(by, case, dtype, learns, *between):
         None if t is None else t.clone().requires_grad_(i == 0 or learns(NAMES[i - 1]))
         for i, t in enumerate(leaves)
     ]
-    y = by.apply(leaves[0], *turn, known, *between, *leaves[1:])
+    y = by.apply(leaves[0], *turn, known, how, *leaves[1:])
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
     return y.detach(), *(None if t is None else t.grad for t in leaves)
 
@@ -262,9 +263,9 @@ def test_a_layer_in_one_call_is_its_kernels_to_the_bit(isa, sizes, dtype, kind):
     case = layer_of(sizes, *KINDS[kind])
     between = native_decoder.BETWEEN._replace(products=NativeProducts)
     for part in ("", "norm", "q", "up", "o", "down_bias", "v_bias", "k_norm"):
-        asked = case, dtype, partial(contains, part)
-        found = computed(native_decoder.Whole, *asked)
-        wanted = computed(DecoderLayer, *asked, between)
+        known = case, dtype, partial(contains, part)
+        found = computed(native_decoder.Whole, *known, None)
+        wanted = computed(DecoderLayer, *known, between)
         for name, got, want in zip(("y", "x", *NAMES), found, wanted, strict=True):
             if got is None or want is None:
                 assert got is want, name
@@ -274,11 +275,50 @@ def test_a_layer_in_one_call_is_its_kernels_to_the_bit(isa, sizes, dtype, kind):
                 assert torch.equal(got, want), name
 
 
+ASKED = {
+    "the first": [0],
+    "the last": [-1],
+    "some": [1, 2, 5, 6, 11, 20],
+    "all but the first": range(1, 300),
+    "all but the last": range(-300, -1),
+}
+BEHIND = ("norm2", "o", "gate", "up", "down")  # the attention: their sums have other rows
+
+
+@pytest.mark.parametrize("who", ASKED)
+@pytest.mark.parametrize("dtype", [FULL, HALF], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 2, 6, 10, 22), (3, 1, 18, 34, 14)], ids=str)
+def test_tokens_that_are_asked_for_alone(isa, sizes, dtype, who):  # noqa: F811
+    """As those of all tokens of which the others get no gradient."""
+    if dtype == HALF and not native_decoder.core().has_dots():
+        pytest.skip("this instruction set has no products of bf16")
+    case = x, turn, packing, given = layer_of(sizes, True, True)
+    asked = torch.tensor([i % len(x) for i in ASKED[who] if -len(x) <= i < len(x)])
+
+    def learns(name: str) -> bool:
+        return True
+
+    y, *found = computed(native_decoder.Whole, case, dtype, learns, asked)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *given)]
+    known = Known(turn.cos.shape[1], (0.1, 0.2, 0.3), 0.3, dtype, packing)
+    every = native_decoder.Whole.apply(leaves[0], *turn, known, None, *leaves[1:])
+    want = every.index_select(0, asked)
+    want.backward(torch.randn(want.shape, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(y, want)
+    for name, got, leaf in zip(("x", *NAMES), found, leaves, strict=True):
+        if got is None or leaf is None:
+            assert got is leaf, name
+        elif name.removesuffix("_bias") in BEHIND:
+            torch.testing.assert_close(got, leaf.grad, rtol=1e-5, atol=1e-4)
+        else:
+            assert torch.equal(got, leaf.grad), name
+
+
 def test_a_layer_in_one_call_has_the_same_bits_for_any_threads(native):  # noqa: F811
     case, seen = layer_of((4, 2, 6, 10, 22), True, True), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        seen.append(computed(native_decoder.Whole, case, FULL, lambda name: True))
+        seen.append(computed(native_decoder.Whole, case, FULL, lambda name: True, None))
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
@@ -290,6 +330,11 @@ def test_which_way_a_layer_goes(native, fast, monkeypatch):  # noqa: F811
     ways = []
     for by in (native_decoder.Whole, DecoderLayer):
         monkeypatch.setattr(by, "apply", partial(lambda by, *of: (ways.append(by), of)[1], by))
-    known = 6, (0.1, 0.2, 0.3), 0.3, FULL, packing
+    known, asked = (6, (0.1, 0.2, 0.3), 0.3, FULL, packing), torch.tensor([1, 4])
     native_decoder.decoder_layer(x, *turn, known, given[:9], given[9:16])
     assert ways == [native_decoder.Whole if fast else DecoderLayer]
+    monkeypatch.undo()
+    every = native_decoder.decoder_layer(x, *turn, known, given[:9], given[9:16])
+    monkeypatch.setattr(native_decoder, "fast", lambda *of: fast)
+    some = native_decoder.decoder_layer(x, *turn, known, given[:9], given[9:16], asked=asked)
+    torch.testing.assert_close(some, every[asked], rtol=1e-5, atol=1e-5)

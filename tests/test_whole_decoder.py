@@ -4,6 +4,7 @@ of them is another or somebody listens."""
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -94,6 +95,39 @@ def test_kept_keys_a_compiler_and_fewer_layers(seen, monkeypatch):
         assert torch.equal(fewer, fused.hidden(ids, positions, plan))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert whole_decoder.computed(fused.model.model, ids, positions, plan) is None
+
+
+ROWS = {
+    "some": [4, 5, 9],
+    "one several times, in any order": [9, 4, 9, 0, 4, 4],
+    "all": range(11),
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("way", ["by modules", "by a graph", "straight"])
+def test_hidden_states_of_some_tokens(chains, way, rows, monkeypatch):
+    if way == "by modules":
+        monkeypatch.setattr(whole_decoder, "computed", lambda *given: None)
+    _, fused = twins("Llama")
+    layout = [(0, 5, [3, 3])]
+    given = torch.arange(11), torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7])
+    rows, taken = torch.tensor(ROWS[rows], dtype=torch.long), []
+    for some in (rows, None):
+        with whole_decoder.direct() if way == "straight" else nullcontext():
+            hidden = fused.hidden(*given, attention.Packed(layout, "cpu"), rows=some)
+            hidden = hidden if some is not None else hidden[rows]
+            fused.model.zero_grad()
+            hidden.square().sum().backward()
+        taken.append((hidden, grads_of(fused)))
+    (got, found), (want, wanted) = taken
+    assert torch.equal(got, want) and bool(chains) == (way == "straight")
+    for name, grad in wanted.items():
+        if grad is None:
+            assert found[name] is None
+        else:
+            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6)
 
 
 def straight(policy, losses) -> dict[str, torch.Tensor | None]:

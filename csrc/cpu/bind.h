@@ -268,14 +268,15 @@ inline void bind_linear(py::module_& m) {
 inline void bind_layer(py::module_& m) {
     using Pointers = std::array<uintptr_t, 18>;  // in the order of kernels/decoder.py's NAMES
     py::class_<LayerTask>(m, "LayerTask", "A decoder layer that learns; see ops.h.")
-        .def(py::init([](const Pointers& p, std::array<uintptr_t, 3> places,
-                         std::array<int64_t, 7> sizes, std::array<int, 2> dtypes,
+        .def(py::init([](const Pointers& p, std::array<uintptr_t, 4> places,
+                         std::array<int64_t, 8> sizes, std::array<int, 2> dtypes,
                          std::array<float, 4> scales, bool dots) {
             LayerTask t{};
             t.blocks = at<const PackedBlock>(places[0]);
             t.cos = at<const void>(places[1]), t.sin = at<const void>(places[2]);
             t.tokens = sizes[0], t.width = sizes[1], t.inner = sizes[2], t.heads = sizes[3];
             t.key_heads = sizes[4], t.size = sizes[5], t.block_count = sizes[6];
+            t.asked = at<const int64_t>(places[3]), t.answers = sizes[7];
             t.dtype = dtypes[0], t.angle_dtype = dtypes[1];
             t.eps1 = scales[0], t.eps2 = scales[1], t.head_eps = scales[2], t.scaling = scales[3];
             t.dots = dots && t.dtype == BF16 && has_dots();
@@ -284,12 +285,13 @@ inline void bind_layer(py::module_& m) {
             const auto add = [&](LinearTask& of, int64_t inputs, int weight, int bias, int64_t n) {
                 of.parts.push_back({at<const float>(p[weight]), n});
                 of.biases.push_back(at<const float>(p[bias]));
-                of.rows = t.tokens, of.inputs = inputs, of.outputs += n, of.dtype = t.dtype;
+                of.rows = t.answers, of.inputs = inputs, of.outputs += n, of.dtype = t.dtype;
             };
             const int64_t queries = t.heads * t.size, keys = t.key_heads * t.size;
             add(t.qkv, t.width, 1, 9, queries);
             add(t.qkv, t.width, 2, 10, keys);
             add(t.qkv, t.width, 3, 11, keys);
+            t.qkv.rows = t.tokens;
             add(t.out, queries, 4, 12, t.width);
             add(t.both, t.width, 6, 13, t.inner);
             add(t.both, t.width, 7, 14, t.inner);
