@@ -210,7 +210,7 @@ CPU = [
     ("the last product's gradient is of all the residual's past", LAYER, "op.linear_onto(t.down, own.by_both, kept.total,", "op.linear_onto(t.down, own.by_both, x,", "native_decoder"),
     ("those asked for have the residual of the first tokens", LAYER, "(const char*)from + t.asked[i] * bytes", "(const char*)from + i * bytes", "asked"),
     ("tokens not asked for have some gradient", LAYER, "if (!known) memset(row, 0, bytes);", "", "asked"),
-    ("a thread's first token asked for is the first of all", LAYER, "std::lower_bound(t.asked, t.asked + t.answers, mine.begin) - t.asked", "0", "asked"),
+    ("a thread's first token asked for is the first of all", LAYER, "std::lower_bound(t.asked, t.asked + t.answers, mine.begin) - t.asked", "0", "any_threads"),
     ("the residual's gradient stays with those asked for", LAYER, "t.asked ? grad_x : own.grad", "own.grad", "asked"),
     ("the second norm of all tokens", LAYER, "kept.scale2, t.answers, t.width", "kept.scale2, t.tokens, t.width", "asked"),
     ("sums of columns forget a chunk", LAYERS, "                whole += sum;", "                whole = sum;", "native_decoder"),
