@@ -104,29 +104,35 @@ struct Thread {
         if (!DOTS) write_any(t.dtype, to, at, size, turned.data());
     }
 
-    // A key head of a block and the queries' heads by it are turned where they stand.
-    void turn_block(const PackedBlock& block, int64_t key_head) {
-        const bool done = DOTS && t.cos && with_turn(size, [&](auto by) {
-                              for (int64_t i = block.start; i < block.start + block.count; i++) {
-                                  const auto [c, s] = angles(i);
-                                  by.angles(c, s);
-                                  uint16_t* heads = (uint16_t*)t.heads_of + i * stride;
-                                  for (int64_t h = 0; h < group; h++)
-                                      by.turn(heads + (key_head * group + h) * size);
-                                  by.turn(heads + (t.heads + key_head) * size);
-                              }
-                          });
-        for (int64_t i = 0; i < block.count && t.cos && !done; i++) {
-            for (int64_t h = key_head * group; h <= (key_head + 1) * group; h++) {
-                const int64_t head = h < (key_head + 1) * group ? h : t.heads + key_head;
-                const int64_t at = (block.start + i) * stride + head * size;
+    // `count` key heads of a block and the queries' heads by them are turned where they stand,
+    // token by token: lines come as a stream.
+    void turn_block(const PackedBlock& block, int64_t key_head, int64_t count) {
+        const int64_t end = block.start + block.count;
+        const auto each_head = [&](auto f) INLINE_BODY {
+            for (int64_t h = key_head * group; h < (key_head + count) * group; h++) {
+                f(h);
+                if (h % group == 0) f(t.heads + h / group);
+            }
+        };
+        const bool done =
+            DOTS && t.cos && with_turn(size, [&](auto by) {
+                for (int64_t i = block.start; i < end; i++) {
+                    const auto [c, s] = angles(i);
+                    by.angles(c, s);
+                    uint16_t* heads = (uint16_t*)t.heads_of + i * stride;
+                    each_head([&](int64_t h) INLINE_BODY { by.turn(heads + h * size); });
+                }
+            });
+        for (int64_t i = block.start; i < end && t.cos && !done; i++) {
+            each_head([&](int64_t head) {
+                const int64_t at = i * stride + head * size;
                 if (!DOTS) read_any(t.dtype, t.heads_of, at, size, row.data());
                 const auto from = [&](int64_t j) {
                     if (!DOTS) return load(row.data() + j);
                     return take<QUICK>(t.heads_of, at + j, t.tokens * stride - at - j);
                 };
-                turn<false>(block.start + i, head, from, t.heads_of);
-            }
+                turn<false>(i, head, from, t.heads_of);
+            });
         }
     }
 
@@ -167,7 +173,6 @@ struct Thread {
         };
         if (prompt) all_of(t.blocks[run.prompt], 0);
         for (int64_t b = run.first; b < run.last; b++) {
-            if (run.prompt >= 0) turn_block(t.blocks[b], key_head);
             all_of(t.blocks[b], vectors(prompt));
             each_chunk(t.blocks[b], prompt, key_head, group, [&](const Chunk& c, int64_t h) {
                 read_heads(c.token, h, c.n, vectors(c.n), q);
@@ -313,7 +318,6 @@ struct Thread {
     Words score, by_weight, weight, by_score, below, across, out, by_k, by_v;
 };
 
-// Each key head of each run, by whoever is free.
 template <bool DOTS>
 void forward(const PackedTask& t, int threads) {
     const Plan plan(t);
@@ -324,11 +328,15 @@ void forward(const PackedTask& t, int threads) {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; i++) {  // prompts, whose keys several runs want
             const PackedRun& run = plan.runs[i / t.key_heads];
-            if (run.prompt < 0) mine.turn_block(t.blocks[run.first], i % t.key_heads);
+            if (run.prompt < 0) mine.turn_block(t.blocks[run.first], i % t.key_heads, 1);
         }
 #pragma omp for schedule(dynamic, part)
         for (int64_t i = 0; i < count; i++) {
-            mine.see(plan.runs[i / t.key_heads], i % t.key_heads);
+            const PackedRun& run = plan.runs[i / t.key_heads];
+            for (int64_t b = run.first; b < run.last && run.prompt >= 0 && i % part == 0; b++) {
+                mine.turn_block(t.blocks[b], i % t.key_heads, part);
+            }
+            mine.see(run, i % t.key_heads);
         }
     }
 }

@@ -122,8 +122,11 @@ struct ShortTurn {
             uint16_t* at = head + v * LANES;
             const __m256i own = _mm256_maskz_loadu_epi16(all[v], at);
             const __m256i later = _mm256_maskz_loadu_epi16(first[v], at + half);
-            const __m256i other = _mm256_mask_loadu_epi16(later, second[v], at - half);
-            x[v] = wide(own) * cos[v] + wide(other) * sin[v];
+            // where there is none, nothing is read of the head before, which was just written
+            const __m256i other =
+                second[v] ? _mm256_mask_loadu_epi16(later, second[v], at - half) : later;
+            const __m512 turned = (__m512)(wide(other) * sin[v]);
+            x[v] = (Vec)_mm512_fmadd_ps((__m512)wide(own), (__m512)cos[v], turned);
         }
         _Pragma("GCC unroll 4") for (int v = 0; v < N; v++) {
             const VecH rounded = quick(x[v]);
