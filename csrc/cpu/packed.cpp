@@ -318,34 +318,34 @@ struct Thread {
     Words score, by_weight, weight, by_score, below, across, out, by_k, by_v;
 };
 
+// Prompts are turned before anyone sees them.
 template <bool DOTS>
 void forward(const PackedTask& t, int threads) {
     const Plan plan(t);
-    const int64_t count = (int64_t)plan.runs.size() * t.key_heads, part = plan.part(t, threads);
+    const int64_t part = plan.part(t, threads);
+    Dealt turned(t, plan, threads, 1), seen(t, plan, threads, part);
 #pragma omp parallel num_threads(threads)
     {
         Thread<DOTS> mine(t, plan, false);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++) {  // prompts, whose keys several runs want
-            const PackedRun& run = plan.runs[i / t.key_heads];
-            if (run.prompt < 0) mine.turn_block(t.blocks[run.first], i % t.key_heads, 1);
-        }
-#pragma omp for schedule(dynamic, part)
-        for (int64_t i = 0; i < count; i++) {
-            const PackedRun& run = plan.runs[i / t.key_heads];
-            for (int64_t b = run.first; b < run.last && run.prompt >= 0 && i % part == 0; b++) {
-                mine.turn_block(t.blocks[b], i % t.key_heads, part);
+        turned.each([&](const PackedRun& run, int64_t key_head) {
+            if (run.prompt < 0) mine.turn_block(t.blocks[run.first], key_head, 1);
+        });
+#pragma omp barrier
+        seen.each([&](const PackedRun& run, int64_t key_head) {
+            const bool turns = run.prompt >= 0 && key_head % part == 0;
+            for (int64_t b = run.first; b < run.last && turns; b++) {
+                mine.turn_block(t.blocks[b], key_head, part);
             }
-            mine.see(run, i % t.key_heads);
-        }
+            mine.see(run, key_head);
+        });
     }
 }
 
 template <bool DOTS>
 void backward(const PackedTask& t, const PackedGrad& d, int threads) {
     const Plan plan(t);
-    const int64_t width = vectors(t.size), part = plan.part(t, threads);
-    const int64_t count = (int64_t)plan.runs.size() * t.key_heads;
+    const int64_t width = vectors(t.size);
+    Dealt seen(t, plan, threads, plan.part(t, threads)), summed(t, plan, threads, 1);
     const std::unique_ptr<float[]> places(new float[plan.rows * t.key_heads * 2 * width + LANES]);
     const auto rows = [&](const PackedRun& run) {
         return vectors(t.blocks[run.prompt < 0 ? run.first : run.prompt].count);
@@ -356,16 +356,13 @@ void backward(const PackedTask& t, const PackedGrad& d, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Thread<DOTS> mine(t, plan, true);
-#pragma omp for schedule(dynamic, part)
-        for (int64_t i = 0; i < count; i++) {
-            const PackedRun& run = plan.runs[i / t.key_heads];
-            mine.see_back(d, run, i % t.key_heads, place(run, i % t.key_heads));
-        }
-#pragma omp for schedule(dynamic, part)
-        for (int64_t i = 0; i < count; i++) {
-            const PackedRun& run = plan.runs[i / t.key_heads];
-            if (run.prompt >= 0) continue;
-            const int64_t key_head = i % t.key_heads, all = rows(run) * width;
+        seen.each([&](const PackedRun& run, int64_t key_head) {
+            mine.see_back(d, run, key_head, place(run, key_head));
+        });
+#pragma omp barrier
+        summed.each([&](const PackedRun& run, int64_t key_head) {
+            if (run.prompt >= 0) return;
+            const int64_t all = rows(run) * width;
             const PackedBlock& block = t.blocks[run.first];
             float* sum = place(run, key_head);
             for (const PackedRun& other : plan.runs) {
@@ -376,7 +373,7 @@ void backward(const PackedTask& t, const PackedGrad& d, int threads) {
             const int64_t k = t.heads + key_head, v = k + t.key_heads;
             mine.put(sum, block.count, block.start, k, true, d.by_heads);
             mine.put(sum + all, block.count, block.start, v, false, d.by_heads);
-        }
+        });
     }
 }
 

@@ -2,7 +2,10 @@
 // head is turned.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "tiles.h"
@@ -206,12 +209,51 @@ struct Plan {
                 rows += own ? vectors(block.count) : prompt;
             }
         }
+        const auto before = [&](const PackedRun& a, const PackedRun& b) {  // as their tokens stand
+            return t.blocks[a.first].start < t.blocks[b.first].start;
+        };
+        std::stable_sort(runs.begin(), runs.end(), before);
     }
 
     // Key heads that a thread takes at once: all of a run, whose lines they share, but of few runs.
     int64_t part(const PackedTask& t, int threads) const {
         return (int64_t)runs.size() >= 2 * threads ? t.key_heads : 1;
     }
+};
+
+// So many key heads of a run at once, by whoever is free: a thread's own part of the tokens first,
+// whose lines it has from what made them, then what others have left.
+class Dealt {
+  public:
+    Dealt(const PackedTask& t, const Plan& plan, int threads, int64_t at_once)
+        : runs_(plan.runs), at_once_(at_once), parts_(t.key_heads / at_once), left_(threads) {
+        for (int64_t k = 0; k <= threads; k++) {
+            const auto before = [&](const PackedRun& run) {
+                return t.blocks[run.first].start * threads < t.tokens * k;
+            };
+            const auto end = std::partition_point(runs_.begin(), runs_.end(), before);
+            begins_.push_back((end - runs_.begin()) * parts_);
+            if (k) left_[k - 1] = begins_[k];
+        }
+    }
+
+    // f(run, key head) for each. From the end, where completions are: what is last is small.
+    template <class F>
+    void each(F f) {
+        const int64_t team = (int64_t)left_.size(), me = omp_get_thread_num();
+        for (int64_t k = me; k < me + team; k++) {
+            for (int64_t i; (i = --left_[k % team]) >= begins_[k % team];) {
+                const int64_t first = i % parts_ * at_once_;
+                for (int64_t h = first; h < first + at_once_; h++) f(runs_[i / parts_], h);
+            }
+        }
+    }
+
+  private:
+    const std::vector<PackedRun>& runs_;
+    int64_t at_once_, parts_;
+    std::vector<std::atomic<int64_t>> left_;
+    std::vector<int64_t> begins_;
 };
 
 }  // namespace
