@@ -205,8 +205,8 @@ struct Thread {
             const Vec x = where(on, load(score.floats(j) + at));
             const Vec y = where(next, load(score.floats(j + 1) + at));
             sum += 0.0f * x + 0.0f * y;
-            most = max_of(most, select(on, x, Vec{} - INFINITY));
-            most = max_of(most, select(next, y, Vec{} - INFINITY));
+            const Vec low = Vec{} - INFINITY;
+            most = max_of(most, max_of(select(on, x, low), select(next, y, low)));
         });
         by.top = most * by.scale;
         each_two(c, at, end, [&](int64_t j, VecI on, VecI next) {
