@@ -201,7 +201,7 @@ struct Thread {
         Weighing by = {t.scaling * LOG2_E, Vec{}, Vec{}};
         Vec most = Vec{} - INFINITY, sum = {};
         const int64_t end = c.end(HIGH);
-        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) {
+        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) INLINE_BODY {
             const Vec x = where(on, load(score.floats(j) + at));
             const Vec y = where(next, load(score.floats(j + 1) + at));
             sum += 0.0f * x + 0.0f * y;
@@ -209,7 +209,7 @@ struct Thread {
             most = max_of(most, max_of(select(on, x, low), select(next, y, low)));
         });
         by.top = most * by.scale;
-        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) {
+        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) INLINE_BODY {
             const Vec x = where(on, by.raised(load(score.floats(j) + at)));
             const Vec y = where(next, by.raised(load(score.floats(j + 1) + at)));
             sum += x + y;
@@ -279,7 +279,7 @@ struct Thread {
     void weigh_back(const Chunk& c, int64_t at, const Weighing& by) {
         const int64_t end = c.end(HIGH), word = at / EACH<DOTS>;
         Vec mean = {};
-        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) {
+        each_two(c, at, end, [&](int64_t j, VecI on, VecI next) INLINE_BODY {
             float *x = score.floats(j) + at, *y = x + CHUNK, *g = by_weight.floats(j) + at;
             const Vec p = where(on, by.raised(load(x)) * by.share);
             const Vec q = where(next, by.raised(load(y)) * by.share);
@@ -289,7 +289,7 @@ struct Thread {
             give_pair<DOTS>(t.dtype, p, q, weight.row(j) + word, weight.row(j + 1) + word, nullptr,
                             CHUNK);
         });
-        each_two(c, at, end, [&](int64_t j, VecI, VecI) {
+        each_two(c, at, end, [&](int64_t j, VecI, VecI) INLINE_BODY {
             const float *x = score.floats(j) + at, *g = by_weight.floats(j) + at;
             const Vec a = t.scaling * load(x) * (load(g) - mean);
             const Vec b = t.scaling * load(x + CHUNK) * (load(g + CHUNK) - mean);
