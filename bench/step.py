@@ -4,10 +4,11 @@
 
 Steps alternate (ours, theirs, ours, ...; --turn N: N of ours, N of theirs, since a step of some
 milliseconds that follows a rival's finds the caches full of the rival) after one warm-up each; the
-median counts, the range is shown. Peak memory is the resident high water of a process that runs one
-side alone. A row is printed only where its gates are green: both sides give the same gradient on
-one batch, both produced exactly the tokens asked for from the same prompts, both moved their
-parameters.
+median counts, the range is shown. Pairs of one dtype come one after the other, and the machine is
+not the same all the while: --dtype bf16 --rival-dtype fp32 times each side at its best by turns.
+Peak memory is the resident high water of a process that runs one side alone. A row is printed only
+where its gates are green: both sides give the same gradient on one batch, both produced exactly the
+tokens asked for from the same prompts, both moved their parameters.
 --device cuda: the same on a GPU, its own memory in place of the process's.
 """
 
@@ -36,6 +37,7 @@ from bench.step_ours import Ours, Settings
 
 SIDES = ("ours", "trl")
 COSINE = {"fp32": 0.9999, "bf16": 0.99}  # of the two gradients, at least
+Pair = tuple[str, str]  # dtypes of the sides
 PHASES = ("rollout", "score", "update")
 
 
@@ -56,11 +58,14 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 2
     dtypes = ("fp32", "bf16") if options.dtype == "both" else (options.dtype,)
+    if options.rival_dtype and options.dtype == "both":
+        parser.error("--rival-dtype: expected with --dtype fp32 or bf16, got --dtype both")
+    pairs = [(dtype, options.rival_dtype or dtype) for dtype in dtypes]
     if options.alone:
         if options.alone == "trl":
             importlib.import_module("bench.step_trl")
         start = high_water()  # the interpreter and its libraries
-        run_pair(settings, dtypes[0], (options.alone,), time.monotonic() + options.limit)
+        run_pair(settings, pairs[0], (options.alone,), time.monotonic() + options.limit)
         peak = high_water()
         if settings.device == "cuda":
             start, peak = 0, torch.cuda.max_memory_allocated() >> 20
@@ -73,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
             path.write_text(json.dumps(report, indent=1) + "\n")
 
     how = options.limit, options.memory, keep, options.turn
-    report = measure(settings, dtypes, options.sides, *how)
+    report = measure(settings, pairs, options.sides, *how)
     print(table(report))
     if path is not None:
         keep(report)
@@ -82,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(
-    settings: Settings, dtypes: Sequence[str], sides: Sequence[str], limit: float, memory: bool,
+    settings: Settings, pairs: Sequence[Pair], sides: Sequence[str], limit: float, memory: bool,
     keep: Callable[[Mapping[str, Any]], None] = lambda report: None, turn: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """All rows and what they were measured on; no further repeat starts after `limit` seconds. keep
@@ -93,8 +98,8 @@ def measure(
     rows: list[dict[str, Any]] = []
     report = {"bench": "step", "settings": asdict(settings), "turn": turn, "machine": facts}
     report["rows"] = rows
-    for dtype in dtypes:
-        rows += run_pair(settings, dtype, sides, deadline, turn)
+    for pair in pairs:
+        rows += run_pair(settings, pair, sides, deadline, turn)
         settle()  # trainers are cycles: two pairs of models at once would fill the memory
         keep(report)
     if memory:
@@ -105,10 +110,11 @@ def measure(
 
 
 def run_pair(
-    settings: Settings, dtype: str, sides: Sequence[str], deadline: float, turn: int = 1
+    settings: Settings, pair: Pair, sides: Sequence[str], deadline: float, turn: int = 1
 ) -> list[dict[str, Any]]:
-    """Both sides at one dtype, `turn` steps by `turn` steps (or one side alone)."""
-    ours = Ours(settings, dtype) if "ours" in sides else None
+    """Both sides, each at its dtype, `turn` steps by `turn` steps (or one side alone)."""
+    dtypes = dict(zip(SIDES, pair, strict=True))
+    ours = Ours(settings, dtypes["ours"]) if "ours" in sides else None
     times: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     facts: dict[str, Any] = {}
 
@@ -124,7 +130,7 @@ def run_pair(
         from bench.step_trl import Rival, agreement
 
         with tempfile.TemporaryDirectory() as folder:
-            rival = Rival(settings, dtype, folder)
+            rival = Rival(settings, dtypes["trl"], folder)
             times["trl"] = rival.steps
             if ours is not None:
                 facts |= agreement(ours, rival)
@@ -136,8 +142,8 @@ def run_pair(
                 break
     if ours is not None:
         facts["ours"] = (ours.tokens, ours.prompt_tokens, ours.changed())
-    verdict = gate(settings, dtype, facts)
-    return [_row(settings, side, dtype, times[side], verdict) for side in sides]
+    verdict = gate(settings, "bf16" if "bf16" in pair else "fp32", facts)
+    return [_row(settings, side, dtypes[side], times[side], verdict) for side in sides]
 
 
 def gate(settings: Settings, dtype: str, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default)
     parser.add_argument("--dtype", choices=("both", "fp32", "bf16"), default="both")
+    parser.add_argument("--rival-dtype", choices=("fp32", "bf16"), help="where not --dtype's")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--turn", type=int, default=1, help="steps of a side in a row")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds, about")

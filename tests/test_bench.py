@@ -54,14 +54,15 @@ def test_ours_against_trl(require, tmp_path):
 
 
 def test_a_side_makes_some_steps_in_a_row(monkeypatch):
-    """The warm-up is a turn of its own, and no side has a step more than the other."""
-    seen = []
+    """The warm-up is a turn of its own, no side has a step more than the other, each its dtype."""
+    seen, asked = [], []
 
     class Side:
         tokens = prompt_tokens = 0
         changed = staticmethod(lambda: True)
 
-        def __init__(self, *given):
+        def __init__(self, settings, dtype, *folder):
+            asked.append(dtype)
             self.steps = []
 
         def step(self, number):
@@ -79,16 +80,27 @@ def test_a_side_makes_some_steps_in_a_row(monkeypatch):
     rival = SimpleNamespace(Rival=Side, agreement=lambda ours, rival: {})
     monkeypatch.setitem(sys.modules, "bench.step_trl", rival)
     settings = replace(SMALL, repeats=5)
-    step.run_pair(settings, "fp32", step.SIDES, math.inf, turn=2)
+    rows = step.run_pair(settings, ("bf16", "fp32"), step.SIDES, math.inf, turn=2)
+    assert asked == [row["dtype"] for row in rows] == ["bf16", "fp32"]
     ours = [n for side, n in seen if side == "ours"]
     assert ours == [n for side, n in seen if side == "trl"] == [*range(6)]
     assert "".join(side[0] for side, _ in seen) == "ot" + "oott" * 2 + "ot"
 
 
-def test_a_turn_without_steps_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--turn 0", "--turn: expected a number of steps >= 1, got 0"),
+        (
+            "--rival-dtype fp32",
+            "--rival-dtype: expected with --dtype fp32 or bf16, got --dtype both",
+        ),
+    ],
+)
+def test_refused_options(words, reason, capsys):
     with pytest.raises(SystemExit):
-        step.main(["--turn", "0"])
-    assert "--turn: expected a number of steps >= 1, got 0" in capsys.readouterr().err
+        step.main(words.split())
+    assert reason in capsys.readouterr().err
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
