@@ -12,7 +12,14 @@ from torch import Tensor
 
 from reasonrl.kernels.decoder import Known
 from reasonrl.kernels.native import core, pointer, threads
-from reasonrl.kernels.native_decoder import Given, Held, held_layer, held_layer_grad, holds
+from reasonrl.kernels.native_decoder import (
+    Given,
+    Held,
+    Scratch,
+    held_layer,
+    held_layer_grad,
+    holds,
+)
 
 
 class Chain:
@@ -35,6 +42,7 @@ class Chain:
         self.layers = [(Known(*known), given) for known, given in layers]
         self.norm, self.eps, self.padding, self.asked = norm, eps, padding, asked
         self.held: list[Held] = []
+        self.scratch = Scratch()
 
     def takes(self) -> bool:
         """Whether every layer is one call."""
@@ -46,7 +54,7 @@ class Chain:
         for i, (known, given) in enumerate(self.layers, 1):
             each()
             asked = self.asked if i == len(self.layers) else None
-            x, held = held_layer(x, *self.turn, known, asked, given)
+            x, held = held_layer(x, *self.turn, known, asked, given, self.scratch)
             self.held.append(held)
         self.last, y, self.scale = x, torch.empty_like(x), torch.empty(len(x))
         core().rms_norm(self._norm_task(), 0, 0, 0, pointer(y), threads())
@@ -67,13 +75,22 @@ class Chain:
             each()
             held = self.held.pop()
             wants = [w is not None and w.requires_grad for w in held.given]
-            out, found = held_layer_grad(held, out, wants)
+            out, found = held_layer_grad(held, out, wants, self.scratch)
             for weight, part in zip(held.given, found, strict=True):
                 if weight is not None and part is not None:
                     learn(weight, part)
         if self.table.requires_grad:
-            known = self.ids, len(self.table), self.padding, False
-            learn(self.table, torch.ops.aten.embedding_dense_backward(out, *known))
+            self._learn_words(out, learn)
+
+    def _learn_words(self, grad: Tensor, learn: Callable[[Tensor, Tensor], None]) -> None:
+        """Onto what the table has learnt already, as a head's words: no second one is made."""
+        known = self.table.grad
+        if known is None:
+            given = self.ids, len(self.table), self.padding, False
+            return learn(self.table, torch.ops.aten.embedding_dense_backward(grad, *given))
+        if self.padding >= 0:
+            grad.masked_fill_((self.ids == self.padding)[:, None], 0.0)
+        known.index_add_(0, self.ids, grad)
 
     def _norm_task(self):
         x, scale = pointer(self.last), pointer(self.scale)

@@ -69,25 +69,37 @@ class Held(NamedTuple):
     given: Given
 
 
+class Scratch:
+    """Bytes for a moment, the same ones for all layers: a piece a layer would cut the heap up."""
+
+    bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, count: int) -> Tensor:
+        if len(self.bytes) < count:
+            self.bytes = _bytes(count)
+        return self.bytes
+
+
 def held_layer(
-    x: Tensor, cos: Tensor, sin: Tensor, known: Known, asked: Tensor | None, given: Given
-) -> tuple[Tensor, Held]:
+    x: Tensor, cos: Tensor, sin: Tensor, known: Known, asked: Tensor | None, given: Given,
+    scratch: Scratch,
+) -> tuple[Tensor, Held]:  # fmt: skip
     """What the layer makes of x, and what `held_layer_grad` wants. Nothing may move meanwhile."""
     task = _layer(x, cos, sin, known, asked, given)
-    kept, scratch = _bytes(task.keeps()), _bytes(task.needs())
+    kept, needs = _bytes(task.keeps()), scratch.of(task.needs())
     out = torch.empty_like(x if asked is None else x[: len(asked)])
-    places = (t.data_ptr() for t in (x, kept, scratch, out))
+    places = (t.data_ptr() for t in (x, kept, needs, out))
     core().decoder_layer(task, *places, threads())
     return out, Held(task, x, kept, given)
 
 
 def held_layer_grad(
-    held: Held, grad: Tensor, wants: Sequence[bool]
+    held: Held, grad: Tensor, wants: Sequence[bool], scratch: Scratch
 ) -> tuple[Tensor, list[Tensor | None]]:
     """By what the layer read, and by all of `given` that wants it. grad is contiguous."""
-    out, scratch = torch.empty_like(held.x), _bytes(held.task.needs())
+    out, needs = torch.empty_like(held.x), scratch.of(held.task.needs())
     found, into = _gradients(held.given, wants)
-    places = (t.data_ptr() for t in (held.x, held.kept, scratch, grad, out))
+    places = (t.data_ptr() for t in (held.x, held.kept, needs, grad, out))
     core().decoder_layer_grad(held.task, *places, into, threads())
     return out, found
 
@@ -97,7 +109,7 @@ class Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, known, asked, *given):
-        out, held = held_layer(x, cos, sin, known, asked, given)
+        out, held = held_layer(x, cos, sin, known, asked, given, Scratch())
         ctx.known, ctx.asked = known, asked
         ctx.save_for_backward(x, cos, sin, held.kept, *given)
         return out
@@ -107,7 +119,8 @@ class Whole(torch.autograd.Function):
         x, cos, sin, kept, *given = ctx.saved_tensors
         # weights that are gathered for a forward stand elsewhere in its backward
         held = Held(_layer(x, cos, sin, ctx.known, ctx.asked, given), x, kept, given)
-        out, found = held_layer_grad(held, grad.contiguous(), ctx.needs_input_grad[5:])
+        wants = ctx.needs_input_grad[5:]
+        out, found = held_layer_grad(held, grad.contiguous(), wants, Scratch())
         return out, None, None, None, None, *found
 
 

@@ -104,7 +104,10 @@ def _directly(
     padding = -1 if table.padding_idx is None else table.padding_idx
     own = norm.weight, norm.variance_epsilon, padding, asked
     chain = native("Chain")(ids, x, table.weight, turn, layers, *own)
-    return _Directly.apply(learning[0], chain) if chain.takes() else None
+    if not chain.takes():
+        return None
+    # no weight: a head's words, which are the table's, would wait for the chain then
+    return _Directly.apply(torch.empty(0, requires_grad=True), chain)
 
 
 def _plain(weight: Any) -> bool:
@@ -116,10 +119,10 @@ def _learn(weight: Tensor, grad: Tensor) -> None:
 
 
 class _Directly(torch.autograd.Function):
-    """Called back for the sake of one weight, it serves all of them."""
+    """Called back for the sake of an empty leaf, it serves all weights."""
 
     @staticmethod
-    def forward(ctx, weight, chain):
+    def forward(ctx, leaf, chain):
         ctx.chain = chain
         return chain.forward(beat)
 
