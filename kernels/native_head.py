@@ -105,7 +105,7 @@ class Head:
 
     def small(self, rows: int) -> Products | None:
         """Of a head of a few words."""
-        if self.widened or self.weight.numel() > SMALL:
+        if self.weight.numel() > SMALL:
             return None
         if self.found is None or self.found.tokens != rows:
             bias = None if self.bias is None else self.bias.float()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     GraniteConfig,
     GraniteForCausalLM,
 )
@@ -92,6 +94,12 @@ def test_what_a_family_does_to_its_logits_is_honoured(name):
     changed = heads.softcap_of(model) == 0.7 or heads.scale_of(model) in (7.0, 5.0, 4.0)
     assert changed
     agree(model)
+
+
+def test_what_the_text_part_of_a_model_with_eyes_does_to_its_logits():
+    config = Gemma3Config(text_config={**SMALL, "final_logit_softcapping": 0.7})
+    model = SimpleNamespace(config=config)
+    assert heads.softcap_of(model) == 0.7 and not heads.alone(model)
 
 
 def lora(require, dora=False, **options):

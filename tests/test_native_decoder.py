@@ -324,6 +324,13 @@ def test_a_layer_in_one_call_has_the_same_bits_for_any_threads(native, asked):  
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+def test_layers_share_bytes_that_grow():
+    scratch = native_decoder.Scratch()
+    first = scratch.of(6)
+    assert scratch.of(4) is first and len(scratch.of(9)) == 9 and len(scratch.of(2)) == 9
+    assert len(native_decoder.Scratch().of(1)) == 1
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_which_way_a_layer_goes(native, fast, monkeypatch):  # noqa: F811
     """By torch's products where those are faster."""

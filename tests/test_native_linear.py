@@ -164,6 +164,20 @@ def test_mixed_types_frozen_parts_and_second_use(linear):
     assert plain == loss and not plain.requires_grad
 
 
+def test_hidden_states_and_weights_that_lie_across(linear):
+    head, target, tokens, cu = drawn()
+    tokens[1][tokens[1] == 0] = 0.5  # all rows learn, as they stand
+    spec, op = LossSpec.named("reinforce"), linear.linear_policy_loss
+    _, _, wanted = run(op, head, target, tokens, cu, spec)
+    across = [head[0].t().contiguous().t(), head[1].t().contiguous().t(), head[2]]
+    leaves = [x.detach().requires_grad_() for x in across]
+    known = tokens[0], tokens[1], spec, cu, None, tokens[2], leaves[2], 0.8, 6.0, tokens[3], None
+    (op(*leaves[:2], target, *known)[0] * 3.0).backward()
+    for leaf, want in zip(leaves, wanted, strict=True):
+        assert not leaf.is_contiguous() or leaf.dim() == 1
+        torch.testing.assert_close(leaf.grad, want, rtol=1e-4, atol=1e-6)
+
+
 def test_empty_batches(linear):
     head, target, tokens, _ = drawn()
     nothing = [head[0][:0], *head[1:]]
