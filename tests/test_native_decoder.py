@@ -27,6 +27,7 @@ LAYOUTS: dict[str, Any] = {
     "more than a chunk": [(0, 70, [67, 1, 130])],
     "more than a run": [(0, 3, [100, 90, 2, 1, 191]), (387, 33, [17, 16])],
     "many completions": [(0, 9, [41] * 40)],
+    "an empty one in a run of its own at the end": [(0, 3, [200, 0])],
     "no prompt": [(0, 0, [3, 4])],
 }
 

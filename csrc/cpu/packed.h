@@ -228,8 +228,8 @@ class Dealt {
     Dealt(const PackedTask& t, const Plan& plan, int threads, int64_t at_once)
         : runs_(plan.runs), at_once_(at_once), parts_(t.key_heads / at_once), left_(threads) {
         for (int64_t k = 0; k <= threads; k++) {
-            const auto before = [&](const PackedRun& run) {
-                return t.blocks[run.first].start * threads < t.tokens * k;
+            const auto before = [&](const PackedRun& run) {  // empty ones may stand at the end
+                return k == threads || t.blocks[run.first].start * threads < t.tokens * k;
             };
             const auto end = std::partition_point(runs_.begin(), runs_.end(), before);
             begins_.push_back((end - runs_.begin()) * parts_);
