@@ -172,6 +172,7 @@ CPU = [
     ("keys turned once a head of queries", PACKED, "if (h % group == 0) f(t.heads + h / group);", "f(t.heads + h / group);", "packed"),
     ("only the first of key heads taken at once", ROWS, "h < first + at_once_; h++", "h < first + 1; h++", "packed"),
     ("a thread leaves the first of its runs", ROWS, ">= begins_[k % team];", "> begins_[k % team];", "packed"),
+    ("an empty run at the end is nobody's", ROWS, "return k == threads || t.blocks", "return t.blocks", "packed"),
     ("weights without their share", PACKED, "at * size, shares[r]);", "at * size);", "packed"),
     ("the next row's gradient without its mean", PACKED, "load(x + CHUNK) * (load(g + CHUNK) - mean)", "load(x + CHUNK) * load(g + CHUNK)", "packed"),
     ("later queries end with the first", TILES, "    end = end + STAIR < last ? end + STAIR : last;", "    ;", "packed"),
