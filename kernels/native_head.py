@@ -57,7 +57,7 @@ class Head:
         self.addend = None if self.bias is None else self.bias.to(self.dtype)
         self.count = self.hidden.shape[0] if self.rows is None else self.rows.numel()
         self.size = self.chunk(CHUNK_BYTES)
-        self.dx = self.dw = self.db = self.found = None
+        self.dx = self.dw = self.db = self.products = None
         self.wants_dx = self.wants_dw = False
 
     def chunk(self, size: int) -> int:
@@ -104,13 +104,14 @@ class Head:
             yield slice(start, start + TILE), self.matrix[start : start + TILE].to(self.dtype)
 
     def small(self, rows: int) -> Products | None:
-        """Of a head of a few words."""
+        """The products of so many rows with a head of a few words; None where it has many."""
         if self.weight.numel() > SMALL:
             return None
-        if self.found is None or self.found.tokens != rows:
+        if self.products is None or self.products.tokens != rows:
             bias = None if self.bias is None else self.bias.float()
-            self.found = products([self.weight.float().contiguous()], [bias], rows, self.dtype)
-        return self.found
+            weight = self.weight.float().contiguous()
+            self.products = products([weight], [bias], rows, self.dtype)
+        return self.products
 
     def logits(self, x: Tensor) -> Tensor:  # (R, D) -> (R, V)
         if small := self.small(len(x)):

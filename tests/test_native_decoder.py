@@ -239,9 +239,9 @@ def contains(part, name):
     return part in name
 
 
-def computed(by, case, dtype, learns, how):
-    """The output, the gradient by the input and by all that learns; None for the rest. how: what is
-    between, or who is asked."""
+def computed(by, case, dtype, learns, how, rows=None):
+    """The output, or those rows of it, the gradient by the input and by all that learns; None for
+    the rest. how: what is between, or who is asked."""
     x, turn, packing, given = case
     known = Known(turn.cos.shape[1], (0.1, 0.2, 0.3), 0.3, dtype, packing)
     leaves = [x, *given]
@@ -250,6 +250,7 @@ def computed(by, case, dtype, learns, how):
         for i, t in enumerate(leaves)
     ]
     y = by.apply(leaves[0], *turn, known, how, *leaves[1:])
+    y = y if rows is None else y.index_select(0, rows)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
     return y.detach(), *(None if t is None else t.grad for t in leaves)
 
@@ -293,26 +294,18 @@ def test_tokens_that_are_asked_for_alone(isa, sizes, dtype, who):  # noqa: F811
     """As those of all tokens of which the others get no gradient."""
     if dtype == HALF and not native_decoder.core().has_dots():
         pytest.skip("this instruction set has no products of bf16")
-    case = x, turn, packing, given = layer_of(sizes, True, True)
-    asked = torch.tensor([i % len(x) for i in ASKED[who] if -len(x) <= i < len(x)])
-
-    def learns(name: str) -> bool:
-        return True
-
-    y, *found = computed(native_decoder.Whole, case, dtype, learns, asked)
-    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *given)]
-    known = Known(turn.cos.shape[1], (0.1, 0.2, 0.3), 0.3, dtype, packing)
-    every = native_decoder.Whole.apply(leaves[0], *turn, known, None, *leaves[1:])
-    want = every.index_select(0, asked)
-    want.backward(torch.randn(want.shape, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(y, want)
-    for name, got, leaf in zip(("x", *NAMES), found, leaves, strict=True):
-        if got is None or leaf is None:
-            assert got is leaf, name
+    case, every = layer_of(sizes, True, True), (dtype, lambda name: True)
+    count = len(case[0])
+    asked = torch.tensor([i % count for i in ASKED[who] if -count <= i < count])
+    found = computed(native_decoder.Whole, case, *every, asked)
+    wanted = computed(native_decoder.Whole, case, *every, None, asked)
+    for name, got, want in zip(("y", "x", *NAMES), found, wanted, strict=True):
+        if got is None or want is None:
+            assert got is want, name
         elif name.removesuffix("_bias") in BEHIND:
-            torch.testing.assert_close(got, leaf.grad, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
         else:
-            assert torch.equal(got, leaf.grad), name
+            assert torch.equal(got, want), name
 
 
 @pytest.mark.parametrize("asked", [None, [0, 1, 9, 15, 20]], ids=["all", "some"])

@@ -2,9 +2,10 @@
 //
 //   s = x + o(attention(q, k, v of n1(x))),  y = s + down(silu(gate) up of n2(s))
 //
-// Where some tokens alone are asked for, as in a last layer, the others end with their keys.
-// The numbers are those of kernels/decoder.py, bit for bit. A small layer's calls from Python cost
-// a quarter of what its kernels do, and its tensors fresh memory each time.
+// Where some tokens alone are asked for, as in a last layer, the others end with their keys, and
+// sums over tokens behind the attention have fewer rows. Of all tokens the numbers are those of
+// kernels/decoder.py, bit for bit. A small layer's calls from Python cost a quarter of what its
+// kernels do, and its tensors fresh memory each time.
 #include <algorithm>
 #include <vector>
 
